@@ -1,0 +1,1 @@
+"""Floor 0: torch only, knows no paper."""

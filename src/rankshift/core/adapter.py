@@ -1,0 +1,100 @@
+"""Adapter: what is trained at one site. ``forward`` is the paper's equation, ``delta`` the same as a weight."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rankshift.core import shard
+from rankshift.core.base import Base
+
+
+class Adapter(Base):
+    """Stands on a base and is itself one, so adapters stack: the sum of two is one standing on the other.
+
+    Subclasses define ``forward`` and ``delta``; a law ties the two together. Parameters that train require a gradient;
+    frozen ones (a shared projection, an anchor) do not. The set of both is fixed from the first step to the last.
+    """
+
+    storage: ClassVar[bool] = False
+    slots: ClassVar[dict[str, int]] = {}
+    """Parameter → axis along which it splits into rank slots, for events that exchange or prune single ranks."""
+    site: str = ""
+    """Dotted name of the layer, set when the adapter is placed."""
+    trains: frozenset[str] = frozenset()
+    """Parameters that train while the adapter is active, set when it is placed."""
+    silent: frozenset[str] = frozenset()
+    """Parameters whose gradient is exactly zero in the first update because another starts at zero."""
+
+    def __init__(self, base: Base):
+        super().__init__()
+        self.stand_on(base)
+
+    def stand_on(self, base: Base) -> None:
+        """Put this adapter on another base of the same layer."""
+        self.__dict__["base"] = base  # a plain reference: the site owns the base and registers it once
+        self.form, self.out_features, self.in_features = base.form, base.out_features, base.in_features
+
+    base: Base
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        return self.base.bias
+
+    @property
+    def packed(self) -> tuple[Tensor, ...]:
+        return self.base.packed
+
+    @property
+    def rank(self) -> int:
+        """The one integer that determines every shape of this adapter; 0 if it has no rank."""
+        return 0
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def delta(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of the change of the (out, in) weight, in the adapter's dtype; differentiable."""
+        raise NotImplementedError
+
+    def delta_bias(self) -> Tensor | None:
+        """The change of the bias, (out,), or None if the method has none."""
+        return None
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """Whole (A, B), detached, with ``B @ A == delta()``; None if the change has no such form."""
+        return None
+
+    def rows(self, rows: slice = slice(None)) -> Tensor:
+        with torch.no_grad():
+            below = self.base.rows(rows)
+            change = self.whole_delta()[..., rows, :]
+            return (below.to(torch.promote_types(below.dtype, change.dtype)) + change).to(below.dtype)
+
+    @torch.no_grad()
+    def whole_delta(self) -> Tensor:
+        """All rows of :meth:`delta`, gathered under sharding (then every rank must call this)."""
+        if not any(shard.is_sharded(p) for p in self.parameters()):
+            return self.delta()
+        factors = {name: shard.whole(p) for name, p in self.named_parameters()}
+        return torch.func.functional_call(_Delta(self), {f"adapter.{k}": v for k, v in factors.items()}, ())
+
+
+class _Delta(torch.nn.Module):
+    """``delta`` as a forward, so that functional_call can run it on gathered factors."""
+
+    def __init__(self, adapter: Adapter):
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self) -> Tensor:
+        return self.adapter.delta()

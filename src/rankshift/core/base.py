@@ -1,0 +1,164 @@
+"""Base: an (out, in) weight in some storage, seen by every method through the same few verbs.
+
+Dense, the format the model came in, is here; other formats are one file each in ``storage/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankshift.core import shard
+from rankshift.core.form import Form
+
+_BLOCK = 1 << 24  # elements of fp32 scratch per block when a delta is added
+
+
+class Base(nn.Module):
+    """A weight of shape (out, in) and the layer it acts as.
+
+    Three static functions say how the storage multiplies; they see only the tensors in ``packed``, so a fused autograd
+    node can save those and nothing else.
+    """
+
+    exact: ClassVar[bool] = True
+    """False if ``add_`` re-rounds more than the weight's dtype does: events that must preserve the function refuse it."""
+
+    storage: ClassVar[bool] = True
+    """True if the weight is held here; False for an adapter that stands on another base."""
+
+    form: Form
+    out_features: int
+    in_features: int
+    weight: Tensor  # as stored: model code may ask for its dtype or device
+    bias: Tensor | None  # (out,)
+
+    @property
+    def packed(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the weight."""
+        raise NotImplementedError
+
+    @staticmethod
+    def dense(*packed: Tensor) -> Tensor:
+        """(out, in) in the compute dtype, from the packed tensors."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the layer computes in."""
+        return self.weight.dtype
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The layer as it came, bias included. Keeps no activation."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def rows(self, rows: slice = slice(None)) -> Tensor:
+        """A dense (k, in) copy of some rows of the whole weight. Under sharding every rank must call it."""
+        raise NotImplementedError
+
+    def add_(self, delta: Callable[[slice], Tensor]) -> None:
+        """W += delta. Asks ``delta`` for fp32 (or wider) rows of the part held here, block by block; rounds once."""
+        raise NotImplementedError
+
+    def restore(self) -> nn.Module:
+        """The layer as a plain module again, with the weight as it now is."""
+        raise NotImplementedError
+
+
+class Dense(Base):
+    """The layer's own parameters, in the dtype and layout they came in. Takes them over; copies nothing."""
+
+    def __init__(self, module: nn.Module, form: Form):
+        super().__init__()
+        self.form = form
+        weight, bias = module.weight, getattr(module, "bias", None)
+        assert isinstance(weight, nn.Parameter)
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
+        self.out_features, self.in_features = form.matrix(weight).shape[-2:]
+        self._shell = (module,)  # hidden in a tuple from nn.Module: the empty shell that restore() fills again
+
+    @property
+    def packed(self) -> tuple[Tensor, ...]:
+        return (self.form.matrix(self.weight),)
+
+    @staticmethod
+    def dense(*packed: Tensor) -> Tensor:
+        return packed[0]
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self.form.apply(x, self.form.matrix(self.weight), self.bias)
+
+    def rows(self, rows: slice = slice(None)) -> Tensor:
+        return self.form.matrix(shard.whole(self.weight))[..., rows, :].clone()
+
+    @torch.no_grad()
+    def add_(self, delta: Callable[[slice], Tensor]) -> None:
+        part, held = shard.local(self.weight)
+        if type(self.form) is Form:  # axis 0 is out: ask for the rows held, a block at a time
+            for block in blocks(held, self.in_features):
+                here = part[block.start - held.start : block.stop - held.start]
+                here.copy_(_sum(here, delta(block)))
+        else:
+            here = part
+            here.copy_(_sum(here, self.form.stored(delta(slice(None)))[held]))
+
+    def restore(self) -> nn.Module:
+        module = self._shell[0]
+        module.weight = self.weight
+        if self.bias is not None:
+            module.bias = self.bias
+        return module
+
+
+class Slab(Base):
+    """One stack of expert matrices, (experts, out, in), that stays a parameter of the module that multiplies it."""
+
+    def __init__(self, module: nn.Module, parameter: str, form: Form):
+        super().__init__()
+        self.form, self.parameter = form, parameter
+        self._module = (module,)
+        self.out_features, self.in_features = self.weight.shape[-2:]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return getattr(self._module[0], self.parameter)
+
+    @property
+    def bias(self) -> None:  # type: ignore[override]
+        return None
+
+    @property
+    def packed(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
+
+    @staticmethod
+    def dense(*packed: Tensor) -> Tensor:
+        return packed[0]
+
+    def rows(self, rows: slice = slice(None)) -> Tensor:
+        return shard.whole(self.weight)[:, rows, :].clone()
+
+    @torch.no_grad()
+    def add_(self, delta: Callable[[slice], Tensor]) -> None:
+        part, held = shard.local(self.weight)
+        part.copy_(_sum(part, delta(slice(None))[held]))
+
+
+def _sum(weight: Tensor, delta: Tensor) -> Tensor:
+    """weight + delta in the wider of the two dtypes; the caller's copy rounds once."""
+    delta = delta.to(weight.device)
+    return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
+
+
+def blocks(rows: slice, width: int) -> Iterator[slice]:
+    """Cut a range of rows of ``width`` elements into blocks of bounded size."""
+    step = max(1, _BLOCK // max(1, width))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))

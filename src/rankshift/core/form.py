@@ -1,0 +1,137 @@
+"""How an (out, in) matrix acts on the input of a layer.
+
+Every layer a method can adapt is linear in its weight, so one equation, ``y = W x + B (A x)``, serves them all once two
+questions are answered: how does a (k, in) matrix act on the layer's input (``apply``), and how does an (out, k) matrix
+act on what came out (``expand``). Methods are written against these two and know no layer kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Form:
+    """The linear layer, ``x (…, in) → (…, out)``; other kinds override what differs."""
+
+    pointwise: ClassVar[bool] = True  # apply(x, M) is x @ M.T on the last axis: one fused op serves it
+    stacked: ClassVar[bool] = False  # the weight is a stack of matrices (experts), reached only as a tensor
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The stored weight as an (out, in) view."""
+        return weight
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix` for a tensor of the stored weight's shape."""
+        return matrix
+
+    def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer with ``matrix`` (k, in) in place of its weight: k output channels."""
+        return F.linear(x, matrix, bias)
+
+    def expand(self, z: Tensor, matrix: Tensor) -> Tensor:
+        """``matrix`` (out, k) on the k channels of ``z``, place by place."""
+        return F.linear(z, matrix)
+
+    def scale(self, y: Tensor, vector: Tensor) -> Tensor:
+        """``y`` with each channel times its entry of ``vector``, (out,)."""
+        return y * vector
+
+    def shift(self, y: Tensor, vector: Tensor) -> Tensor:
+        """``y`` with its entry of ``vector``, (out,), added to each channel."""
+        return y + vector
+
+
+@dataclass(frozen=True)
+class TransposedForm(Form):
+    """transformers' ``Conv1D`` (GPT-2): a linear layer that stores its weight as (in, out)."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+
+@dataclass(frozen=True)
+class ConvForm(Form):
+    """``nn.Conv1d/2d/3d`` without groups: W as (out, in·∏kernel); A keeps the geometry, B is a 1×1 convolution."""
+
+    pointwise: ClassVar[bool] = False
+    channels: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    padding_mode: str = "zeros"
+    padding_pairs: tuple[int, ...] = ()
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(matrix.shape[0], self.channels, *self.kernel)
+
+    def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        padding: tuple[int, ...] | str = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self.padding_pairs, mode=self.padding_mode)
+            padding = (0,) * len(self.kernel)
+        return conv(x, self.stored(matrix), bias, self.stride, padding, self.dilation)
+
+    def _channelwise(self, y: Tensor, vector: Tensor) -> Tensor:
+        return vector.reshape(-1, *(1,) * len(self.kernel))
+
+    def expand(self, z: Tensor, matrix: Tensor) -> Tensor:
+        conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        return conv(z, matrix.reshape(*matrix.shape, *(1,) * len(self.kernel)))
+
+    def scale(self, y: Tensor, vector: Tensor) -> Tensor:
+        return y * self._channelwise(y, vector)
+
+    def shift(self, y: Tensor, vector: Tensor) -> Tensor:
+        return y + self._channelwise(y, vector)
+
+
+@dataclass(frozen=True)
+class EmbeddingForm(Form):
+    """``nn.Embedding``: W is the (dim, vocab) transpose of the table, the input a one-hot column named by its index."""
+
+    pointwise: ClassVar[bool] = False
+    padding_idx: int | None = None
+    scale_grad_by_freq: bool = False
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.embedding(x, matrix.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
+@dataclass(frozen=True)
+class ExpertsForm(Form):
+    """Fused experts of transformers 5: a stack (experts, out, in), one matrix an expert.
+
+    The module multiplies slices of the stack by itself, so methods reach it only as a tensor, W + ΔW: a site of this
+    form calls ``delta`` and never ``forward``.
+    """
+
+    pointwise: ClassVar[bool] = False
+    stacked: ClassVar[bool] = True
+    experts: int
+
+    def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.einsum("e...i,eki->e...k", x, matrix)
+
+    def expand(self, z: Tensor, matrix: Tensor) -> Tensor:
+        return torch.einsum("e...k,eok->e...o", z, matrix)

@@ -1,0 +1,163 @@
+"""Method: one paper as a frozen dataclass, its registry, and the way from and to plain dictionaries."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import nn
+
+from rankshift.core import config
+from rankshift.core.adapter import Adapter
+from rankshift.core.base import Base
+from rankshift.core.errors import ConfigError, nearest
+from rankshift.core.event import Event
+from rankshift.core.random import Key
+from rankshift.core.site import Spec, select
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a paper chooses on the four axes. Subclasses set ``name``, ``paper`` and ``summary`` and override verbs."""
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    """Trainable parameters of one (out, in) layer, as a formula."""
+    reversible: ClassVar[bool] = True
+    """False if the method trains the base itself, so that there is nothing to disable."""
+
+    targets: str | tuple[str, ...] = "all-linear"
+    """Layers to adapt: "all-linear" (every linear layer of the body, no head, no router), a name or a list of names,
+    matched at the end of the dotted name, with * and ? as wildcards."""
+    exclude: tuple[str, ...] = ()
+    """Names, as in targets, of layers to leave alone."""
+    tied: Literal["refuse", "untie"] = "refuse"
+    """What to do where a target's weight is shared with another module: refuse, or give it a copy of its own."""
+
+    def __init_subclass__(cls) -> None:
+        if cls.name:
+            _REGISTRY[cls.name] = cls
+
+    def __new__(cls, *args: Any, **values: Any) -> Method:
+        if cls.__dict__.get("__dataclass_fields__"):
+            config.check_keys(cls, values, cls.__name__)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        config.conform_fields(self)
+        self.check()
+
+    # ---- verbs, in the order in which a run asks
+
+    def check(self) -> None:
+        """Raise ConfigError for values that no model could satisfy."""
+
+    def sites(self, model: nn.Module) -> list[str]:
+        """Names of the layers to stand at. Every pattern of ``targets`` must match."""
+        return select(model, self.targets, self.exclude)
+
+    def fit(self, spec: Spec) -> None:
+        """Raise a TargetError for a layer this method cannot serve. Asked for all layers before one is touched."""
+
+    def survey(self, model: nn.Module, specs: Sequence[Spec], data: Iterable[Any] | None, seed: int) -> dict[str, Any]:
+        """A look at the whole model (and data) before a site is built. What it says under a site's name is handed to
+        :meth:`rank_at` and :meth:`start`."""
+        return {}
+
+    def rank_at(self, name: str, found: Any = None) -> int:
+        """The rank at a site, the one integer from which its shapes follow; 0 if the method has none."""
+        return 0
+
+    def adapt(self, base: Base, spec: Spec, rank: int) -> Adapter | None:
+        """The adapter to stand at one site, allocated and not yet filled; None to leave the layer as it is."""
+        return None
+
+    def start(self, adapter: Adapter, key: Key, found: Any = None) -> None:
+        """Fill a new adapter with its initial values. Not called when values are loaded."""
+
+    def copies(self) -> tuple[str, ...]:
+        """Patterns of modules trained whole, as copies (``modules_to_save``)."""
+        return ()
+
+    def in_place(self, name: str, adapted: bool) -> bool:
+        """Whether this parameter of the model is trained where it is. ``adapted``: it belongs to a site's base."""
+        return False
+
+    def learning_rates(self, names: Sequence[str]) -> dict[str, float]:
+        """Factors on lr by the name of a trainable tensor; 1 where none is given."""
+        return {}
+
+    def transform(self, name: str, tensor: Tensor) -> Any:
+        """The optimizer transform of one trainable tensor; None for AdamW."""
+        return None
+
+    def must_learn(self, name: str) -> bool:
+        """Whether a tensor that trains in place must receive a gradient in the first update."""
+        return True
+
+    def events(self) -> tuple[Event, ...]:
+        """What changes between steps."""
+        return ()
+
+    def then(self, run: Any) -> Method | None:
+        """The next phase, when it is due."""
+        return None
+
+    # ---- as data
+
+    def to_mapping(self) -> dict[str, Any]:
+        """{"method": name, field: value, …}, as JSON knows it."""
+        fields = {f.name: config.plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"method": self.name, **fields}
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str = "method") -> Method:
+        """The inverse of :meth:`to_mapping`."""
+        method = from_dict(values)
+        if not isinstance(method, cls):
+            raise ConfigError(f"{where} = {method.name!r} is not a {cls.__name__}.")
+        return method
+
+
+def methods() -> dict[str, type[Method]]:
+    """All known methods by name: those imported and those that other packages register as entry points."""
+    for entry in entry_points(group="rankshift.methods"):
+        if entry.name not in _REGISTRY:
+            entry.load()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def to_dict(method: Method) -> dict[str, Any]:
+    """A method as a plain dictionary: ``{"method": "lora", "rank": 8, …}``."""
+    return method.to_mapping()
+
+
+def from_dict(values: Mapping[str, Any]) -> Method:
+    """A method from ``{"method": "lora", "rank": 8}``; fields not given have their defaults.
+
+    Raises:
+        ConfigError: an unknown method, field or value, naming the nearest known one.
+    """
+    if not isinstance(values, Mapping) or "method" not in values:
+        raise ConfigError(f'A method is written as {{"method": "lora", …}}; got {values!r}.')
+    known = methods()
+    name = values["method"]
+    if name not in known:
+        raise ConfigError(f"There is no method {name!r}. {nearest(str(name), known)}")
+    fields = {key: value for key, value in values.items() if key != "method"}
+    config.check_keys(known[name], fields, f"method {name}")
+    method = known[name](**fields)
+    assert isinstance(method, Method)
+    return method

@@ -1,0 +1,99 @@
+"""Keyed random numbers: a pure function of (seed, path, element index).
+
+Philox-4x32-10 (Salmon et al., SC 2011), counter = element index, key = 64 bits hashed from the seed and a path of
+names. The words are those of Triton's ``tl.randint4x(seed, offset)``, so a kernel can regenerate what was drawn here.
+No global generator is read or written; every rank, world size and resumed run draws the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl constants of Philox-4x32
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_CHUNK = 1 << 20  # elements per pass: int64 temporaries stay below 100 MB
+
+
+@dataclass(frozen=True)
+class Key:
+    """A seed and a path of names. ``key / "A"`` is the key of a child."""
+
+    seed: int
+    path: tuple[str, ...] = ()
+
+    def __truediv__(self, part: str | int) -> Key:
+        return Key(self.seed, (*self.path, str(part)))
+
+    @property
+    def word(self) -> int:
+        """The 64-bit Philox key."""
+        text = "\x1f".join((str(self.seed), *self.path)).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _mul(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low 32-bit words of a * constant; a holds 32-bit words in int64."""
+    low_part = (a & 0xFFFF) * constant
+    high_part = (a >> 16) * constant
+    high = (high_part + (low_part >> 16)) >> 16
+    low = (low_part + ((high_part & 0xFFFF) << 16)) & _MASK
+    return high & _MASK, low
+
+
+def philox(word: int, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words (as int64) for each element of ``counter`` (int64, ≥ 0)."""
+    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = word & _MASK, (word >> 32) & _MASK
+    for _ in range(10):
+        high_b, low_b = _mul(c2, _ROUND_B)
+        high_a, low_a = _mul(c0, _ROUND_A)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
+    return c0, c1, c2, c3
+
+
+def _unit(a: Tensor, b: Tensor) -> Tensor:
+    """Two words to one float64 in (0, 1]: 53 bits, never 0, so that its logarithm is finite."""
+    bits = ((a & 0xFFFFF800) << 21) | b  # 21 bits of a above 32 bits of b
+    return (bits.to(torch.float64) + 0.5) * 2.0**-53
+
+
+def _draw(key: Key, shape: tuple[int, ...], first: int, normal: bool) -> Tensor:
+    count = math.prod(shape)
+    out = torch.empty(count, dtype=torch.float64)
+    word = key.word
+    for start in range(0, count, _CHUNK):
+        stop = min(start + _CHUNK, count)
+        a, b, c, d = philox(word, torch.arange(first + start, first + stop, dtype=torch.int64))
+        value = _unit(a, b)
+        if normal:
+            value = torch.sqrt(-2.0 * torch.log(value)) * torch.cos(2.0 * math.pi * _unit(c, d))
+        out[start:stop] = value
+    return out.view(shape)
+
+
+def uniform(
+    key: Key, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0, *, dtype: torch.dtype = torch.float32,
+    first: int = 0,
+) -> Tensor:
+    """U(low, high) on the CPU. ``first`` is the index of the first element, so a shard draws its own part."""
+    return (low + (high - low) * _draw(key, shape, first, normal=False)).to(dtype)
+
+
+def normal(
+    key: Key, shape: tuple[int, ...], std: float = 1.0, *, dtype: torch.dtype = torch.float32, first: int = 0
+) -> Tensor:
+    """N(0, std²) on the CPU, computed in float64 and rounded once. ``first`` as in :func:`uniform`."""
+    return (std * _draw(key, shape, first, normal=True)).to(dtype)
+
+
+def permutation(key: Key, n: int) -> Tensor:
+    """A permutation of 0…n−1 (int64, CPU): the order of n keyed 64-bit draws, ties broken by index."""
+    return torch.argsort(_draw(key, (n,), 0, normal=False), stable=True)

@@ -1,0 +1,405 @@
+"""Sites: which layers of a model a method stands at, and the module that stands there."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rankshift.core.adapter import Adapter
+from rankshift.core.base import Base, Dense, Slab
+from rankshift.core.errors import TiedWeights, UnmatchedTarget, UnsupportedLayer, nearest
+from rankshift.core.form import ConvForm, EmbeddingForm, ExpertsForm, Form, TransposedForm
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A layer that a method will stand at."""
+
+    name: str  # dotted name in the model, e.g. "model.layers.0.self_attn.q_proj"
+    out: int
+    into: int  # columns of the weight: in, or in·∏kernel for a convolution
+    form: Form
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def master(self) -> torch.dtype:
+        """The dtype of trained factors: fp32, or float64 on a float64 base."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def max_rank(self) -> int:
+        """min(out, in)."""
+        return min(self.out, self.into)
+
+
+class Site(nn.Module):
+    """Stands where a layer stood: the layer's base and the adapters on it, in the order they were added.
+
+    ``forward`` goes straight to the topmost active adapter, whose base is the next one below. Switching relinks that
+    chain and nothing else, so with no adapter active the layer is the base, bit for bit.
+    """
+
+    def __init__(self, spec: Spec, base: Base):
+        super().__init__()
+        self.spec = spec
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.link(())
+
+    def link(self, active: Iterable[str]) -> None:
+        """Make these adapters (those of them that stand here) act, their sum in the order given."""
+        self.active = tuple(name for name in active if name in self.adapters)
+        top: Base = self.base
+        for name in self.active:
+            adapter = self[name]
+            adapter.stand_on(top)
+            top = adapter
+        self.__dict__["top"] = top
+
+    top: Base
+
+    def __getitem__(self, name: str) -> Adapter:
+        adapter = self.adapters[name]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    def acting(self) -> list[Adapter]:
+        """The active adapters, innermost first."""
+        return [self[name] for name in self.active]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(x)
+
+    def effective(self) -> Tensor:
+        """W + ΔW in the base's dtype, differentiable: the form in which stacked weights are adapted."""
+        weight = self.base.weight
+        for adapter in self.acting():
+            weight = weight + adapter.delta().to(weight.dtype)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's stored weight: model code may ask for its dtype or device."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.base.out_features
+
+
+class Stack(nn.Module):
+    """Stands where a fused-experts module stood and runs it with the effective weights of its sites."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.sites = nn.ModuleDict()
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        weights = {name: site.effective() for name, site in self.sites.items() if site.active}
+        return torch.func.functional_call(self.module, weights, args, kwargs)
+
+
+class Replica(nn.Module):
+    """Stands where a module stood that is trained whole (``modules_to_save``): the original, and trainable copies."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.base = module
+        self.copies = nn.ModuleDict()
+        self.link(())
+
+    def link(self, active: Iterable[str]) -> None:
+        """The last of these names that has a copy here acts; none means the original."""
+        self.active = tuple(name for name in active if name in self.copies)[-1:]
+        self.__dict__["top"] = self.copies[self.active[0]] if self.active else self.base
+
+    top: nn.Module
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.top(*args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The acting module's weight."""
+        return self.top.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The acting module's bias."""
+        return self.top.bias  # type: ignore[return-value]
+
+
+# ---- which layers ----------------------------------------------------------------------------------------------------
+
+
+def form_of(module: nn.Module) -> Form | None:
+    """The form of a layer, or None if no method can stand there."""
+    if isinstance(module, Site):
+        return module.spec.form
+    kind = type(module)
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return None
+    if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
+        return Form()
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        return TransposedForm()
+    if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward and module.max_norm is None:
+        if module.sparse:
+            return None
+        return EmbeddingForm(module.padding_idx, module.scale_grad_by_freq)
+    if isinstance(module, _CONVS) and kind in _CONVS and module.groups == 1:
+        return ConvForm(
+            channels=module.in_channels,
+            kernel=module.kernel_size,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            padding_mode=module.padding_mode,
+            padding_pairs=tuple(module._reversed_padding_repeated_twice),
+        )
+    return None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """True if the dotted ``name`` is ``pattern`` or ends in it at a dot; ``*`` and ``?`` are wildcards."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
+
+
+def walk(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, str | None]]:
+    """(name, module, parameter): every module, and every 3-D parameter of a fused-experts module.
+
+    Names are those of the model as it came: what stands at a site hides what it is made of.
+    """
+    if isinstance(model, Stack):
+        model = model.module
+    if name:
+        yield name, model, None
+    if isinstance(model, (Site, Replica)):
+        return
+    prefix = f"{name}." if name else ""
+    for parameter, tensor in model.named_parameters(recurse=False):
+        if tensor.dim() == 3 and not isinstance(model, (*_CONVS, nn.MultiheadAttention)):
+            yield prefix + parameter, model, parameter
+    for child_name, child in model.named_children():
+        yield from walk(child, prefix + child_name)
+
+
+def base_parameters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """(name, parameter, adapted): the parameters of the model as it came, under the names it came with.
+
+    ``adapted`` is true for those of a layer that a site stands at. Tied parameters appear once.
+    """
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, prefix: str, adapted: bool) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        if isinstance(module, Stack):
+            stacked = {leaf for leaf in module.sites}
+            for leaf, parameter in module.module.named_parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield prefix + leaf, parameter, leaf in stacked
+            for child_name, child in module.module.named_children():
+                yield from visit(child, f"{prefix}{child_name}.", False)
+            return
+        if isinstance(module, (Site, Replica)):
+            adapted = isinstance(module, Site)
+            module = module.base
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield prefix + leaf, parameter, adapted
+        for child_name, child in module.named_children():
+            yield from visit(child, f"{prefix}{child_name}.", adapted)
+
+    yield from visit(model, f"{name}." if name else "", False)
+
+
+def _all_linear(model: nn.Module) -> list[str]:
+    """Linear layers of the body: not the head (lm_head, classifier), not a router of experts."""
+    body = getattr(model, "base_model", model)
+    if not isinstance(body, nn.Module):
+        body = model
+    inside = {id(module) for module in body.modules()}
+    heads = {id(model.get_output_embeddings())} if hasattr(model, "get_output_embeddings") else set()
+    names = []
+    for name, module, parameter in walk(model):
+        if parameter is not None or id(module) not in inside or id(module) in heads:
+            continue
+        if type(form_of(module)) not in (Form, TransposedForm):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        if leaf in ("gate", "router") and hasattr(model.get_submodule(parent), "experts"):
+            continue
+        names.append(name)
+    return names
+
+
+def _why_not(model: nn.Module, name: str, module: nn.Module) -> str:
+    if isinstance(module, _CONVS) and module.groups != 1:
+        return f"it has groups={module.groups}; only ungrouped convolutions are supported"
+    if isinstance(module, nn.Embedding):
+        return "an embedding with max_norm rewrites its table in forward, and one with sparse=True has sparse gradients"
+    if isinstance(module, nn.Linear) and "weight" not in module._parameters:
+        return "its weight is computed by a parametrization; remove that first"
+    return (
+        f"{type(module).__name__} is not a layer that rankshift knows (Linear, Conv1d/2d/3d, Embedding, transformers' "
+        "Conv1D, fused experts)"
+    )
+
+
+def select(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
+    """Names of the sites that ``targets`` names, in model order. Every pattern must match something.
+
+    ``targets`` is "all-linear", a pattern or a sequence of patterns (see :func:`matches`).
+
+    Raises:
+        UnmatchedTarget: a pattern names nothing.
+        UnsupportedLayer: a pattern names only modules that no method can stand at.
+    """
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    everything = list(walk(model))
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if pattern == "all-linear":
+            chosen.update(_all_linear(model))
+            if not chosen:
+                raise UnmatchedTarget(
+                    f'targets="all-linear" finds no Linear layer in {type(model).__name__}. Name the layers to adapt.'
+                )
+            continue
+        hits = [(n, m, p) for n, m, p in everything if matches(n, pattern)]
+        usable = [n for n, m, p in hits if p is not None or form_of(m) is not None]
+        if not hits:
+            known = {n.rpartition(".")[2] for n, m, p in everything if p is not None or form_of(m) is not None}
+            raise UnmatchedTarget(
+                f"target {pattern!r} matches no layer of {type(model).__name__}. {nearest(pattern, known)}"
+            )
+        if not usable:
+            name, module, _ = hits[0]
+            raise UnsupportedLayer(f"target {pattern!r} matches {name}, but {_why_not(model, name, module)}.")
+        chosen.update(usable)
+    for pattern in exclude:
+        if not any(matches(n, pattern) for n, _, _ in everything):
+            names = {n.rpartition(".")[2] for n, _, _ in everything}
+            raise UnmatchedTarget(f"exclude {pattern!r} matches no module. {nearest(pattern, names)}")
+    kept = [n for n, _, _ in everything if n in chosen and not any(matches(n, e) for e in exclude)]
+    if not kept:
+        raise UnmatchedTarget(f"exclude={tuple(exclude)} removes every layer that targets={targets!r} matched.")
+    return list(dict.fromkeys(kept))
+
+
+def _sharers(model: nn.Module, weight: nn.Parameter, name: str) -> list[str]:
+    return [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight and n != name]
+
+
+def spec_of(model: nn.Module, name: str) -> Spec:
+    """The spec of one selected name, looked at before anything is replaced."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(parent, Stack):
+        if leaf in parent.sites:
+            return parent.sites[leaf].spec  # type: ignore[return-value]
+        parent = parent.module
+    here = parent._modules.get(leaf)
+    if isinstance(here, Site):
+        return here.spec
+    owner = parent._parameters.get(leaf)
+    if isinstance(owner, nn.Parameter):  # a stack of experts
+        form: Form = ExpertsForm(owner.shape[0])
+        weight: Tensor = owner
+    else:
+        module = model.get_submodule(name)
+        found = form_of(module)
+        assert found is not None
+        form, weight = found, module.weight  # type: ignore[assignment]
+        if isinstance(parent, nn.MultiheadAttention):
+            raise UnsupportedLayer(
+                f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an adapter "
+                "there would be ignored. Exclude it in targets."
+            )
+    out, into = form.matrix(weight).shape[-2:]
+    return Spec(name, out, into, form, weight.dtype, weight.device)
+
+
+def check_tied(model: nn.Module, spec: Spec, untie: bool) -> None:
+    """Refuse, or with ``untie`` end, the sharing of a site's weight with another module."""
+    module = None if spec.form.stacked else model.get_submodule(spec.name)
+    if module is None or isinstance(module, Site):
+        return
+    others = _sharers(model, module.weight, f"{spec.name}.weight")  # type: ignore[arg-type]
+    if not others:
+        return
+    if not untie:
+        raise TiedWeights(
+            f"{spec.name}.weight is also {others[0]}: a change merged into one would change the other. "
+            f'Exclude "{spec.name.rpartition(".")[2]}" in targets, or set tied="untie" to give it a copy of its own.'
+        )
+    module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def place(model: nn.Module, spec: Spec) -> Site:
+    """Put a site where the layer stands, or return the one that is there already. Copies nothing."""
+    parent_name, _, leaf = spec.name.rpartition(".")
+    if spec.form.stacked:
+        parent = model.get_submodule(parent_name)
+        if not isinstance(parent, Stack):
+            grand_name, _, parent_leaf = parent_name.rpartition(".")
+            stack = Stack(parent)
+            setattr(model.get_submodule(grand_name), parent_leaf, stack)
+            parent = stack
+        if leaf not in parent.sites:
+            parent.sites[leaf] = Site(spec, Slab(parent.module, leaf, spec.form))
+        site = parent.sites[leaf]
+        assert isinstance(site, Site)
+        return site
+    here = model.get_submodule(spec.name)
+    if isinstance(here, Site):
+        return here
+    site = Site(spec, Dense(here, spec.form))
+    setattr(model.get_submodule(parent_name), leaf, site)
+    return site
+
+
+def place_replica(model: nn.Module, name: str) -> Replica:
+    """Put a replica where a module stands, or return the one that is there already."""
+    here = model.get_submodule(name)
+    if isinstance(here, Replica):
+        return here
+    parent, _, leaf = name.rpartition(".")
+    replica = Replica(here)
+    setattr(model.get_submodule(parent), leaf, replica)
+    return replica
+
+
+def remove(model: nn.Module, site: Site) -> None:
+    """Put the plain layer back where a site stands, with the weight as it now is."""
+    parent_name, _, leaf = site.spec.name.rpartition(".")
+    if site.spec.form.stacked:
+        stack = model.get_submodule(parent_name)
+        if isinstance(stack, Stack):
+            grand_name, _, parent_leaf = parent_name.rpartition(".")
+            setattr(model.get_submodule(grand_name), parent_leaf, stack.module)
+        return
+    setattr(model.get_submodule(parent_name), leaf, site.base.restore())

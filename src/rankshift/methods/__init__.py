@@ -1,0 +1,7 @@
+"""One paper per file. Importing this package fills the registry; read it to learn the field."""
+
+from rankshift.core.method import Method, from_dict, methods, to_dict
+from rankshift.methods.full import Full
+from rankshift.methods.lora import LoRA
+
+__all__ = ["Full", "LoRA", "Method", "from_dict", "methods", "to_dict"]

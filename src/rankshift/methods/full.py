@@ -1,0 +1,56 @@
+"""Full fine-tuning: every weight trains, in place. The reference that every other method is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from rankshift.core.errors import UnmatchedTarget, nearest
+from rankshift.core.method import Method
+from rankshift.core.site import matches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(Method):
+    """W ← W − lr · AdamW(∂L/∂W) for every parameter, or for those that ``targets`` names."""
+
+    name: ClassVar[str] = "full"
+    paper: ClassVar[str] = "Loshchilov & Hutter 2019, arXiv 1711.05101 (AdamW)"
+    summary: ClassVar[str] = "every weight, in place, with AdamW"
+    formula: ClassVar[str] = "out·in"
+    reversible: ClassVar[bool] = False
+
+    targets: str | tuple[str, ...] = "all"
+    """What to train: "all", or names of modules or parameters, as in other methods."""
+
+    def sites(self, model: nn.Module) -> list[str]:
+        names = [name for name, _ in model.named_parameters()]
+        parts = {prefix for name in names for prefix in _prefixes(name)}
+        for pattern in (*self._patterns(), *self.exclude):
+            if not any(matches(part, pattern) for part in parts):
+                known = {part.rpartition(".")[2] for part in parts}
+                raise UnmatchedTarget(
+                    f"{pattern!r} matches no parameter of {type(model).__name__}. {nearest(pattern, known)}"
+                )
+        return []
+
+    def in_place(self, name: str, adapted: bool) -> bool:
+        named = [[matches(part, p) for part in _prefixes(name)] for p in self._patterns()]
+        out = [matches(part, p) for part in _prefixes(name) for p in self.exclude]
+        return (self.targets == "all" or any(map(any, named))) and not any(out)
+
+    def must_learn(self, name: str) -> bool:
+        return False  # models own parameters that a task never reaches, such as BERT's pooler
+
+    def _patterns(self) -> tuple[str, ...]:
+        if self.targets == "all":
+            return ()
+        return (self.targets,) if isinstance(self.targets, str) else self.targets
+
+
+def _prefixes(name: str) -> list[str]:
+    """ "a.b.weight" → ["a", "a.b", "a.b.weight"]."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

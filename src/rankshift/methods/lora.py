@@ -1,0 +1,303 @@
+"""LoRA: y = W x + s·B(A x), W frozen. Hu et al. 2021, arXiv 2106.09685.
+
+A is (r, in), B is (out, r), s = alpha/r. B starts at zero, so the function is that of the base and A stands still for
+one step. Variants that keep this equation are fields: rank-stabilised scaling (s = alpha/√r, Kalajdzievski 2023, arXiv
+2312.03732), starting points (see lora_init.py), LoRA+ (B learns faster, Hayou et al. 2024, arXiv 2402.12354), LoRA-FA
+(A frozen, Zhang et al. 2023, arXiv 2308.03303) and DoRA, which adds a trained row norm:
+
+    DoRA   y = μ ⊙ (W x + s·B(A x)) / ‖W + s·BA‖_row + bias     Liu et al. 2024, arXiv 2402.09353; the norm is detached
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankshift.core import shard
+from rankshift.core.adapter import Adapter
+from rankshift.core.base import Base
+from rankshift.core.errors import ConfigError, RankTooLarge, UnsupportedLayer
+from rankshift.core.event import Event, Moment, Tick
+from rankshift.core.form import EmbeddingForm
+from rankshift.core.method import Method
+from rankshift.core.random import Key
+from rankshift.core.site import Spec, matches
+from rankshift.methods import lora_init
+from rankshift.ops.lora_linear import lora_linear
+from rankshift.ops.lora_linear.order import Backward, Forward
+
+
+class LoRALayer(Adapter):
+    """y = W x + s·B(A x)."""
+
+    slots: ClassVar[dict[str, int]] = {"A": 0, "B": 1}
+
+    def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA):
+        super().__init__(base)
+        self.scale, self.config = scale, config
+        stack = (spec.form.experts,) if spec.form.stacked else ()  # type: ignore[attr-defined]
+
+        def new(*shape: int, train: bool = True) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*stack, *shape, dtype=spec.master, device=spec.device), train)
+
+        self.A = new(rank, spec.into, train="A" in config.train)
+        self.B = new(spec.out, rank, train="B" in config.train)
+        anchored = config.init in ("pissa", "olora")
+        self.A0 = new(rank, spec.into, train=False) if anchored else None
+        self.B0 = new(spec.out, rank, train=False) if anchored else None
+        self.b = new(spec.out) if config.lora_bias else None  # bias of B
+        starts_at_zero = "B" if isinstance(spec.form, EmbeddingForm) else "A"
+        self.silent = frozenset() if anchored or config.init == "orthogonal" else frozenset(starts_at_zero)
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) with ΔW = s·B A: the trained pair, and where there is an anchor its negative beside it."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.A0], -2), torch.cat([self.B, -self.B0], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.add_branch(x)
+        return y if self.b is None else self.form.shift(y, (self.scale * self.b).to(y.dtype))
+
+    def add_branch(self, x: Tensor, bias: bool = True) -> Tensor:
+        """W x + s·B(A x), with the base's bias or without."""
+        A, B = self.factors()
+        base, p = self.base, self.config.dropout if self.training else 0.0
+        if base.storage and self.form.pointwise and p == 0 and not base.weight.requires_grad:
+            order = self.config
+            return lora_linear(
+                x, A, B, self.scale, base.bias if bias else None, base.dense, base.packed,
+                order.forward_order, order.backward_order,
+            )  # fmt: skip
+        y = base.linear(x)
+        if not bias and base.bias is not None:
+            y = self.form.shift(y, -base.bias)
+        dtype = y.dtype
+        dropped = x if isinstance(self.form, EmbeddingForm) else F.dropout(x, p, self.training)
+        return y + self.form.expand(self.form.apply(dropped, (self.scale * A).to(dtype)), B.to(dtype))
+
+    def delta(self, rows: slice = slice(None)) -> Tensor:
+        A, B = self.factors()
+        return self.scale * B[..., rows, :] @ A
+
+    def delta_bias(self) -> Tensor | None:
+        return None if self.b is None else self.scale * self.b
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        A, B = (shard.whole(factor) for factor in self.factors())
+        return self.scale * A, B
+
+
+class DoRALayer(LoRALayer):
+    """y = μ ⊙ (W x + s·B(A x)) / ‖W + s·BA‖_row + bias."""
+
+    def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA):
+        super().__init__(base, spec, rank, scale, config)
+        self.magnitude = nn.Parameter(torch.empty(spec.out, dtype=spec.master, device=spec.device))  # (out,)
+
+    def row_norm(self) -> Tensor:
+        """‖W + s·BA‖ of each row, (out,), detached, without forming BA: ‖w + b A‖² = ‖w‖² + 2⟨w Aᵀ, b⟩ + b AAᵀ bᵀ."""
+        with torch.no_grad():
+            A, B = self.factors()
+            A = self.scale * A
+            W = self.base.dense(*self.base.packed) if self.base.storage else self.base.rows()
+            square = torch.linalg.vector_norm(W, dim=1, dtype=B.dtype).square()
+            cross = (W @ A.to(W.dtype).t()).to(B.dtype)  # (out, r)
+            return (square + ((2 * cross + B @ (A @ A.t())) * B).sum(1)).clamp_min_(0).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.add_branch(x, bias=False)
+        y = self.form.scale(y, (self.magnitude / self.row_norm()).to(y.dtype))
+        return y if self.base.bias is None else self.form.shift(y, self.base.bias)
+
+    def delta(self, rows: slice = slice(None)) -> Tensor:
+        W = self.base.rows(rows).to(self.B.dtype)
+        V = W + super().delta(rows)
+        return (self.magnitude[rows] / torch.linalg.vector_norm(V, dim=1).detach())[:, None] * V - W
+
+    def low_rank(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Precondition:
+    """LoRA-FA's gradient: g_B ← s⁻² g_B (A Aᵀ)⁻¹, so that the step on B A is the projected step on W."""
+
+    moment: ClassVar[Moment] = Moment.GRADS
+
+    def due(self, tick: Tick) -> bool:
+        return True
+
+    def apply(self, adapter: Adapter, tick: Tick) -> None:
+        assert isinstance(adapter, LoRALayer)
+        if adapter.B.grad is None:
+            return
+        A = shard.whole(adapter.A).to(torch.float64)
+        gram = adapter.scale**2 * (A @ A.mT)
+        gradient, _ = shard.local(adapter.B.grad)
+        ridge = 1e-8 * gram.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(gram.shape[-1], device=gram.device)
+        gradient.copy_(torch.linalg.solve(gram + ridge, gradient.to(torch.float64), left=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """A low-rank update beside every frozen weight."""
+
+    name: ClassVar[str] = "lora"
+    paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
+    summary: ClassVar[str] = "a trained low-rank update beside each frozen weight"
+    formula: ClassVar[str] = "r·(out + in)"
+
+    rank: int = 16
+    """r, columns of B and rows of A. The paper uses 1 to 64; 16 on all linear layers is today's habit."""
+    alpha: float = 32.0
+    """Numerator of the scale s = alpha / rank. Usually 1 to 2 times rank."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Ranks for layers matched by name, e.g. {"q_proj": 8}; the last match counts."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Alphas for layers matched by name; the last match counts."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    """s = alpha / rank, or rank-stabilised alpha / √rank (Kalajdzievski 2023)."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "kaiming"
+    """Where A and B start; see methods/lora_init.py. "eva" needs data= at attach."""
+    train: Literal["AB", "A", "B"] = "AB"
+    """Which factors train. "B" is LoRA-FA: A is frozen and the layer's input is not kept for backward."""
+    precondition: bool = False
+    """With train="B": LoRA-FA's corrected gradient s⁻² g (A Aᵀ)⁻¹ before the optimizer."""
+    dora: bool = False
+    """Weight decomposition (DoRA): train the row norm of W + sBA too."""
+    lr_ratio: float = 1.0
+    """LoRA+: the learning rate of B is this many times lr. Its paper recommends about 16 with a smaller lr."""
+    dropout: float = 0.0
+    """Probability of dropping an input of the branch while training; the base path is not touched."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases trained in place: none, all of the model, or those of adapted layers."""
+    lora_bias: bool = False
+    """A trained bias on B."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole, as copies saved with the adapter: a new head, an embedding after adding tokens."""
+    eva_ratio: float = 2.0
+    """EVA's ρ: after redistribution no layer has more than ρ·rank. 1 keeps all ranks equal."""
+    forward_order: Forward | None = None
+    """Order of multiplication in forward; none: the cheapest that is safe (ops/lora_linear/order.py)."""
+    backward_order: Backward | None = None
+    """Order of multiplication in backward; none: the cheapest that is safe."""
+
+    def check(self) -> None:
+        for where, rank in (("rank", self.rank), *self.rank_pattern.items()):
+            if rank < 1:
+                raise ConfigError(f"LoRA rank {rank} at {where!r} is below 1.")
+        for where, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
+            if not alpha > 0 or not math.isfinite(alpha):
+                raise ConfigError(f"LoRA alpha {alpha} at {where!r} is not a positive number.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"LoRA.dropout = {self.dropout} is not in [0, 1).")
+        if self.lr_ratio <= 0 or self.eva_ratio < 1:
+            raise ConfigError("LoRA.lr_ratio must be positive and LoRA.eva_ratio at least 1.")
+        if self.train == "A" and self.init not in ("orthogonal", "pissa", "olora"):
+            raise ConfigError(
+                f'LoRA(train="A", init={self.init!r}) freezes B at zero, so nothing can learn. '
+                'Use init="orthogonal", "pissa" or "olora".'
+            )
+        if self.precondition and self.train != "B":
+            raise ConfigError('LoRA.precondition is LoRA-FA\'s gradient for B over a frozen A: it needs train="B".')
+        if self.dora and self.lora_bias:
+            raise ConfigError("LoRA(dora=True, lora_bias=True): DoRA's equation has no bias on B. Drop one of the two.")
+        if self.init == "orthogonal" and any(r % 2 for r in (self.rank, *self.rank_pattern.values())):
+            raise ConfigError('LoRA(init="orthogonal") splits the rank in two halves: the rank must be even.')
+
+    # ---- one site
+
+    def rank_at(self, name: str, found: Any = None) -> int:
+        if isinstance(found, Tensor):
+            return found.shape[0]
+        return ([r for p, r in self.rank_pattern.items() if matches(name, p)] or [self.rank])[-1]
+
+    def scale_at(self, name: str, rank: int) -> float:
+        """s at a site. EVA moves ranks between layers and scales alpha along, so s stays alpha/rank of the config."""
+        if self.init == "eva":
+            rank = self.rank_at(name)
+        alpha = ([a for p, a in self.alpha_pattern.items() if matches(name, p)] or [self.alpha])[-1]
+        return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
+
+    def fit(self, spec: Spec) -> None:
+        rank = self.rank_at(spec.name)
+        if rank > spec.max_rank:
+            raise RankTooLarge(
+                f"rank {rank} at {spec.name} exceeds min(out, in) = {spec.max_rank}. "
+                f'Lower rank, set rank_pattern for it, or exclude "{spec.name.rpartition(".")[2]}".'
+            )
+        kind = type(spec.form).__name__.removesuffix("Form") or "Linear"
+        if self.dora and (spec.form.stacked or isinstance(spec.form, EmbeddingForm)):
+            raise UnsupportedLayer(f"DoRA at {spec.name}: its row norms are not defined for {kind} layers. Exclude it.")
+        if self.init in ("pissa", "olora", "eva") and isinstance(spec.form, EmbeddingForm):
+            raise UnsupportedLayer(f'init="{self.init}" at {spec.name} needs a matrix product; {kind} is a look-up.')
+        if spec.form.stacked and (self.dropout or self.lora_bias or self.init == "eva"):
+            raise UnsupportedLayer(
+                f"{spec.name} is a stack of expert weights, reached only as W + ΔW: dropout, lora_bias and "
+                'init="eva" need the layer\'s input. Exclude it, or turn them off.'
+            )
+
+    def adapt(self, base: Base, spec: Spec, rank: int) -> Adapter:
+        layer = DoRALayer if self.dora else LoRALayer
+        return layer(base, spec, rank, self.scale_at(spec.name, rank), self)
+
+    @torch.no_grad()
+    def start(self, adapter: Adapter, key: Key, found: Any = None) -> None:
+        assert isinstance(adapter, LoRALayer)
+        out, into, rank = adapter.out_features, adapter.in_features, adapter.rank
+        stack = adapter.A.shape[:-2]
+        for expert in range(stack[0]) if stack else (None,):
+            here = key if expert is None else key / expert
+            if isinstance(adapter.form, EmbeddingForm):
+                A, B = lora_init.embedding(here, out, into, rank)
+            elif self.init in ("pissa", "olora"):
+                W = adapter.base.rows().to(torch.float64)
+                start = lora_init.pissa if self.init == "pissa" else lora_init.olora
+                A, B = start(W if expert is None else W[expert], rank, adapter.scale)
+            elif self.init == "eva":
+                A, B = found, torch.zeros(out, rank)
+            else:
+                A, B = getattr(lora_init, self.init)(here, out, into, rank)
+            (adapter.A if expert is None else adapter.A[expert]).copy_(A)
+            (adapter.B if expert is None else adapter.B[expert]).copy_(B)
+        if adapter.A0 is not None and adapter.B0 is not None:
+            adapter.A0.copy_(adapter.A)
+            adapter.B0.copy_(adapter.B)
+        if adapter.b is not None:
+            adapter.b.zero_()
+        if isinstance(adapter, DoRALayer):
+            adapter.magnitude.copy_(torch.linalg.vector_norm(adapter.base.rows(), dim=1, dtype=adapter.B.dtype))
+
+    # ---- the model
+
+    def survey(self, model: nn.Module, specs: Sequence[Spec], data: Iterable[Any] | None, seed: int) -> dict[str, Any]:
+        if self.init != "eva":
+            return {}
+        raise NotImplementedError
+
+    def copies(self) -> tuple[str, ...]:
+        return self.modules_to_save
+
+    def in_place(self, name: str, adapted: bool) -> bool:
+        leaf = name.rpartition(".")[2]
+        return leaf == "bias" and (self.bias == "all" or (self.bias == "lora_only" and adapted))
+
+    def must_learn(self, name: str) -> bool:
+        return self.bias != "all"  # models own biases that a task never reaches, such as BERT's pooler
+
+    def learning_rates(self, names: Sequence[str]) -> dict[str, float]:
+        return {name: self.lr_ratio for name in names if name.endswith(".B")} if self.lr_ratio != 1 else {}
+
+    def events(self) -> tuple[Event, ...]:
+        return (Precondition(),) if self.precondition else ()

@@ -1,0 +1,110 @@
+"""Transform: how one tensor's gradient becomes a direction; Optimizer: one torch optimizer over many of them.
+
+As in optax, a transform is a pair of pure functions, ``init`` and ``update``, and transforms nest: a projection hands
+its small gradient to the one inside it, with ``p=None`` because there is no parameter in the subspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from rankshift.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The numbers of a parameter group at this step."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float  # decoupled: p ← (1 − lr·weight_decay) p before the step
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """How the gradient of one tensor becomes a direction of descent."""
+
+    def init(self, p: Tensor) -> dict[str, Tensor]:
+        """State for a tensor like ``p``: every key, in its final shape. Nothing adds a key later."""
+        ...
+
+    def update(self, g: Tensor, state: dict[str, Tensor], p: Tensor | None, hyper: Hyper) -> Tensor:
+        """The direction d of ``p ← p − lr·d`` (decay not included), with ``state`` advanced in place."""
+        ...
+
+    def step(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        hyper: Hyper,
+    ) -> None:
+        """Decay and update whole parameters in place; :func:`plain_step` unless there is a faster form."""
+        ...
+
+
+def plain_step(
+    transform: Transform,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    hyper: Hyper,
+) -> None:
+    """p ← (1 − lr·wd) p − lr·update(g), tensor by tensor."""
+    for p, g, state in zip(parameters, gradients, states, strict=True):
+        direction = transform.update(g, state, p, hyper)
+        p.mul_(1 - hyper.lr * hyper.weight_decay).sub_(direction, alpha=hyper.lr)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Runs one transform per parameter group; otherwise an ordinary ``torch.optim.Optimizer``.
+
+    Groups are dictionaries with "params", optional "lr", "weight_decay", "betas", "eps" and "name", in the order of
+    ``transforms``. State is made on the first step, tensors only, so ``state_dict`` loads with ``weights_only=True``.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        transforms: Sequence[Transform],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        if not 0 <= lr:
+            raise ConfigError(f"lr = {lr} is negative.")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"betas = {betas}: each must lie in [0, 1).")
+        if eps < 0 or weight_decay < 0:
+            raise ConfigError(f"eps = {eps} and weight_decay = {weight_decay} must not be negative.")
+        super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.transforms = tuple(transforms)
+        if len(self.transforms) != len(self.param_groups):
+            raise ConfigError(f"{len(self.transforms)} transforms for {len(self.param_groups)} parameter groups.")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, transform in zip(self.param_groups, self.transforms, strict=True):
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                if p.grad.is_sparse or p.grad.is_complex():
+                    raise ConfigError(f"A gradient of shape {tuple(p.shape)} is sparse or complex: not supported.")
+                if not self.state[p]:
+                    self.state[p].update(transform.init(p))
+            hyper = Hyper(
+                float(group["lr"]), (group["betas"][0], group["betas"][1]), group["eps"], group["weight_decay"]
+            )
+            transform.step(parameters, [p.grad for p in parameters], [self.state[p] for p in parameters], hyper)
+        return loss
