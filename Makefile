@@ -1,0 +1,44 @@
+# make train   set up what is missing and run the default job
+# make test    set up what is missing, check style and types, run the tests
+# make docs    build the documentation into site/
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.PHONY: train test lint docs clean
+
+train: $(VENV)/.installed
+	$(BIN)/rankshift train $(ARGS)
+
+test: $(VENV)/.tested lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.venv pyproject.toml constraints.txt
+	scripts/install_torch $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,dev]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache
