@@ -23,7 +23,6 @@ from rankshift.core.random import Key
 from rankshift.core.site import (
     Replica,
     Site,
-    Spec,
     Stack,
     base_parameters,
     check_tied,
@@ -294,7 +293,7 @@ class Run:
             why = "exists" if name in self._members else "is not a name like french_v2"
             raise AttachError(f"adapter {name!r} {why}. Adapters here: {', '.join(self._members)}.")
         if any(method.in_place(n, adapted) for n, _, adapted in base_parameters(self.model)):
-            raise AttachError(f"{type(method).__name__} as configured trains base weights in place; it cannot be added.")
+            raise AttachError(f"{type(method).__name__} as configured trains base weights in place: cannot be added.")
         self._build(name, method, data)
         self.use(*self._active)
 
@@ -351,7 +350,7 @@ class Run:
         """The base, bit for bit, for the length of a ``with`` block."""
         self._open()
         if not self.method.reversible:
-            raise AttachError(f"{type(self.method).__name__} trains the base itself: there is no base left to go back to.")
+            raise AttachError(f"{type(self.method).__name__} trains the base itself: there is none to go back to.")
         trained: dict[str, Tensor] = {}
         for name, parameter, _ in base_parameters(self.model):
             if name in self._originals:
@@ -370,7 +369,7 @@ class Run:
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[nn.Module]:
-        """The active adapters folded into the base for the length of a ``with`` block; then the base's own bits again."""
+        """The active adapters folded into the base for a ``with`` block; after it the base's own bits again."""
         self._open()
         kept = {}
         for name, site in self.sites.items():
@@ -389,8 +388,10 @@ class Run:
             self._link(self._active)
 
     def _link(self, active: Sequence[str]) -> None:
-        for place_ in (*self.sites.values(), *self._replicas().values()):
-            place_.link(active)
+        for site in self.sites.values():
+            site.link(active)
+        for replica in self._replicas().values():
+            replica.link(active)
 
     # ---- ends
 
@@ -466,7 +467,9 @@ class Run:
 
     def _open(self) -> None:
         if self._closed:
-            raise AttachError(f"This run ended with {self._closed}. Attach again, or use the run that shift() returned.")
+            raise AttachError(
+                f"This run ended with {self._closed}. Attach again, or use the run that shift() returned."
+            )
 
     def _known(self, name: str) -> None:
         if name not in self._members:

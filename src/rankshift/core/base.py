@@ -25,7 +25,7 @@ class Base(nn.Module):
     """
 
     exact: ClassVar[bool] = True
-    """False if ``add_`` re-rounds more than the weight's dtype does: events that must preserve the function refuse it."""
+    """False if ``add_`` re-rounds more than the weight's dtype does; what must preserve the function refuses it."""
 
     storage: ClassVar[bool] = True
     """True if the weight is held here; False for an adapter that stands on another base."""
@@ -128,7 +128,8 @@ class Slab(Base):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return getattr(self._module[0], self.parameter)
+        weight: Tensor = getattr(self._module[0], self.parameter)
+        return weight
 
     @property
     def bias(self) -> None:  # type: ignore[override]

@@ -97,7 +97,8 @@ def hints(kind: type) -> dict[str, Any]:
 
 def conform_fields(config: Any) -> None:
     """Check every field of a frozen dataclass against its annotation, in place (for ``__post_init__``)."""
-    for name, hint in hints(type(config)).items():
+    kind: type = type(config)
+    for name, hint in hints(kind).items():
         where = f"{type(config).__name__}.{name}"
         object.__setattr__(config, name, conform(getattr(config, name), hint, where))
 

@@ -1,25 +1,25 @@
 """Every error a user can meet, in one tree. The text says what, where, why and what to do.
 
-    RankshiftError
-    ├── ConfigError          (ValueError)    a field, a value or a combination is wrong
-    ├── TargetError          (ValueError)    the method does not fit the model it was given
-    │   ├── UnmatchedTarget                  a pattern names no layer
-    │   ├── RankTooLarge                     rank exceeds min(out, in) of a layer
-    │   ├── TiedWeights                      the layer's weight is shared with another module
-    │   └── UnsupportedLayer                 a layer kind, storage or engine the method cannot serve
-    ├── AttachError          (RuntimeError)  attach, add, use, delete in the wrong order
-    ├── CheckpointError      (RuntimeError)  files of a run
-    │   ├── MissingFile                      the directory or a file in it is not there
-    │   ├── CorruptFile                      a file is not what its manifest says
-    │   ├── WrongBase                        the adapter was trained on another base
-    │   └── NotWritable                      no permission, no space, path in use
-    ├── ExportError          (RuntimeError)  the wanted format cannot hold this exactly
-    ├── DataError            (ValueError)    training data is missing, empty or of another shape
-    └── TrainingError        (RuntimeError)  found while training
-        ├── NoGradient                       a trainable tensor receives no gradient
-        ├── StepWithoutForward               the optimizer stepped on gradients of an unseen forward
-        ├── NonFinite                        gradients stay NaN or Inf
-        └── OutOfMemory                      the device is full; the text says what to lower
+RankshiftError
+├── ConfigError          (ValueError)    a field, a value or a combination is wrong
+├── TargetError          (ValueError)    the method does not fit the model it was given
+│   ├── UnmatchedTarget                  a pattern names no layer
+│   ├── RankTooLarge                     rank exceeds min(out, in) of a layer
+│   ├── TiedWeights                      the layer's weight is shared with another module
+│   └── UnsupportedLayer                 a layer kind, storage or engine the method cannot serve
+├── AttachError          (RuntimeError)  attach, add, use, delete in the wrong order
+├── CheckpointError      (RuntimeError)  files of a run
+│   ├── MissingFile                      the directory or a file in it is not there
+│   ├── CorruptFile                      a file is not what its manifest says
+│   ├── WrongBase                        the adapter was trained on another base
+│   └── NotWritable                      no permission, no space, path in use
+├── ExportError          (RuntimeError)  the wanted format cannot hold this exactly
+├── DataError            (ValueError)    training data is missing, empty or of another shape
+└── TrainingError        (RuntimeError)  found while training
+    ├── NoGradient                       a trainable tensor receives no gradient
+    ├── StepWithoutForward               the optimizer stepped on gradients of an unseen forward
+    ├── NonFinite                        gradients stay NaN or Inf
+    └── OutOfMemory                      the device is full; the text says what to lower
 """
 
 from __future__ import annotations

@@ -80,7 +80,12 @@ def _draw(key: Key, shape: tuple[int, ...], first: int, normal: bool) -> Tensor:
 
 
 def uniform(
-    key: Key, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0, *, dtype: torch.dtype = torch.float32,
+    key: Key,
+    shape: tuple[int, ...],
+    low: float = 0.0,
+    high: float = 1.0,
+    *,
+    dtype: torch.dtype = torch.float32,
     first: int = 0,
 ) -> Tensor:
     """U(low, high) on the CPU. ``first`` is the index of the first element, so a shard draws its own part."""

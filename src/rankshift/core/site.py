@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ class Site(nn.Module):
         return [self[name] for name in self.active]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.top(x)
+        y: Tensor = self.top(x)
+        return y
 
     def effective(self) -> Tensor:
         """W + ΔW in the base's dtype, differentiable: the form in which stacked weights are adapted."""
@@ -114,8 +116,14 @@ class Stack(nn.Module):
         self.module = module
         self.sites = nn.ModuleDict()
 
+    def named_sites(self) -> Iterator[tuple[str, Site]]:
+        """(parameter, site) of each adapted stack."""
+        for name, site in self.sites.items():
+            assert isinstance(site, Site)
+            yield name, site
+
     def forward(self, *args: object, **kwargs: object) -> object:
-        weights = {name: site.effective() for name, site in self.sites.items() if site.active}
+        weights = {name: site.effective() for name, site in self.named_sites() if site.active}
         return torch.func.functional_call(self.module, weights, args, kwargs)
 
 
@@ -213,7 +221,7 @@ def base_parameters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.
 
     def visit(module: nn.Module, prefix: str, adapted: bool) -> Iterator[tuple[str, nn.Parameter, bool]]:
         if isinstance(module, Stack):
-            stacked = {leaf for leaf in module.sites}
+            stacked = set(module.sites)
             for leaf, parameter in module.module.named_parameters(recurse=False):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
@@ -240,7 +248,8 @@ def _all_linear(model: nn.Module) -> list[str]:
     if not isinstance(body, nn.Module):
         body = model
     inside = {id(module) for module in body.modules()}
-    heads = {id(model.get_output_embeddings())} if hasattr(model, "get_output_embeddings") else set()
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)
+    heads = {id(output())}
     names = []
     for name, module, parameter in walk(model):
         if parameter is not None or id(module) not in inside or id(module) in heads:
