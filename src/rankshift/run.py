@@ -486,8 +486,8 @@ class Run:
         tensors: dict[str, Tensor] = {}
         for name in self._members:
             for site, adapter in self.adapter(name).items():
-                for leaf, parameter in adapter.named_parameters():
-                    tensors[f"{name}/{site}.{leaf}"] = shard.whole(parameter)
+                for leaf, tensor in adapter.state_dict().items():
+                    tensors[f"{name}/{site}.{leaf}"] = shard.whole(tensor)
             for site, replica in self._replicas().items():
                 if name in replica.copies:
                     for leaf, tensor in replica.copies[name].state_dict().items():
@@ -560,7 +560,7 @@ class Run:
         places: dict[str, Tensor] = {}
         for name in self._members:
             for site, adapter in self.adapter(name).items():
-                places.update({f"{name}/{site}.{leaf}": p for leaf, p in adapter.named_parameters()})
+                places.update({f"{name}/{site}.{leaf}": t for leaf, t in adapter.state_dict(keep_vars=True).items()})
             for site, replica in self._replicas().items():
                 if name in replica.copies:
                     state = replica.copies[name].state_dict(keep_vars=True)
