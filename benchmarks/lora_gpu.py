@@ -32,7 +32,12 @@ SHAPES = {
 def llama(shape: str, device: str) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        **SHAPES[shape], num_attention_heads=32, num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False
+        **SHAPES[shape],
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+        use_cache=False,  # a cache in training recompiles every block
     )
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
