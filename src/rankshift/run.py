@@ -31,6 +31,7 @@ from rankshift.core.site import (
     place_replica,
     remove,
     spec_of,
+    untie,
     walk,
 )
 from rankshift.optim import Adam, Optimizer, Transform
@@ -124,6 +125,8 @@ class Run:
                 self.changed.add(leaf)
         self.use(name)
         if not any(True for _ in self.trainable()):
+            self._strip()
+            self._close("an error")
             raise ConfigError(f"{type(method).__name__} has nothing to train on this model.")
         self.phases.append(Phase(to_dict(method), self.step))
         _ATTACHED.add(self.model)
@@ -144,28 +147,52 @@ class Run:
         for spec in specs:
             method.fit(spec)
         for spec in specs:
-            check_tied(model, spec, method.tied == "untie")
+            if method.tied == "refuse":
+                check_tied(model, spec)
         found = method.survey(model, specs, data, self.seed) if fill else {}
-        ranks = dict(ranks) if ranks is not None else {s.name: method.rank_at(s.name, found.get(s.name)) for s in specs}
-        member = _Member(method, {}, copies)
         for spec in specs:
-            site = place(model, spec)
-            adapter = method.adapt(site.base, spec, ranks[spec.name])
-            if adapter is None:
-                continue
-            adapter.site = spec.name
-            adapter.trains = frozenset(leaf for leaf, p in adapter.named_parameters() if p.requires_grad)
-            adapter.train(model.training)
-            if fill and spec.device.type != "meta":
-                method.start(adapter, Key(self.seed) / name / spec.name, found.get(spec.name))
-            site.adapters[name] = adapter
-            self._sites[spec.name] = site
-            member.ranks[spec.name] = ranks[spec.name]
-        for copied in copies:
-            replica = place_replica(model, copied)
-            replica.copies[name] = copy.deepcopy(replica.base).requires_grad_(True)
-            replica.base.requires_grad_(False)
-        self._members[name] = member
+            untie(model, spec)
+        ranks = dict(ranks) if ranks is not None else {s.name: method.rank_at(s.name, found.get(s.name)) for s in specs}
+        self._members[name] = member = _Member(method, {}, copies)
+        try:
+            for spec in specs:
+                site = self._sites[spec.name] = place(model, spec)
+                adapter = method.adapt(site.base, spec, ranks[spec.name])
+                if adapter is None:
+                    continue
+                adapter.site = spec.name
+                adapter.trains = frozenset(leaf for leaf, p in adapter.named_parameters() if p.requires_grad)
+                adapter.train(model.training)
+                if fill and spec.device.type != "meta":
+                    method.start(adapter, Key(self.seed) / name / spec.name, found.get(spec.name))
+                site.adapters[name] = adapter
+                member.ranks[spec.name] = ranks[spec.name]
+            for copied in copies:
+                replica = place_replica(model, copied)
+                replica.copies[name] = copy.deepcopy(replica.base).requires_grad_(True)
+                replica.base.requires_grad_(False)
+        except BaseException:  # out of memory, Ctrl-C: the model goes back as it came
+            self._drop(name)
+            raise
+        for site in list(self._sites.values()):
+            if not site.adapters:
+                self._remove(site)
+
+    def _drop(self, name: str) -> None:
+        """Take an adapter out of every site, and out of the model what then stands empty."""
+        del self._members[name]
+        for site in list(self._sites.values()):
+            if name in site.adapters:
+                del site.adapters[name]
+            if not site.adapters:
+                self._remove(site)
+        for replica in self._replicas().values():
+            if name in replica.copies:
+                del replica.copies[name]
+
+    def _remove(self, site: Site) -> None:
+        remove(self.model, site)
+        del self._sites[site.spec.name]
 
     # ---- what is here
 
@@ -320,16 +347,7 @@ class Run:
         if len(self._members) == 1:
             raise AttachError(f"adapter {name!r} is the only one. End the run with run.merge(), or add another first.")
         self._active = tuple(other for other in self._active if other != name)
-        del self._members[name]
-        for site in self.sites.values():
-            if name in site.adapters:
-                del site.adapters[name]
-                if not site.adapters:
-                    remove(self.model, site)
-                    del self._sites[site.spec.name]
-        for replica in self._replicas().values():
-            if name in replica.copies:
-                del replica.copies[name]
+        self._drop(name)
         self.use(*self._active)
 
     def combine(self, names: Sequence[str], name: str, weights: Sequence[float] | None = None) -> None:
@@ -371,6 +389,7 @@ class Run:
     def merged(self) -> Iterator[nn.Module]:
         """The active adapters folded into the base for a ``with`` block; after it the base's own bits again."""
         self._open()
+        _check_foldable(self.sites.values())
         kept = {}
         for name, site in self.sites.items():
             if site.active:
@@ -401,6 +420,7 @@ class Run:
         The sum is taken in fp32 (float64 on a float64 base) and rounded once.
         """
         self._open()
+        _check_foldable(self.sites.values())
         for site in self.sites.values():
             if site.active:
                 _fold(site)
@@ -632,13 +652,21 @@ def _fold(site: Site) -> None:
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     biases = [b for b in (a.delta_bias() for a in acting) if b is not None]
-    if biases and site.base.bias is None:
-        raise AttachError(f"{site.spec.name} has no bias to merge the adapter's bias into.")
     site.base.add_(delta)
     with torch.no_grad():
         for bias in biases:
             assert site.base.bias is not None
             site.base.bias.copy_(site.base.bias.to(bias.dtype) + bias)
+
+
+def _check_foldable(sites: Iterable[Site]) -> None:
+    """Raise before the first weight changes if an adapter's bias has no bias to be added to."""
+    for site in sites:
+        if site.base.bias is None and any(adapter.delta_bias() is not None for adapter in site.acting()):
+            raise AttachError(
+                f"{site.spec.name} has no bias to merge the adapter's bias into. Nothing was merged. Go on unmerged, or "
+                "train with lora_bias=False."
+            )
 
 
 def _copies(model: nn.Module, method: Method) -> tuple[str, ...]:
