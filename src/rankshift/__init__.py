@@ -23,6 +23,7 @@ _HOME = {
     "methods": "methods",
     "to_dict": "methods",
     "from_dict": "methods",
+    "Trainer": "train.trainer",
     "RankshiftError": "core.errors",
     "errors": "core.errors",
 }
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from rankshift.run import attach as attach
     from rankshift.run import load as load
     from rankshift.run import restore as restore
+    from rankshift.train.trainer import Trainer as Trainer
 
 
 def __getattr__(name: str) -> Any:

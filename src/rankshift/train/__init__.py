@@ -1,0 +1,1 @@
+"""Training with transformers: the Trainer, data, evaluation, recipes. The only floor that imports transformers."""

@@ -1,0 +1,421 @@
+"""Trainer: transformers' Trainer around a run. What it adds: the method, its phases, and checkpoints without the base.
+
+A checkpoint is transformers' own (optimizer.pt, scheduler.pt, trainer_state.json, random states), but where
+model.safetensors would be there is ``rankshift/``, the run's native directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+
+from rankshift.core import shard
+from rankshift.core.errors import AttachError, ConfigError, MissingFile, OutOfMemory, WrongBase
+from rankshift.core.method import Method
+from rankshift.core.site import base_parameters
+from rankshift.run import Run, attach, restore
+
+_log = logging.getLogger(__name__)
+
+RUN = "rankshift"  # the run's directory inside a checkpoint
+_STATE = "trainer_state.json"  # transformers writes it last: a checkpoint that has it is complete
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+
+
+class Trainer(transformers.Trainer):
+    """``transformers.Trainer`` for a model with a method.
+
+    >>> trainer = rs.Trainer(model=model, method=rs.LoRA(rank=16), args=TrainingArguments("out"), train_dataset=data)
+    >>> trainer.train()
+    >>> trainer.run.export("out/adapter")
+
+    Checkpoints hold what the method trained, never an untouched base, and resume to the same bits. The next phase of
+    a method begins where it is due: new optimizer, same schedule.
+
+    Ctrl-C ends training after the update in progress, saves a checkpoint, says how to go on and exits with code 130; a
+    second Ctrl-C stops at once. Any other KeyboardInterrupt saves too, unless it came in the middle of an update.
+
+    Args:
+        model: the base; or leave it out and give ``run``.
+        args: transformers' TrainingArguments. ``args.seed`` is the seed of the method too.
+        method: attached to ``model``. Exactly one of ``method`` and ``run`` is given.
+        run: a run that exists already.
+        calibration: batches for methods that look at data before they start, as collated dictionaries.
+        check_gradients: stop if a tensor that must learn has no gradient in the first update.
+        rest: everything else that transformers' Trainer takes. An optimizer in ``optimizers`` must hold the run's
+            trainable tensors and then carries the method's events.
+
+    Raises:
+        ConfigError: a setting that cannot work with a method, before anything is attached.
+        OutOfMemory: while training; the text says what to lower.
+    """
+
+    run: Run
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        method: Method | None = None,
+        run: Run | None = None,
+        calibration: Iterable[Any] | None = None,
+        check_gradients: bool = True,
+        callbacks: list[TrainerCallback] | None = None,
+        **rest: Any,
+    ):
+        if (method is None) == (run is None):
+            raise ConfigError("Trainer needs a method=, such as rs.LoRA(rank=16), or an existing run=; one of the two.")
+        if run is not None:
+            if model is not None and model is not run.model:
+                raise AttachError("Trainer(model=…, run=…): the run is attached to another model. Leave model out.")
+            model = run.model
+        if model is None:
+            raise ConfigError("Trainer needs a model. model_init is not supported: a method is attached to one model.")
+        args = copy.copy(args) if args is not None else TrainingArguments("tmp_trainer")
+        first = run.method if run is not None else method
+        if not isinstance(first, Method):
+            raise ConfigError(f"Trainer needs a method such as rs.LoRA(rank=16); got {type(first).__name__}.")
+        if rest.get("optimizer_cls_and_kwargs") is not None:
+            raise ConfigError("optimizer_cls_and_kwargs= is not supported. Pass run= and a ready one in optimizers=.")
+        self._settle(args, model, first)
+        super().__init__(model, args, callbacks=[_Watch(self), *(callbacks or ())], **rest)
+        self._refuse_engines()
+        self.check_gradients = check_gradients
+        self._foreign = self.optimizer is not None
+        self._stop = False
+        self._settled = True
+        self._counted = False
+        if run is None:
+            assert method is not None
+            batches = None if calibration is None else (self._prepare_inputs(batch) for batch in calibration)
+            run = attach(model, method, seed=args.seed, total_steps=self._planned_updates(), data=batches)
+        self.run = run
+        if self._foreign:
+            self._carry(self.optimizer)
+
+    # ---- settings
+
+    def _settle(self, args: TrainingArguments, model: nn.Module, method: Method) -> None:
+        """Defaults that suit a mostly frozen model; refusals before anything is built."""
+        optim = getattr(args.optim, "value", args.optim)
+        if optim not in _ADAMW:
+            raise ConfigError(
+                f"optim={optim!r} would build its own optimizer, but a method brings its own: AdamW as it transforms it. "
+                f"Use {' or '.join(map(repr, _ADAMW))}; or attach first, pass run= and optimizers=(yours, None), with "
+                "yours made over [p for _, p in run.trainable()]."
+            )
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = _may_be_unused(model, method)
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if (getattr(args, name, None) or {}).get("use_reentrant"):
+                raise ConfigError(
+                    f"{name} has use_reentrant=True, which cuts the graph at a layer whose input needs no gradient, as "
+                    "behind a frozen embedding: adapters there would learn nothing. Set use_reentrant=False."
+                )
+
+    def _refuse_engines(self) -> None:
+        if self.is_deepspeed_enabled:
+            raise ConfigError("DeepSpeed steps its own optimizer, which carries no events. Use DDP or FSDP2.")
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+            raise ConfigError('FSDP1 flattens trained and frozen tensors together. Use fsdp_config={"version": 2}.')
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                f"{self.args.n_gpu} GPUs in one process would use nn.DataParallel. Launch with torchrun "
+                f"--nproc-per-node {self.args.n_gpu}, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+
+    def _planned_updates(self) -> int | None:
+        """Updates of the whole schedule, where the arguments and the data say it."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        if self.train_dataset is None or not has_length(self.train_dataset):
+            return None
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+    # ---- optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The run's AdamW with the rates and decay of the arguments; biases and norms do not decay."""
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = self.run.optimizer(
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                decay=self._decays(),
+                check_gradients=self.check_gradients,
+            )
+        return self.optimizer
+
+    def _decays(self) -> Callable[[str, Tensor], bool]:
+        """transformers' rule by name for the model's own tensors; of an adapter, matrices decay and vectors do not."""
+        names = set(self.get_decay_parameter_names(self.model))
+        decaying = {id(p) for name, p in self.model.named_parameters() if name in names}
+        factors = {id(p) for name in self.run.active for a in self.run.adapter(name).values() for p in a.parameters()}
+        return lambda _, tensor: tensor.dim() > 1 if id(tensor) in factors else id(tensor) in decaying
+
+    def _carry(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, tensor in self.run.trainable():
+            if id(tensor) not in held:
+                raise ConfigError(
+                    f"The optimizer in optimizers= does not hold {name}. Attach first, make it over "
+                    "[p for _, p in run.trainable()], and pass run= instead of method=."
+                )
+        self.run.carry(optimizer)
+
+    # ---- training
+
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any
+    ) -> transformers.trainer_utils.TrainOutput:
+        """Train; with ``resume_from_checkpoint`` a directory, or True or "last" for the last complete one, go on.
+
+        Raises:
+            MissingFile: there is no complete checkpoint to resume from.
+            OutOfMemory: the device is full.
+            SystemExit: code 130 after Ctrl-C, with a checkpoint saved.
+        """
+        directory = self._checkpoint(resume_from_checkpoint)
+        if directory is not None:
+            self._restore(directory)
+        try:
+            with self._interruptible():
+                return super().train(None if directory is None else str(directory), *args, **kwargs)
+        except KeyboardInterrupt:
+            self._leave()
+            raise SystemExit(130) from None
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise OutOfMemory(self._what_to_lower(error)) from error
+            raise
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward, through the wrapper of the current phase."""
+        current = self.model_wrapped
+        if current is model or not isinstance(model, DistributedDataParallel):
+            return super().training_step(model, *args, **kwargs)
+        # transformers' loop holds the wrapper of the phase in which it began, and tells that one when to synchronise
+        with contextlib.nullcontext() if model.require_backward_grad_sync else current.no_sync():
+            return super().training_step(current, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = dict(logs)
+            if self.run.skipped:
+                logs["skipped"] = self.run.skipped
+            if not self._counted:
+                logs["trainable_parameters"] = sum(p.numel() for _, p in self.run.trainable())
+                self._counted = True
+        super().log(logs, *args, **kwargs)
+
+    def _what_to_lower(self, error: RuntimeError) -> str:
+        args, advice = self.args, []
+        if args.per_device_train_batch_size > 1:
+            advice.append(
+                f"per_device_train_batch_size = {args.per_device_train_batch_size} to "
+                f"{args.per_device_train_batch_size // 2} with gradient_accumulation_steps = "
+                f"{args.gradient_accumulation_steps * 2} (the same update)"
+            )
+        advice.append("the sequence length")
+        if any(a.rank for name in self.run.active for a in self.run.adapter(name).values()):
+            advice.append("the rank")
+        checkpointing = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else ""
+        checkpointing = checkpointing or "gradient_checkpointing"
+        more = "" if getattr(args, checkpointing) else f" Or set {checkpointing}=True: less memory, a third more time."
+        first = str(error).split("\n")[0].rstrip(".")
+        return f"Out of memory at step {self.state.global_step} ({first}). Lower {', or '.join(advice)}.{more}"
+
+    # ---- phases
+
+    def _shift(self, method: Method) -> None:
+        """Begin the next phase: new trainable tensors and moments, the schedule where it was."""
+        if self._foreign:
+            raise ConfigError(
+                f"{self.run.method.name} goes on as {method.name} at step {self.run.step}, which needs a new "
+                "optimizer, but this one was passed in optimizers=. Leave optimizers out."
+            )
+        if self.is_fsdp_enabled:
+            raise ConfigError("A phase cannot end inside a Trainer under FSDP2: shift() before training, or use DDP.")
+        taken = self.lr_scheduler.last_epoch
+        before = self.run.method.name
+        self.run = self.run.shift(method)
+        self.accelerator.free_memory()
+        if isinstance(self.model_wrapped, DistributedDataParallel):  # its reducer knows the old tensors
+            self.accelerator.ddp_handler.find_unused_parameters = _may_be_unused(self.model, method)
+            self.model_wrapped = self.accelerator.prepare_model(self.model)
+        self.optimizer = self.lr_scheduler = None
+        self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
+        self.create_scheduler(num_training_steps=self.state.max_steps)
+        _advance(self.lr_scheduler, taken)
+        for name in ("optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self._counted = False
+        _log.warning(
+            "Step %d: %s ends, %s begins. The moments of the optimizer start anew; the schedule goes on.",
+            self.run.step, before, method.name,
+        )  # fmt: skip
+
+    # ---- checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the run, as ``rs.load`` reads it, to ``rankshift/`` in this directory; the tokenizer beside it."""
+        directory = Path(output_dir or self.args.output_dir)
+        self.run.save(directory / RUN)
+        if self.args.should_save:
+            keeper = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if keeper is not None:
+                keeper.save_pretrained(directory)
+            torch.save(self.args, directory / "training_args.bin")
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def _checkpoint(self, wish: str | Path | bool | None) -> Path | None:
+        """The directory to resume from."""
+        if wish is None or wish is False:
+            return None
+        if wish is True or wish == "last":
+            found = _complete_checkpoints(Path(self.args.output_dir))
+            if not found:
+                raise MissingFile(f"There is no complete checkpoint in {self.args.output_dir}. Train without resuming.")
+            return found[-1]
+        directory = Path(wish)
+        for needed in (directory, directory / _STATE, directory / RUN):
+            if not needed.exists():
+                raise MissingFile(f"{needed} is not there: {directory} is no complete checkpoint of rs.Trainer.")
+        return directory
+
+    def _restore(self, directory: Path) -> None:
+        """Bring the run to the state of a checkpoint, in whatever phase that is."""
+        from rankshift.io.checkpoint import read
+
+        state = read(directory / RUN)
+        stray = self.run.changed - set(state["changed"])
+        if stray:
+            raise WrongBase(f"{min(stray)} was changed since that checkpoint. Load the base model anew to resume.")
+        if len(state["phases"]) == len(self.run.phases):
+            self.run.load_state_dict(state)
+            return
+        began, here = state["phases"][0]["method"], self.run.phases[0].method
+        if began != here:
+            raise WrongBase(f"the checkpoint began as {began}, but the method given is {here}.")
+        if self._foreign:
+            raise ConfigError("The checkpoint is from another phase, whose tensors the given optimizer does not hold.")
+        model = self.run.model
+        self.run.detach() if self.run.method.reversible else self.run.merge()
+        self.run = restore(model, state)
+        self.optimizer = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: :meth:`train` restored the run before transformers asks."""
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._restore(Path(self.state.best_model_checkpoint))
+
+    # ---- interrupts
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let the first SIGINT wait for the end of the update; leave a handler that somebody else set alone."""
+        before = signal.getsignal(signal.SIGINT)
+        here = threading.current_thread() is threading.main_thread() and before is signal.default_int_handler
+        self._stop = False
+
+        def wait(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+            signal.signal(signal.SIGINT, before)
+            _log.warning("Stopping after this update. Ctrl-C again stops at once.")
+
+        if here:
+            signal.signal(signal.SIGINT, wait)
+        try:
+            yield
+        finally:
+            if here:
+                signal.signal(signal.SIGINT, before)
+
+    def _leave(self) -> None:
+        """Save where an interrupt came, if the state there is whole, and say how to go on."""
+        step = self.state.global_step
+        here = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        alone = self.args.world_size == 1 or self._stop  # a vote stopped every rank at this step
+        found = _complete_checkpoints(Path(self.args.output_dir))
+        if here not in found and step > 0 and alone and self._settled:
+            self._save_checkpoint(self.model, None)
+            found.append(here)
+        if not found:
+            _log.warning("Interrupted at step %d. There is no checkpoint to go on from.", step)
+            return
+        _log.warning(
+            'Interrupted at step %d. To go on from %s: trainer.train(resume_from_checkpoint="%s").',
+            step, found[-1].name, found[-1],
+        )  # fmt: skip
+
+
+class _Watch(TrainerCallback):
+    """Tells its trainer where in an update the loop is."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.trainer._settled = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        trainer = self.trainer
+        method = trainer.run.due()
+        if method is not None:
+            trainer._shift(method)
+        trainer._settled = True
+        trainer._stop = shard.any_rank(trainer._stop, args.device)
+        if trainer._stop:
+            raise KeyboardInterrupt
+
+
+def _may_be_unused(model: nn.Module, method: Method) -> bool:
+    """Whether the method trains tensors that a task may not reach, so that DDP has to look for them."""
+    return any(method.in_place(name, True) and not method.must_learn(name) for name, _, _ in base_parameters(model))
+
+
+def _advance(scheduler: Any, steps: int) -> None:
+    """Take a fresh schedule to where another one was."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # on purpose, before updates
+        for _ in range(steps):
+            scheduler.step()
+
+
+def _complete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints whose last file was written, by step."""
+    found = []
+    for entry in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = entry.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((entry / _STATE).read_text())
+            if (entry / RUN).is_dir():
+                found.append((int(number), entry))
+    return [entry for _, entry in sorted(found)]
