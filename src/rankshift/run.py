@@ -186,9 +186,12 @@ class Run:
                 del site.adapters[name]
             if not site.adapters:
                 self._remove(site)
-        for replica in self._replicas().values():
+        for path, replica in self._replicas().items():
             if name in replica.copies:
                 del replica.copies[name]
+            if not replica.copies:
+                parent, _, leaf = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), leaf, replica.base)
 
     def _remove(self, site: Site) -> None:
         remove(self.model, site)
