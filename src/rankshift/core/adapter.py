@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -73,6 +74,14 @@ class Adapter(Base):
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Whole (A, B), detached, with ``B @ A == delta()``; None if the change has no such form."""
         return None
+
+    @property
+    def changed(self) -> bool:  # type: ignore[override]
+        return self.base.changed
+
+    def add_(self, delta: Callable[[slice], Tensor]) -> None:
+        """W += delta, in the storage at the bottom."""
+        self.base.add_(delta)
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
         with torch.no_grad():

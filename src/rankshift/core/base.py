@@ -35,6 +35,8 @@ class Base(nn.Module):
     in_features: int
     weight: Tensor  # as stored: model code may ask for its dtype or device
     bias: Tensor | None  # (out,)
+    changed: bool = False
+    """True once ``add_`` was called: the weight no longer is what it came as, so a run must save it."""
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
@@ -62,8 +64,14 @@ class Base(nn.Module):
         """A dense (k, in) copy of some rows of the whole weight. Under sharding every rank must call it."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def add_(self, delta: Callable[[slice], Tensor]) -> None:
         """W += delta. Asks ``delta`` for fp32 (or wider) rows of the part held here, block by block; rounds once."""
+        self.changed = True
+        self._add(delta)
+
+    def _add(self, delta: Callable[[slice], Tensor]) -> None:
+        """What :meth:`add_` does, in this storage."""
         raise NotImplementedError
 
     def restore(self) -> nn.Module:
@@ -77,12 +85,17 @@ class Dense(Base):
     def __init__(self, module: nn.Module, form: Form):
         super().__init__()
         self.form = form
-        weight, bias = module.weight, getattr(module, "bias", None)
+        weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
+        # One dictionary for both: what replaces a parameter here (FSDP2's shards, .to) replaces it in the layer that
+        # restore() hands back, and nothing keeps the old one alive.
+        self._parameters = module._parameters
+        self._layer = (module,)  # in a tuple, hidden from nn.Module: it must not appear in names
         self.out_features, self.in_features = form.matrix(weight).shape[-2:]
-        self._shell = (module,)  # hidden in a tuple from nn.Module: the empty shell that restore() fills again
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        return self._parameters.get("bias")
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
@@ -98,8 +111,7 @@ class Dense(Base):
     def rows(self, rows: slice = slice(None)) -> Tensor:
         return self.form.matrix(shard.whole(self.weight))[..., rows, :].clone()
 
-    @torch.no_grad()
-    def add_(self, delta: Callable[[slice], Tensor]) -> None:
+    def _add(self, delta: Callable[[slice], Tensor]) -> None:
         part, held = shard.local(self.weight)
         if type(self.form) is Form:  # axis 0 is out: ask for the rows held, a block at a time
             for block in blocks(held, self.in_features):
@@ -110,11 +122,7 @@ class Dense(Base):
             here.copy_(_sum(here, self.form.stored(delta(slice(None)))[held]))
 
     def restore(self) -> nn.Module:
-        module = self._shell[0]
-        module.weight = self.weight
-        if self.bias is not None:
-            module.bias = self.bias
-        return module
+        return self._layer[0]
 
 
 class Slab(Base):
@@ -124,7 +132,7 @@ class Slab(Base):
         super().__init__()
         self.form, self.parameter = form, parameter
         self._module = (module,)
-        self.out_features, self.in_features = self.weight.shape[-2:]
+        self.out_features, self.in_features = form.matrix(self.weight).shape[-2:]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -137,19 +145,18 @@ class Slab(Base):
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
-        return (self.weight,)
+        return (self.form.matrix(self.weight),)
 
     @staticmethod
     def dense(*packed: Tensor) -> Tensor:
         return packed[0]
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
-        return shard.whole(self.weight)[:, rows, :].clone()
+        return self.form.matrix(shard.whole(self.weight))[:, rows, :].clone()
 
-    @torch.no_grad()
-    def add_(self, delta: Callable[[slice], Tensor]) -> None:
+    def _add(self, delta: Callable[[slice], Tensor]) -> None:
         part, held = shard.local(self.weight)
-        part.copy_(_sum(part, delta(slice(None))[held]))
+        part.copy_(_sum(part, self.form.stored(delta(slice(None)))[held]))
 
 
 def _sum(weight: Tensor, delta: Tensor) -> Tensor:

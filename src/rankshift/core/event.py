@@ -11,6 +11,7 @@ tensors of the adapter or of the optimizer.
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,9 +19,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.errors import AttachError, NoGradient, NonFinite, StepWithoutForward
 from rankshift.core.random import Key
+
+_log = logging.getLogger(__name__)
 
 _PATIENCE = 20  # skipped updates in a row before a run is stopped
 
@@ -72,25 +76,45 @@ class Event(Protocol):
 Audience = Callable[[], Iterable[tuple[Event, Sequence[Adapter]]]]
 
 
+class Needs(enum.Enum):
+    """What the first gradient of a tensor that trains must be."""
+
+    NOTHING = "nothing"  # the task may never reach it
+    GRADIENT = "gradient"  # it must be there; zero will do, because another tensor starts at zero
+    NONZERO = "nonzero"
+
+
+@dataclass
+class Witness:
+    """Saw a training forward since it was last asked. A copied model has its own, which nobody asks."""
+
+    forward: bool = False
+
+    def __call__(self, model: nn.Module, args: object) -> None:
+        if model.training and torch.is_grad_enabled():
+            self.forward = True
+
+
 @dataclass(eq=False)
 class Driver:
     """Counts updates and applies events, from the step hooks of the optimizer it is bound to.
 
-    The count lives in the optimizer's first parameter group (``updates``), so whatever saves the optimizer saves it.
+    The counts live in the optimizer's first parameter group (``updates`` and ``skipped``), so whatever saves the
+    optimizer saves them.
     """
 
     audience: Audience
     seed: int
     total: int | None = None
-    trainable: Callable[[], Iterable[tuple[str, Tensor, bool]]] = tuple  # (name, tensor, must have a gradient)
-    start: int = 0
+    trainable: Callable[[], Iterable[tuple[str, Tensor, Needs]]] = tuple
+    start: int = 0  # updates taken, while no optimizer counts
+    skips: int = 0  # updates skipped, likewise
     check_gradients: bool = True
-    on_step: list[Callable[[int], None]] = field(default_factory=list)
 
     _optimizer: torch.optim.Optimizer | None = None
     _hooks: list[Any] = field(default_factory=list)
-    _forwarded: bool = False
-    _rehearsal: bool = False
+    _witness: Witness = field(default_factory=Witness)  # one for life: a compiled model keeps the hook it was traced with
+    _fresh: list[Tensor] | None = None  # in a rehearsal: tensors whose state it makes
     _skip: bool = False
     _streak: int = 0
     _checked: bool = False
@@ -100,44 +124,37 @@ class Driver:
     @property
     def step(self) -> int:
         """Updates taken so far."""
-        return self._group()["updates"] if self._optimizer is not None else self.start
+        return self.start if self._optimizer is None else self._optimizer.param_groups[0]["updates"]
 
     @step.setter
     def step(self, value: int) -> None:
         self.start = value
         if self._optimizer is not None:
-            self._group()["updates"] = value
+            self._optimizer.param_groups[0]["updates"] = value
 
     @property
     def skipped(self) -> int:
         """Updates skipped because a gradient was not finite."""
-        return self._group()["skipped"] if self._optimizer is not None else 0
-
-    def _group(self) -> dict[str, Any]:
-        assert self._optimizer is not None
-        return self._optimizer.param_groups[0]
+        return self.skips if self._optimizer is None else self._optimizer.param_groups[0]["skipped"]
 
     # ---- binding
 
     def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """Ride this optimizer's steps; see forwards of this model."""
         self.release()
-        for key, value in (("updates", self.start), ("skipped", 0)):
-            optimizer.param_groups[0].setdefault(key, value)
         self._optimizer = optimizer
         self._checked = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
-            optimizer.register_load_state_dict_post_hook(lambda _: self.open_window()),
-            model.register_forward_pre_hook(self._saw_forward),
+            optimizer.register_load_state_dict_post_hook(self._loaded),
+            model.register_forward_pre_hook(self._witness),
         ]
-        self.open_window()
+        self._loaded(optimizer)
 
     def release(self) -> None:
-        """Stop riding; the count stays."""
-        if self._optimizer is not None:
-            self.start = self.step
+        """Stop riding; the counts stay."""
+        self.start, self.skips = self.step, self.skipped
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._optimizer = [], None
@@ -153,39 +170,57 @@ class Driver:
         """Apply the WINDOW events of the coming update. Safe to repeat: they are functions of the step alone."""
         self._apply(Moment.WINDOW)
 
-    def _saw_forward(self, model: nn.Module, args: object) -> None:
-        if model.training and torch.is_grad_enabled():
-            self._forwarded = True
+    def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        for key, value in (("updates", self.start), ("skipped", self.skips)):
+            optimizer.param_groups[0].setdefault(key, value)
+        self.open_window()
 
     # ---- the step
 
-    def _before(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._rehearsal = self._skip = False
-        if not self._forwarded:
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._judge(optimizer)
+            return None
+
+        def judged() -> Any:
+            loss = closure()
+            self._judge(optimizer)  # only now are the gradients there
+            return loss
+
+        return args[:1], {**kwargs, "closure": judged}
+
+    def _judge(self, optimizer: torch.optim.Optimizer) -> None:
+        """The gradients are complete: a rehearsal, an update to skip, or one to take."""
+        tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in tensors if p.grad is not None]
+        self._fresh, self._skip = None, False
+        if not self._witness.forward:
             # torch.distributed.checkpoint builds optimizer state by a step on zero gradients: not an update
-            if any(bool(g.count_nonzero()) for g in gradients):
+            if any(shard.any_part(shard.held(g).count_nonzero() > 0, g) for g in gradients):
                 raise StepWithoutForward(
                     "The optimizer was stepped on gradients, but the model was not called in training mode since the "
                     "last update. Call the model that you attached to (not a part of it), after model.train()."
                 )
-            self._rehearsal = True
+            self._fresh = [p for p in tensors if not optimizer.state.get(p)]
             return
-        if gradients and not _finite(gradients):
+        if not _finite(gradients):
             self._skip = True
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    p.grad = None  # torch optimizers leave a parameter without gradient, and its state, alone
+            for p in tensors:
+                p.grad = None  # torch optimizers leave a parameter without gradient, and its state, alone
             return
         if self.check_gradients and not self._checked:
             self._check()
         self._apply(Moment.GRADS)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        if self._rehearsal:
+        if self._fresh is not None:
+            for p in self._fresh:
+                if "step" in (state := optimizer.state.get(p, {})):
+                    state["step"] *= 0  # the count of Adam's bias correction: no update was taken
             return
-        self._forwarded = False
-        group = self._group()
+        self._witness.forward = False
+        group = optimizer.param_groups[0]
         if self._skip:
             group["skipped"] += 1
             self._streak += 1
@@ -195,12 +230,12 @@ class Driver:
                     "taken since; the weights are those of the last good step. Lower lr, clip gradients, or train in "
                     "bf16 or fp32 instead of fp16."
                 )
+            if self._streak == 1:
+                _log.warning("Step %d: gradients are NaN or Inf; this update is skipped.", self.step)
             return
         self._streak = 0
         self._apply(Moment.UPDATED)
         group["updates"] += 1
-        for call in self.on_step:
-            call(group["updates"])
         self.open_window()
 
     def _apply(self, moment: Moment) -> None:
@@ -212,17 +247,20 @@ class Driver:
                         event.apply(adapter, tick)
 
     def _check(self) -> None:
-        self._checked = True
-        for name, tensor, must in self.trainable():
-            if not must:
-                continue
-            if tensor.grad is None:
+        found = {name: (tensor.grad, needs) for name, tensor, needs in self.trainable() if needs is not Needs.NOTHING}
+        for name, (gradient, _) in found.items():
+            if gradient is None:
                 raise NoGradient(
                     f"{name} received no gradient in the first update. Its layer is not used in forward, or its input "
                     "was cut from the graph (reentrant gradient checkpointing does that: use use_reentrant=False). "
                     "Exclude the layer in targets, or pass check_gradients=False to run.optimizer() if this is meant."
                 )
-            if not bool(tensor.grad.count_nonzero()):
+        zero = {name: not shard.any_part(shard.held(g).count_nonzero() > 0, g) for name, (g, _) in found.items()}
+        if all(zero.values()):
+            return  # a batch that teaches nothing, such as one without reward, says nothing about the layers: ask again
+        self._checked = True
+        for name, (_, needs) in found.items():
+            if needs is Needs.NONZERO and zero[name]:
                 raise NoGradient(
                     f"The gradient of {name} is exactly zero in the first update: nothing reaches it. Exclude its "
                     "layer in targets, or pass check_gradients=False to run.optimizer() if this is meant."
@@ -237,6 +275,8 @@ def _refuse(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> N
 
 
 def _finite(gradients: list[Tensor]) -> bool:
-    norm = torch.nn.utils.get_total_norm(gradients)
-    full = getattr(norm, "full_tensor", None)
-    return bool(torch.isfinite(full() if full is not None else norm))
+    """Whether every entry on every rank is: by the largest magnitude, which cannot overflow as a sum of squares can."""
+    parts = [part for part in map(shard.held, gradients) if part.numel()]
+    here = not parts or bool(torch.isfinite(torch.nn.utils.get_total_norm(parts, float("inf"))))
+    sharded = next((g for g in gradients if shard.is_sharded(g)), None)
+    return here if sharded is None else not shard.any_rank(not here, sharded.device)

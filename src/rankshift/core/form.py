@@ -35,6 +35,10 @@ class Form:
         """The layer with ``matrix`` (k, in) in place of its weight: k output channels."""
         return F.linear(x, matrix, bias)
 
+    def columns(self, x: Tensor) -> Tensor:
+        """The vectors that the weight multiplies in ``x``, (…, in): ``apply(x, M)`` holds ``columns(x) @ M.T``."""
+        return x
+
     def expand(self, z: Tensor, matrix: Tensor) -> Tensor:
         """``matrix`` (out, k) on the k channels of ``z``, place by place."""
         return F.linear(z, matrix)
@@ -86,6 +90,16 @@ class ConvForm(Form):
             padding = (0,) * len(self.kernel)
         return conv(x, self.stored(matrix), bias, self.stride, padding, self.dilation)
 
+    def columns(self, x: Tensor) -> Tensor:
+        """The patches under the kernel, (batch, *places, in·∏kernel)."""
+        dims = len(self.kernel)
+        if x.dim() == dims + 1:
+            x = x[None]
+        x = F.pad(x, self.padding_pairs, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        for axis, (k, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
+            x = x.unfold(axis, dilation * (k - 1) + 1, stride)[..., ::dilation]
+        return x.movedim(1, 1 + dims).flatten(1 + dims)  # (batch, *places, channels, *kernel) → …
+
     def _channelwise(self, y: Tensor, vector: Tensor) -> Tensor:
         return vector.reshape(-1, *(1,) * len(self.kernel))
 
@@ -120,7 +134,7 @@ class EmbeddingForm(Form):
 
 @dataclass(frozen=True)
 class ExpertsForm(Form):
-    """Fused experts of transformers 5: a stack (experts, out, in), one matrix an expert.
+    """Fused experts of transformers 5: a stack (experts, out, in), one matrix an expert; some store (experts, in, out).
 
     The module multiplies slices of the stack by itself, so methods reach it only as a tensor, W + ΔW: a site of this
     form calls ``delta`` and never ``forward``.
@@ -129,6 +143,13 @@ class ExpertsForm(Form):
     pointwise: ClassVar[bool] = False
     stacked: ClassVar[bool] = True
     experts: int
+    transposed: bool = False
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.transposed else weight
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.mT if self.transposed else matrix
 
     def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.einsum("e...i,eki->e...k", x, matrix)

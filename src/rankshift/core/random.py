@@ -1,7 +1,9 @@
 """Keyed random numbers: a pure function of (seed, path, element index).
 
-Philox-4x32-10 (Salmon et al., SC 2011), counter = element index, key = 64 bits hashed from the seed and a path of
-names. The words are those of Triton's ``tl.randint4x(seed, offset)``, so a kernel can regenerate what was drawn here.
+Philox-4x32-10 (Salmon et al., SC 2011) with a key of 64 bits hashed from the seed and a path of names. For element i
+the counter is (i mod 2³², i div 2³², 0, 0) and the key (low word, high word). That is Triton's
+``tl.philox(seed, i, i >> 32, 0, 0)`` on 32-bit words and, for i below 2³¹, its ``tl.randint4x(seed, i)``, both with
+``seed = key.word``: a kernel can regenerate what was drawn here.
 No global generator is read or written; every rank, world size and resumed run draws the same numbers.
 """
 
@@ -49,8 +51,16 @@ def _mul(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 def philox(word: int, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words (as int64) for each element of ``counter`` (int64, ≥ 0)."""
     c0, c1 = counter & _MASK, (counter >> 32) & _MASK
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    k0, k1 = word & _MASK, (word >> 32) & _MASK
+    zero = torch.zeros_like(c0)
+    return _rounds((c0, c1, zero, zero), (word & _MASK, (word >> 32) & _MASK))
+
+
+def _rounds(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox-4x32 on a counter of four words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for _ in range(10):
         high_b, low_b = _mul(c2, _ROUND_B)
         high_a, low_a = _mul(c0, _ROUND_A)
@@ -67,11 +77,12 @@ def _unit(a: Tensor, b: Tensor) -> Tensor:
 
 def _draw(key: Key, shape: tuple[int, ...], first: int, normal: bool) -> Tensor:
     count = math.prod(shape)
-    out = torch.empty(count, dtype=torch.float64)
+    out = torch.empty(count, dtype=torch.float64, device="cpu")
     word = key.word
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
-        a, b, c, d = philox(word, torch.arange(first + start, first + stop, dtype=torch.int64))
+        index = torch.arange(first + start, first + stop, dtype=torch.int64, device="cpu")
+        a, b, c, d = philox(word, index)
         value = _unit(a, b)
         if normal:
             value = torch.sqrt(-2.0 * torch.log(value)) * torch.cos(2.0 * math.pi * _unit(c, d))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard
 
@@ -24,7 +27,7 @@ def local(tensor: Tensor) -> tuple[Tensor, slice]:
     """The part held by this rank, sharing its storage, and which indices of axis 0 it is."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
-        return tensor, slice(0, tensor.shape[0])
+        return tensor, slice(0, tensor.shape[0] if tensor.dim() else 1)
     part = tensor.to_local()
     start, total = 0, tensor.shape[0]
     for axis, placement in enumerate(tensor.placements):
@@ -39,9 +42,22 @@ def local(tensor: Tensor) -> tuple[Tensor, slice]:
     return part, slice(start, start + part.shape[0])
 
 
+def settle(model: nn.Module) -> None:
+    """Bring the parameters of an FSDP2 model back to their shards.
+
+    After a forward without backward the root's stay gathered, and what is written to a gathered parameter is lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def assign_(target: Tensor, value: Tensor) -> None:
     """Copy the full tensor ``value``, equal on all ranks, into ``target``: each rank keeps the part it holds."""
     with torch.no_grad():
+        if not is_sharded(target):
+            target.copy_(value)
+            return
         part, rows = local(target)
         part.copy_(value[rows])
 
@@ -53,6 +69,21 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
+def pick(tensor: Tensor, at: Tensor) -> Tensor:
+    """The values of the full tensor at some flat positions, without gathering it. Under sharding every rank calls."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().reshape(-1)[at.to(tensor.device)]
+    part, rows = local(tensor)
+    width = tensor.shape[1:].numel()
+    here = at.to(part.device) - rows.start * width
+    mine = (here >= 0) & (here < part.numel())
+    found = torch.zeros(2, len(at), dtype=torch.float64, device=part.device)  # values, and how many ranks hold them
+    found[0, mine] = part.reshape(-1)[here[mine]].to(torch.float64)
+    found[1, mine] = 1
+    dist.all_reduce(found)
+    return (found[0] / found[1]).to(tensor.dtype)
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank if it is true on one."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -60,6 +91,27 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     vote = torch.tensor([float(flag)], device=device if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(vote)
     return bool(vote.item() > 0)
+
+
+def held(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, detached and sharing its storage; of a sparse one the values."""
+    tensor = tensor.detach()
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def any_part(flag: Tensor, of: Tensor) -> bool:
+    """Whether ``flag``, said of this rank's part of a tensor, is true of any part (then every rank must call this)."""
+    return any_rank(bool(flag), of.device) if isinstance(of, DTensor) else bool(flag)
+
+
+def from_first(value: Any) -> Any:
+    """The first rank's ``value`` (anything that pickles, tensors on the CPU) on every rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def rank() -> int:

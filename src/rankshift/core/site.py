@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,7 +86,7 @@ class Site(nn.Module):
         """W + ΔW in the base's dtype, differentiable: the form in which stacked weights are adapted."""
         weight = self.base.weight
         for adapter in self.acting():
-            weight = weight + adapter.delta().to(weight.dtype)
+            weight = weight + self.spec.form.stored(adapter.delta().to(weight.dtype))
         return weight
 
     @property
@@ -193,6 +195,12 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
 
 
+def prefixes(name: str) -> list[str]:
+    """ "a.b.weight" → ["a", "a.b", "a.b.weight"]."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def walk(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, str | None]]:
     """(name, module, parameter): every module, and every 3-D parameter of a fused-experts module.
 
@@ -242,6 +250,53 @@ def base_parameters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.
     yield from visit(model, f"{name}." if name else "", False)
 
 
+def running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of the base's batch norms: they move in training although nothing trains them."""
+
+    def visit(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(module, Stack):
+            module = module.module
+        elif isinstance(module, (Site, Replica)):
+            module = module.base
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            for leaf, buffer in module.named_buffers(recurse=False):
+                yield prefix + leaf, buffer
+        for name, child in module.named_children():
+            yield from visit(child, f"{prefix}{name}.")
+
+    yield from visit(model, "")
+
+
+@contextlib.contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """The model's own modules where sites, stacks and replicas stand, for a ``with`` block: names and classes as it came.
+
+    Values are not folded in: where a site stood is the base, where a replica stood its acting copy.
+    """
+    here: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def visit(module: nn.Module) -> None:
+        for leaf, child in list(module.named_children()):
+            plain = child
+            if isinstance(child, Stack):
+                plain = child.module
+            elif isinstance(child, Replica):
+                plain = child.top
+            elif isinstance(child, Site):
+                plain = child.base.restore()
+            if plain is not child:
+                here.append((module, leaf, child))
+                setattr(module, leaf, plain)
+            visit(plain)
+
+    try:
+        visit(model)
+        yield
+    finally:
+        for parent, leaf, child in reversed(here):
+            setattr(parent, leaf, child)
+
+
 def _all_linear(model: nn.Module) -> list[str]:
     """Linear layers of the body: not the head (lm_head, classifier), not a router of experts."""
     body = getattr(model, "base_model", model)
@@ -257,7 +312,7 @@ def _all_linear(model: nn.Module) -> list[str]:
         if type(form_of(module)) not in (Form, TransposedForm):
             continue
         parent, _, leaf = name.rpartition(".")
-        if leaf in ("gate", "router") and hasattr(model.get_submodule(parent), "experts"):
+        if leaf in ("gate", "router", "shared_expert_gate") and hasattr(model.get_submodule(parent), "experts"):
             continue
         names.append(name)
     return names
@@ -311,14 +366,27 @@ def select(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str
         if not any(matches(n, pattern) for n, _, _ in everything):
             names = {n.rpartition(".")[2] for n, _, _ in everything}
             raise UnmatchedTarget(f"exclude {pattern!r} matches no module. {nearest(pattern, names)}")
-    kept = [n for n, _, _ in everything if n in chosen and not any(matches(n, e) for e in exclude)]
+    kept: dict[tuple[int, str], str] = {}  # by place: a block that stands under two names is adapted once
+    for name, _, _ in everything:
+        if name in chosen and not any(matches(part, e) for part in prefixes(name) for e in exclude):
+            parent, _, leaf = name.rpartition(".")
+            kept.setdefault((id(model.get_submodule(parent)), leaf), name)
     if not kept:
         raise UnmatchedTarget(f"exclude={tuple(exclude)} removes every layer that targets={targets!r} matched.")
-    return list(dict.fromkeys(kept))
+    return list(kept.values())
 
 
-def _sharers(model: nn.Module, weight: nn.Parameter, name: str) -> list[str]:
-    return [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight and n != name]
+def _shared_with(model: nn.Module, spec: Spec) -> list[str]:
+    """The other places that hold a site's weight: a tensor of another module, or the same module under another name."""
+    here = model.get_submodule(spec.name)
+    others = []
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        held = [leaf for leaf, p in module._parameters.items() if p is here.weight and module is not here]
+        others += [prefix + leaf for leaf in held]
+        others += [prefix + leaf for leaf, child in module._modules.items() if child is here]
+    others.remove(spec.name)
+    return others
 
 
 def spec_of(model: nn.Module, name: str) -> Spec:
@@ -334,7 +402,7 @@ def spec_of(model: nn.Module, name: str) -> Spec:
         return here.spec
     owner = parent._parameters.get(leaf)
     if isinstance(owner, nn.Parameter):  # a stack of experts
-        form: Form = ExpertsForm(owner.shape[0])
+        form: Form = ExpertsForm(owner.shape[0], bool(getattr(parent, "is_transposed", False)))
         weight: Tensor = owner
     else:
         module = model.get_submodule(name)
@@ -346,24 +414,38 @@ def spec_of(model: nn.Module, name: str) -> Spec:
                 f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an adapter "
                 "there would be ignored. Exclude it in targets."
             )
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise UnsupportedLayer(
+                f"{name} belongs to nn.TransformerEncoderLayer, whose inference fast path reads weights and never "
+                "calls the layer: an adapter there would be ignored in eval(). Call "
+                "torch.backends.mha.set_fastpath_enabled(False) first, or exclude it in targets."
+            )
     out, into = form.matrix(weight).shape[-2:]
     return Spec(name, out, into, form, weight.dtype, weight.device)
 
 
-def check_tied(model: nn.Module, spec: Spec, untie: bool) -> None:
-    """Refuse, or with ``untie`` end, the sharing of a site's weight with another module."""
-    module = None if spec.form.stacked else model.get_submodule(spec.name)
-    if module is None or isinstance(module, Site):
+def check_tied(model: nn.Module, spec: Spec) -> None:
+    """Raise TiedWeights if a site's weight is shared with another module."""
+    if not spec.form.stacked and not isinstance(model.get_submodule(spec.name), Site):
+        others = _shared_with(model, spec)
+        if others:
+            leaf = spec.name.rpartition(".")[2]
+            raise TiedWeights(
+                f"{spec.name}.weight is also {others[0]}: a change merged into one would change the other. "
+                f'Exclude "{leaf}" in targets, or set tied="untie" to give it a copy of its own.'
+            )
+
+
+def untie(model: nn.Module, spec: Spec) -> None:
+    """Give a site's layer a weight of its own where it shares one."""
+    if spec.form.stacked or isinstance(model.get_submodule(spec.name), Site) or not _shared_with(model, spec):
         return
-    others = _sharers(model, module.weight, f"{spec.name}.weight")  # type: ignore[arg-type]
-    if not others:
-        return
-    if not untie:
-        raise TiedWeights(
-            f"{spec.name}.weight is also {others[0]}: a change merged into one would change the other. "
-            f'Exclude "{spec.name.rpartition(".")[2]}" in targets, or set tied="untie" to give it a copy of its own.'
-        )
-    module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
+    module, (parent, _, leaf) = model.get_submodule(spec.name), spec.name.rpartition(".")
+    own = copy.copy(module)  # the layer may itself stand under two names
+    own._parameters = dict(module._parameters)
+    assert isinstance(module.weight, nn.Parameter)
+    own.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+    setattr(model.get_submodule(parent), leaf, own)
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
@@ -407,7 +489,9 @@ def remove(model: nn.Module, site: Site) -> None:
     parent_name, _, leaf = site.spec.name.rpartition(".")
     if site.spec.form.stacked:
         stack = model.get_submodule(parent_name)
-        if isinstance(stack, Stack):
+        assert isinstance(stack, Stack)
+        del stack.sites[leaf]
+        if not stack.sites:
             grand_name, _, parent_leaf = parent_name.rpartition(".")
             setattr(model.get_submodule(grand_name), parent_leaf, stack.module)
         return

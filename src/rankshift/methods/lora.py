@@ -28,9 +28,9 @@ from rankshift.core.form import EmbeddingForm
 from rankshift.core.method import Method
 from rankshift.core.random import Key
 from rankshift.core.site import Spec, matches
-from rankshift.methods import lora_init
+from rankshift.methods import lora_eva, lora_init
 from rankshift.ops.lora_linear import lora_linear
-from rankshift.ops.lora_linear.order import Backward, Forward
+from rankshift.ops.lora_linear.order import SAVES_Z, Backward, Forward, choose
 
 
 class LoRALayer(Adapter):
@@ -52,8 +52,10 @@ class LoRALayer(Adapter):
         self.A0 = new(rank, spec.into, train=False) if anchored else None
         self.B0 = new(spec.out, rank, train=False) if anchored else None
         self.b = new(spec.out) if config.lora_bias else None  # bias of B
-        starts_at_zero = "B" if isinstance(spec.form, EmbeddingForm) else "A"
-        self.silent = frozenset() if anchored or config.init == "orthogonal" else frozenset(starts_at_zero)
+        if isinstance(spec.form, EmbeddingForm):
+            self.silent = frozenset("B")  # it is A that starts at zero there
+        elif not anchored and config.init != "orthogonal":
+            self.silent = frozenset("A")
 
     @property
     def rank(self) -> int:
@@ -72,19 +74,32 @@ class LoRALayer(Adapter):
     def add_branch(self, x: Tensor, bias: bool = True) -> Tensor:
         """W x + s·B(A x), with the base's bias or without."""
         A, B = self.factors()
-        base, p = self.base, self.config.dropout if self.training else 0.0
-        if base.storage and self.form.pointwise and p == 0 and not base.weight.requires_grad:
-            order = self.config
+        base, form, config = self.base, self.form, self.config
+        p = config.dropout if self.training and not isinstance(form, EmbeddingForm) else 0.0
+        if base.storage and form.pointwise and p == 0 and not base.weight.requires_grad:
             return lora_linear(
                 x, A, B, self.scale, base.bias if bias else None, base.dense, base.packed,
-                order.forward_order, order.backward_order,
+                config.forward_order, config.backward_order,
             )  # fmt: skip
-        y = base.linear(x)
-        if not bias and base.bias is not None:
-            y = self.form.shift(y, -base.bias)
-        dtype = y.dtype
-        dropped = x if isinstance(self.form, EmbeddingForm) else F.dropout(x, p, self.training)
-        return y + self.form.expand(self.form.apply(dropped, (self.scale * A).to(dtype)), B.to(dtype))
+        if bias or base.bias is None:
+            y = base.linear(x)
+        elif base.storage:
+            y = form.apply(x, base.dense(*base.packed))
+        else:
+            y = form.shift(base.linear(x), -base.bias)
+        z = form.apply(F.dropout(x, p) if p else x, A.to(y.dtype))
+        return y + form.expand(z, (self.scale * B).to(y.dtype))
+
+    def orders(
+        self, tokens: int, dtype: torch.dtype | None = None, input_grad: bool = True
+    ) -> tuple[Forward, Backward]:
+        """The orders of multiplication that a forward of this many tokens runs, where one fused op serves the layer."""
+        A, B = (factor.requires_grad for factor in (self.A, self.B))
+        rank = self.factors()[0].shape[-2]
+        return choose(
+            tokens, self.in_features, self.out_features, rank, dtype or self.base.dtype, input_grad, A, B,
+            self.config.forward_order, self.config.backward_order,
+        )  # fmt: skip
 
     def delta(self, rows: slice = slice(None)) -> Tensor:
         A, B = self.factors()
@@ -188,6 +203,10 @@ class LoRA(Method):
     """Modules trained whole, as copies saved with the adapter: a new head, an embedding after adding tokens."""
     eva_ratio: float = 2.0
     """EVA's ρ: after redistribution no layer has more than ρ·rank. 1 keeps all ranks equal."""
+    eva_tau: float = 0.99
+    """EVA's τ: a layer needs no more data once the cosine of each component with its last state is this large."""
+    eva_tokens: Literal["attention", "labels"] = "attention"
+    """Tokens that EVA looks at: all that attention_mask keeps, or of those the ones whose label is not -100."""
     forward_order: Forward | None = None
     """Order of multiplication in forward; none: the cheapest that is safe (ops/lora_linear/order.py)."""
     backward_order: Backward | None = None
@@ -202,8 +221,10 @@ class LoRA(Method):
                 raise ConfigError(f"LoRA alpha {alpha} at {where!r} is not a positive number.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"LoRA.dropout = {self.dropout} is not in [0, 1).")
-        if self.lr_ratio <= 0 or self.eva_ratio < 1:
-            raise ConfigError("LoRA.lr_ratio must be positive and LoRA.eva_ratio at least 1.")
+        if not 0 < self.lr_ratio < math.inf:
+            raise ConfigError(f"LoRA.lr_ratio = {self.lr_ratio} is not a positive number.")
+        if not 1 <= self.eva_ratio < math.inf or not 0 < self.eva_tau <= 1:
+            raise ConfigError("LoRA.eva_ratio must be at least 1 and LoRA.eva_tau in (0, 1].")
         if self.train == "A" and self.init not in ("orthogonal", "pissa", "olora"):
             raise ConfigError(
                 f'LoRA(train="A", init={self.init!r}) freezes B at zero, so nothing can learn. '
@@ -211,6 +232,11 @@ class LoRA(Method):
             )
         if self.precondition and self.train != "B":
             raise ConfigError('LoRA.precondition is LoRA-FA\'s gradient for B over a frozen A: it needs train="B".')
+        if self.train == "B" and self.backward_order and self.backward_order not in SAVES_Z:
+            raise ConfigError(
+                f'LoRA(train="B", backward_order={self.backward_order!r}): that order keeps the layer\'s input, which '
+                'LoRA-FA is there to free. Use "b1s" or "b5s", or leave the order open.'
+            )
         if self.dora and self.lora_bias:
             raise ConfigError("LoRA(dora=True, lora_bias=True): DoRA's equation has no bias on B. Drop one of the two.")
         if self.init == "orthogonal" and any(r % 2 for r in (self.rank, *self.rank_pattern.values())):
@@ -240,8 +266,14 @@ class LoRA(Method):
         kind = type(spec.form).__name__.removesuffix("Form") or "Linear"
         if self.dora and (spec.form.stacked or isinstance(spec.form, EmbeddingForm)):
             raise UnsupportedLayer(f"DoRA at {spec.name}: its row norms are not defined for {kind} layers. Exclude it.")
-        if self.init in ("pissa", "olora", "eva") and isinstance(spec.form, EmbeddingForm):
-            raise UnsupportedLayer(f'init="{self.init}" at {spec.name} needs a matrix product; {kind} is a look-up.')
+        if isinstance(spec.form, EmbeddingForm):
+            if self.init in ("pissa", "olora", "eva"):
+                raise UnsupportedLayer(f'init="{self.init}" at {spec.name} needs a matrix product, not a look-up.')
+            if self.train == "B" or self.lora_bias:
+                raise UnsupportedLayer(
+                    f"{spec.name} is an Embedding: there A starts at zero, so A must train, and there is no bias. "
+                    'Exclude it, or use train="AB" and lora_bias=False.'
+                )
         if spec.form.stacked and (self.dropout or self.lora_bias or self.init == "eva"):
             raise UnsupportedLayer(
                 f"{spec.name} is a stack of expert weights, reached only as W + ΔW: dropout, lora_bias and "
@@ -256,21 +288,22 @@ class LoRA(Method):
     def start(self, adapter: Adapter, key: Key, found: Any = None) -> None:
         assert isinstance(adapter, LoRALayer)
         out, into, rank = adapter.out_features, adapter.in_features, adapter.rank
+        W = adapter.base.rows().to(torch.float64) if self.init in ("pissa", "olora") else torch.empty(0)
         stack = adapter.A.shape[:-2]
-        for expert in range(stack[0]) if stack else (None,):
-            here = key if expert is None else key / expert
+        for expert in range(stack[0]) if stack else (...,):
+            here = key / expert if isinstance(expert, int) else key
             if isinstance(adapter.form, EmbeddingForm):
                 A, B = lora_init.embedding(here, out, into, rank)
-            elif self.init in ("pissa", "olora"):
-                W = adapter.base.rows().to(torch.float64)
-                start = lora_init.pissa if self.init == "pissa" else lora_init.olora
-                A, B = start(W if expert is None else W[expert], rank, adapter.scale)
+            elif self.init == "pissa":
+                A, B = lora_init.pissa(W[expert], rank, adapter.scale)
+            elif self.init == "olora":
+                A, B = lora_init.olora(W[expert], rank)
             elif self.init == "eva":
-                A, B = found, torch.zeros(out, rank)
+                A, B = found, torch.zeros(out, rank, device="cpu")
             else:
                 A, B = getattr(lora_init, self.init)(here, out, into, rank)
-            (adapter.A if expert is None else adapter.A[expert]).copy_(A)
-            (adapter.B if expert is None else adapter.B[expert]).copy_(B)
+            adapter.A[expert].copy_(A)
+            adapter.B[expert].copy_(B)
         if adapter.A0 is not None and adapter.B0 is not None:
             adapter.A0.copy_(adapter.A)
             adapter.B0.copy_(adapter.B)
@@ -284,7 +317,8 @@ class LoRA(Method):
     def survey(self, model: nn.Module, specs: Sequence[Spec], data: Iterable[Any] | None, seed: int) -> dict[str, Any]:
         if self.init != "eva":
             return {}
-        raise NotImplementedError
+        ranks = {spec.name: self.rank_at(spec.name) for spec in specs}
+        return dict(lora_eva.survey(model, specs, ranks, data, self.eva_ratio, self.eva_tau, self.eva_tokens))
 
     def copies(self) -> tuple[str, ...]:
         return self.modules_to_save

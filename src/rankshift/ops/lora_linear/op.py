@@ -2,9 +2,10 @@
 
     y = x Wᵀ + Z Bᵀ + bias,   Z = x (sA)ᵀ
 
-Kept for backward: x (only if A trains) and Z (only if B trains), b·n and b·r values; never a scaled copy, never the
-(out, in) gradient, and no weight other than by reference. The scale is folded into the small factor. A and B may be
-wider than the compute dtype (fp32 masters of a bf16 layer); their gradients come back in their own dtype.
+Kept for backward: x (only if A trains, or the order recomputes Z) and Z (only if B trains and the order saves it), b·n
+and b·r values; never a scaled copy, never the (out, in) gradient, and no weight other than by reference. The scale is
+folded into the small factor. A and B may be wider than the compute dtype (fp32 masters of a bf16 layer); their
+gradients come back in their own dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankshift.ops.lora_linear.order import Backward, Forward, check_order, choose_backward, choose_forward
+from rankshift.ops.lora_linear.order import SAVES_Z, Backward, Forward, choose
 
 
 def lora_linear(
@@ -32,19 +33,19 @@ def lora_linear(
 ) -> Tensor:
     """x (…, in), A (r, in), B (out, r), bias (out,) → (…, out).
 
-    ``dense(*packed)`` gives the frozen (out, in) weight; ``packed`` is saved, what it unpacks to is not. ``forward`` and
-    ``backward`` name an order of multiplication (see :mod:`.order`); None chooses the cheapest that is safe.
+    ``dense(*packed)`` gives the frozen (out, in) weight; ``packed`` is saved, what it unpacks to is not. ``forward``
+    and ``backward`` name an order of multiplication (see :mod:`.order`); None chooses the cheapest that is safe.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    b, n, m, r = x.numel() // max(1, x.shape[-1]), A.shape[1], B.shape[0], A.shape[0]
-    forward = forward or choose_forward(b, n, m, r, dtype)
-    backward = backward or choose_backward(b, n, m, r, dtype, x.requires_grad)
-    check_order(forward, dtype)
-    check_order(backward, dtype)
+    b, n, m, r = x.shape[:-1].numel(), A.shape[1], B.shape[0], A.shape[0]
+    graph = torch.is_grad_enabled()
+    needs = (graph and x.requires_grad, graph and A.requires_grad, graph and B.requires_grad)
+    forward, backward = choose(b, n, m, r, dtype, *needs, forward, backward)
+    cast = dtype != x.dtype or dtype != packed[0].dtype
     with torch.autocast(kind, enabled=False):
         y: Tensor = _LoRALinear.apply(
-            x.to(dtype), A, B, bias, scale, forward, backward, dtype != x.dtype or dtype != packed[0].dtype, dense, *packed
+            x.to(dtype), A, B, bias, scale, forward, backward, needs[1], needs[2], cast, dense, *packed
         )
     return y
 
@@ -60,6 +61,8 @@ class _LoRALinear(torch.autograd.Function):
         scale: float,
         forward: Forward,
         backward: Backward,
+        train_a: bool,
+        train_b: bool,
         cast: bool,
         dense: Callable[..., Tensor],
         *packed: Tensor,
@@ -70,18 +73,15 @@ class _LoRALinear(torch.autograd.Function):
             W = W.to(x.dtype)
             bias = None if bias is None else bias.to(x.dtype)
         sA, Bc = (scale * A).to(x.dtype), B.to(x.dtype)
-        keep_z = ctx.needs_input_grad[2] and backward in ("b1s", "b5s")
-        z = None
-        if forward == "f1" or keep_z:
-            z = flat @ sA.t()  # (b, r)
+        keep_z = train_b and backward in SAVES_Z
+        z = flat @ sA.t() if forward == "f1" or keep_z else None  # (b, r)
         if forward == "f1":
             y = flat @ W.t() if bias is None else torch.addmm(bias, flat, W.t())
             assert z is not None
             y.addmm_(z, Bc.t())
         else:
             y = torch.nn.functional.linear(flat, torch.addmm(W, Bc, sA), bias)
-        recompute_z = ctx.needs_input_grad[2] and not keep_z
-        keep_x = ctx.needs_input_grad[1] or recompute_z
+        keep_x = train_a or (train_b and not keep_z)
         ctx.save_for_backward(flat if keep_x else None, z if keep_z else None, A, B, *packed)
         ctx.scale, ctx.order, ctx.dense, ctx.shape, ctx.cast = scale, backward, dense, x.shape, cast
         return y.view(*x.shape[:-1], B.shape[0])
@@ -94,9 +94,10 @@ class _LoRALinear(torch.autograd.Function):
         dY = dy.reshape(-1, dy.shape[-1])  # (b, out)
         sA, Bc = (ctx.scale * A).to(dY.dtype), B.to(dY.dtype)
         dX = dA = dB = S = None
-        if ctx.order == "b4" and need_A and need_B:
+        if ctx.order == "b4" and (need_A or need_B):
             G = dY.t() @ x  # (out, in)
-            dA, dB = ctx.scale * _into(Bc.t(), G, A.dtype), _into(G, sA.t(), B.dtype)
+            dA = ctx.scale * _into(Bc.t(), G, A.dtype) if need_A else None
+            dB = _into(G, sA.t(), B.dtype) if need_B else None
         else:
             if need_A or (need_x and ctx.order in ("b1", "b1s")):
                 S = dY @ Bc  # (b, r)

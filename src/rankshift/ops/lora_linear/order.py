@@ -11,8 +11,9 @@ multiply-add counted as 2, Z = X Aᵀ and S = dY B:
               b5s  the same with Z saved                                    2bnm + 2bnr + 4bmr + 2nmr
               b4   dA = Bᵀ(dYᵀX), dB = (dYᵀX)Aᵀ, dX = dY (W + BA)           4bnm + 6nmr
 
-The paper's b2, b3, b6, b7 and b8 never win while r (n + m) < nm and are left out. Without an input gradient the dX terms
-drop out.
+The paper's b2, b3, b6, b7 and b8 never win while r (n + m) < nm and are left out. What needs no gradient drops its
+terms. f1 has Z at hand, so saving it costs nothing; f2 would have to form it (2bnr) for a backward that wants it saved.
+Forward and backward are therefore chosen together.
 
 f2, b4 and b5 round W + BA to the compute dtype. In bf16 and fp16 that loses most of a small update (a delta of 7e-4 of
 the weight comes through with 86 % error), so there they are never chosen and, when asked for, refused.
@@ -20,7 +21,7 @@ the weight comes through with 86 % error), so there they are never chosen and, w
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -28,48 +29,80 @@ from rankshift.core.errors import ConfigError
 
 Forward = Literal["f1", "f2"]
 Backward = Literal["b1", "b1s", "b4", "b5", "b5s"]
+SAVES_Z = frozenset({"b1s", "b5s"})
 MERGED = frozenset({"f2", "b4", "b5", "b5s"})
 LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
 
 
-def forward_flops(order: Forward, b: int, n: int, m: int, r: int) -> int:
-    """Operations of a forward order."""
-    return {"f1": 2 * b * n * m + 2 * b * r * (n + m), "f2": 2 * b * n * m + 2 * n * m * r}[order]
+def forward_flops(forward: Forward, b: int, n: int, m: int, r: int, save_z: bool = False) -> int:
+    """Operations of a forward order that leaves Z behind (``save_z``) or not."""
+    if forward == "f1":
+        return 2 * b * n * m + 2 * b * r * (n + m)
+    return 2 * b * n * m + 2 * n * m * r + (2 * b * n * r if save_z else 0)
 
 
-def backward_flops(order: Backward, b: int, n: int, m: int, r: int, input_grad: bool = True) -> int:
-    """Operations of a backward order in which A and B both train."""
-    dx = 2 * b * n * m
-    factors = {
-        "b1": 4 * b * n * r + 4 * b * m * r,
-        "b1s": 2 * b * n * r + 4 * b * m * r,
-        "b5": 4 * b * n * r + 4 * b * m * r,
-        "b5s": 2 * b * n * r + 4 * b * m * r,
-        "b4": 2 * b * n * m + 4 * n * m * r,
-    }[order]
-    if not input_grad:
-        return factors
-    return factors + dx + {"b1": 2 * b * n * r, "b1s": 2 * b * n * r}.get(order, 2 * n * m * r)
+def backward_flops(
+    backward: Backward, b: int, n: int, m: int, r: int, x: bool = True, A: bool = True, B: bool = True
+) -> int:
+    """Operations of a backward order; ``x``, ``A`` and ``B`` say what needs a gradient."""
+    low_x = 2 * b * n * r if backward in ("b1", "b1s") else 2 * n * m * r  # S A, or W + BA
+    dX = (2 * b * n * m + low_x) if x else 0
+    if backward == "b4":
+        dense = 2 * b * n * m if A or B else 0  # dYᵀX
+        return dX + dense + 2 * n * m * r * (A + B)
+    S = 2 * b * m * r if A or (x and backward in ("b1", "b1s")) else 0
+    Z = 2 * b * n * r if B and backward not in SAVES_Z else 0
+    return dX + S + Z + (2 * b * n * r if A else 0) + (2 * b * m * r if B else 0)
 
 
-def choose_forward(b: int, n: int, m: int, r: int, dtype: torch.dtype) -> Forward:
-    """f2 where it is cheaper (b > nm / (n + m)) and the dtype can hold W + BA, else f1."""
-    if dtype in LOW_PRECISION:
-        return "f1"
-    return min(("f1", "f2"), key=lambda order: forward_flops(order, b, n, m, r))
+def saved_values(backward: Backward, b: int, n: int, r: int, A: bool = True, B: bool = True) -> int:
+    """Numbers kept for backward: b·n for X and b·r for Z, parameters not counted."""
+    keep_z = B and backward in SAVES_Z
+    keep_x = A or (B and not keep_z)
+    return b * n * keep_x + b * r * keep_z
 
 
-def choose_backward(b: int, n: int, m: int, r: int, dtype: torch.dtype, input_grad: bool = True) -> Backward:
-    """The cheapest order with Z saved (b·r values: next to the saved X, nothing) that the dtype can hold."""
-    orders: tuple[Backward, ...] = ("b1s",) if dtype in LOW_PRECISION else ("b1s", "b5s", "b4")
-    return min(orders, key=lambda order: backward_flops(order, b, n, m, r, input_grad))
+def choose(
+    b: int,
+    n: int,
+    m: int,
+    r: int,
+    dtype: torch.dtype,
+    x: bool = True,
+    A: bool = True,
+    B: bool = True,
+    forward: Forward | None = None,
+    backward: Backward | None = None,
+) -> tuple[Forward, Backward]:
+    """The pair of orders with the fewest operations that ``dtype`` can hold; of equals the one that saves less.
 
+    ``x``, ``A`` and ``B`` say what needs a gradient: if nothing does, only the forward counts. A frozen A (LoRA-FA) is
+    there to free X, so with it no order is chosen that keeps X. ``forward`` and ``backward`` fix one or both.
 
-def check_order(order: str, dtype: torch.dtype) -> None:
-    """Raise ConfigError for an order that would lose the update in this dtype."""
-    if order in MERGED and dtype in LOW_PRECISION:
-        name = str(dtype).removeprefix("torch.")
-        raise ConfigError(
-            f"order {order!r} rounds W + BA to {name} and loses most of a small update. "
-            'Use "f1" and "b1s" (or "auto"), or compute in float32.'
-        )
+    Raises:
+        ConfigError: an order that was fixed would lose the update in this dtype.
+    """
+    narrow = dtype in LOW_PRECISION
+    for order in (forward, backward):
+        if narrow and order in MERGED:
+            raise ConfigError(
+                f"order {order!r} rounds W + BA to {str(dtype).removeprefix('torch.')} and loses most of a small "
+                'update. Use "f1" with "b1" or "b1s", leave the order open, or compute in float32.'
+            )
+    if narrow and forward is None and backward is None:
+        return "f1", "b1s"
+    forwards: tuple[Forward, ...] = (forward,) if forward else ("f1",) if narrow else get_args(Forward)
+    backwards: tuple[Backward, ...] = (backward,) if backward else ("b1s",) if narrow else get_args(Backward)
+    if not A and backward is None:
+        backwards = tuple(order for order in backwards if order in SAVES_Z)
+    best: tuple[int, int] | None = None
+    chosen = (forwards[0], backwards[0])
+    for f in forwards:
+        for w in backwards:
+            cost = forward_flops(f, b, n, m, r, B and w in SAVES_Z)
+            if x or A or B:
+                cost += backward_flops(w, b, n, m, r, x, A, B)
+            price = (cost, saved_values(w, b, n, r, A, B))
+            if best is None or price < best:
+                best, chosen = price, (f, w)
+    return chosen
