@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.errors import AttachError, ConfigError, UnmatchedTarget, WrongBase, nearest
-from rankshift.core.event import Driver, Event
+from rankshift.core.event import Driver, Event, Needs
 from rankshift.core.method import Method, from_dict, to_dict
 from rankshift.core.phase import Phase
 from rankshift.core.random import Key
@@ -253,15 +253,20 @@ class Run:
             if parameter.requires_grad:
                 yield base_name, parameter
 
-    def _required(self) -> Iterator[tuple[str, Tensor, bool]]:
+    def _required(self) -> Iterator[tuple[str, Tensor, Needs]]:
         for name in self._active:
             for site, adapter in self.adapter(name).items():
                 for leaf, parameter in adapter.named_parameters():
                     if parameter.requires_grad:
-                        yield f"{site}.{leaf}", parameter, leaf not in adapter.silent
+                        yield f"{site}.{leaf}", parameter, Needs.GRADIENT if leaf in adapter.silent else Needs.NONZERO
+            for site, replica in self._replicas().items():
+                if name in replica.active:
+                    for leaf, parameter in replica.copies[name].named_parameters():
+                        yield f"{site}.{leaf}", parameter, Needs.GRADIENT
         for base_name, parameter, _ in base_parameters(self.model):
             if parameter.requires_grad:
-                yield base_name, parameter, self.method.must_learn(base_name)
+                must = self.method.must_learn(base_name)
+                yield base_name, parameter, Needs.GRADIENT if must else Needs.NOTHING
 
     def _audience(self) -> Iterator[tuple[Event, Sequence[Adapter]]]:
         for name in self._active:
@@ -461,11 +466,11 @@ class Run:
                     changed.add(f"{name}.bias")
         for name, replica in self._replicas().items():
             changed.update(f"{name}.{leaf}" for leaf, _ in replica.base.named_parameters())
-        step, phases = self.step, [*self.phases[:-1], self.phases[-1].ended(self.step)]
+        step, skipped, phases = self.step, self.skipped, [*self.phases[:-1], self.phases[-1].ended(self.step)]
         model = self.merge()
         self._closed = "shift()"
         run = Run(model, seed=self.seed, total_steps=self.total_steps, start=step)
-        run.phases, run.changed = phases, changed
+        run.phases, run.changed, run._driver.skips = phases, changed, skipped
         run._begin(method, data)
         return run
 
