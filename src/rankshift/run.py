@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.errors import AttachError, ConfigError, UnmatchedTarget, WrongBase, nearest
+from rankshift.core.errors import AttachError, ConfigError, ExportError, UnmatchedTarget, WrongBase, nearest
 from rankshift.core.event import Driver, Event, Needs
 from rankshift.core.method import Method, from_dict, to_dict
 from rankshift.core.phase import Phase
@@ -30,6 +30,7 @@ from rankshift.core.site import (
     place,
     place_replica,
     remove,
+    running_statistics,
     spec_of,
     untie,
     walk,
@@ -95,7 +96,7 @@ class Run:
         self.seed = seed
         self.total_steps = total_steps
         self.phases: list[Phase] = []
-        self.changed: set[str] = set()  # parameters of the base that no longer are what they came as
+        self._changed: set[str] = set()
         self._members: dict[str, _Member] = {}
         self._active: tuple[str, ...] = ()
         self._sites: dict[str, Site] = {}
@@ -122,7 +123,7 @@ class Run:
                 if method.reversible:
                     self._originals[leaf] = parameter.detach().clone()
                 parameter.requires_grad_(True)
-                self.changed.add(leaf)
+                self._changed.add(leaf)
         self.use(name)
         if not any(True for _ in self.trainable()):
             self._strip()
@@ -141,6 +142,7 @@ class Run:
     ) -> None:
         """Place an adapter at its sites. Every refusal comes before the first change."""
         model, fill = self.model, ranks is None
+        _refuse_sharded(model, "Placing an adapter")
         specs = [spec_of(model, site) for site in (method.sites(model) if ranks is None else ranks)]
         copies = _copies(model, method)
         specs = [s for s in specs if not any(s.name == c or s.name.startswith(c + ".") for c in copies)]
@@ -229,6 +231,12 @@ class Run:
         """The sites by the name of the layer they stand at."""
         return dict(self._sites)
 
+    @property
+    def changed(self) -> set[str]:
+        """Parameters of the base that no longer are what they came as: trained in place, or rewritten by an event."""
+        rewritten = (_weight_name(name, site) for name, site in self._sites.items() if site.base.changed)
+        return self._changed.union(rewritten)
+
     def _replicas(self) -> dict[str, Replica]:
         return {name: m for name, m, _ in walk(self.model) if isinstance(m, Replica)}
 
@@ -275,6 +283,7 @@ class Run:
 
     def summary(self) -> Summary:
         """Matched layers, trainable and total parameters, bytes; prints as a table."""
+        shard.settle(self.model)
         return summarise(self)
 
     # ---- training
@@ -311,7 +320,7 @@ class Run:
             group["params"].append((name, tensor))
         optimizer = Optimizer(groups.values(), [key[0] for key in groups], lr, betas, eps, weight_decay)
         self._driver.check_gradients = check_gradients
-        self._driver.bind(optimizer, self.model)
+        self._driver.bind(optimizer, self.model, optimizer.initial)
         return optimizer
 
     def carry(self, optimizer: torch.optim.Optimizer) -> None:
@@ -324,20 +333,29 @@ class Run:
     def add(self, name: str, method: Method, *, data: Iterable[Any] | None = None) -> None:
         """Add a second adapter, not active until :meth:`use`. The base is not touched."""
         self._open()
-        if name in self._members or not name.isidentifier():
-            why = "exists" if name in self._members else "is not a name like french_v2"
-            raise AttachError(f"adapter {name!r} {why}. Adapters here: {', '.join(self._members)}.")
-        if any(method.in_place(n, adapted) for n, _, adapted in base_parameters(self.model)):
-            raise AttachError(f"{type(method).__name__} as configured trains base weights in place: cannot be added.")
+        self._new(name)
+        for other in (method, *(member.method for member in self._members.values())):
+            if any(other.in_place(n, adapted) for n, _, adapted in base_parameters(self.model)):
+                raise AttachError(
+                    f"{type(other).__name__} as configured trains base weights in place, which all adapters would share: "
+                    "it stands alone. Use bias=\"none\", or run.shift(method) to go on with another method."
+                )
         self._build(name, method, data)
         self.use(*self._active)
 
     def use(self, *names: str) -> None:
         """Make these adapters act; the changes of several add up. Only they train; none of them: the base."""
         self._open()
+        names = tuple(dict.fromkeys(names))
         for name in names:
             self._known(name)
-        self._active = tuple(dict.fromkeys(names))
+        if not names and self._originals:
+            raise AttachError("This run trains biases in place. For the base as it came use run.disabled().")
+        for site, replica in self._replicas().items():
+            both = [name for name in names if name in replica.copies]
+            if len(both) > 1:
+                raise AttachError(f"adapters {both[0]!r} and {both[1]!r} each hold a whole {site}: use one of them.")
+        self._active = names
         for site in self.sites.values():
             site.link(self._active)
             for name in site.adapters:
@@ -369,7 +387,18 @@ class Run:
         self._open()
         for other in names:
             self._known(other)
-        concatenate(self, names, name, [1.0] * len(names) if weights is None else list(weights))
+        self._new(name)
+        weights = [1.0] * len(names) if weights is None else list(weights)
+        if any(other in replica.copies for other in names for replica in self._replicas().values()):
+            raise ExportError(
+                f"Of {', '.join(names)}, one holds modules trained whole (modules_to_save): copies have no low-rank sum."
+            )
+        method, ranks, tensors = concatenate([self.adapter(other) for other in names], weights)
+        self._build(name, method, ranks=ranks)
+        places = self._places()
+        for leaf, tensor in tensors.items():
+            shard.assign_(places[f"{name}/{leaf}"], tensor)
+        self.use(*self._active)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -380,18 +409,17 @@ class Run:
         trained: dict[str, Tensor] = {}
         for name, parameter, _ in base_parameters(self.model):
             if name in self._originals:
-                trained[name] = parameter.detach().clone()
-                with torch.no_grad():
-                    parameter.copy_(self._originals[name])
+                trained[name] = shard.local(parameter)[0].clone()
+                shard.assign_(parameter, self._originals[name])
         self._link(())
         try:
             yield
         finally:
             self._link(self._active)
+            shard.settle(self.model)
             for name, parameter, _ in base_parameters(self.model):
                 if name in trained:
-                    with torch.no_grad():
-                        parameter.copy_(trained[name])
+                    shard.local(parameter)[0].copy_(trained[name])
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[nn.Module]:
@@ -401,17 +429,19 @@ class Run:
         kept = {}
         for name, site in self.sites.items():
             if site.active:
-                kept[name] = [p.detach().clone() for p in _tensors(site)]
+                kept[name] = site.base.changed, [shard.local(p)[0].clone() for p in _tensors(site)]
                 _fold(site)
         for site in self.sites.values():
             site.link(())
         try:
             yield self.model
         finally:
-            with torch.no_grad():
-                for name, site in self.sites.items():
-                    for parameter, old in zip(_tensors(site), kept.get(name, ()), strict=False):
-                        parameter.copy_(old)
+            shard.settle(self.model)
+            for name, (changed, parts) in kept.items():
+                site = self._sites[name]
+                site.base.changed = changed
+                for parameter, old in zip(_tensors(site), parts, strict=True):
+                    shard.local(parameter)[0].copy_(old)
             self._link(self._active)
 
     def _link(self, active: Sequence[str]) -> None:
@@ -443,8 +473,7 @@ class Run:
             raise AttachError(f"{type(self.method).__name__} trains the base itself: nothing can be taken off it.")
         for name, parameter, _ in base_parameters(self.model):
             if name in self._originals:
-                with torch.no_grad():
-                    parameter.copy_(self._originals[name])
+                shard.assign_(parameter, self._originals[name])
         self._link(())
         self._strip()
         self._close("detach()")
@@ -458,10 +487,11 @@ class Run:
         self._open()
         if not isinstance(method, Method):
             raise ConfigError(f"shift needs a method such as rs.LoRA(rank=16); got {type(method).__name__}.")
-        changed = set(self.changed)
+        _refuse_sharded(self.model, "shift()")
+        changed = self.changed
         for name, site in self.sites.items():
             if site.active:
-                changed.add(name if site.spec.form.stacked else f"{name}.weight")
+                changed.add(_weight_name(name, site))
                 if any(adapter.delta_bias() is not None for adapter in site.acting()):
                     changed.add(f"{name}.bias")
         for name, replica in self._replicas().items():
@@ -470,7 +500,7 @@ class Run:
         model = self.merge()
         self._closed = "shift()"
         run = Run(model, seed=self.seed, total_steps=self.total_steps, start=step)
-        run.phases, run.changed, run._driver.skips = phases, changed, skipped
+        run.phases, run._changed, run._driver.skips = phases, changed, skipped
         run._begin(method, data)
         return run
 
@@ -498,6 +528,13 @@ class Run:
             raise AttachError(
                 f"This run ended with {self._closed}. Attach again, or use the run that shift() returned."
             )
+        shard.settle(self.model)
+
+    def _new(self, name: str) -> None:
+        reserved = ("base", "buffer", "original")
+        if name in self._members or name in reserved or not name.isidentifier():
+            why = "exists" if name in self._members else "is not a free name like french_v2"
+            raise AttachError(f"adapter {name!r} {why}. Adapters here: {', '.join(self._members)}.")
 
     def _known(self, name: str) -> None:
         if name not in self._members:
@@ -510,20 +547,30 @@ class Run:
 
         Under FSDP2 every rank must call this; tensors are whole.
         """
+        return {**self.describe(), "tensors": dict(self.tensors())}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of everything the base as it came does not tell, one gathered at a time.
+
+        ``adapter/…`` for each adapter by its name; ``buffer/…``, running statistics, which move without being trained;
+        ``original/…``, what :meth:`disabled` puts back; last ``base/…``, weights that are not what they came as.
+        """
         self._open()
-        tensors: dict[str, Tensor] = {}
         for name in self._members:
             for site, adapter in self.adapter(name).items():
                 for leaf, tensor in adapter.state_dict().items():
-                    tensors[f"{name}/{site}.{leaf}"] = shard.whole(tensor)
+                    yield f"{name}/{site}.{leaf}", shard.whole(tensor)
             for site, replica in self._replicas().items():
                 if name in replica.copies:
                     for leaf, tensor in replica.copies[name].state_dict().items():
-                        tensors[f"{name}/{site}.{leaf}"] = shard.whole(tensor)
+                        yield f"{name}/{site}.{leaf}", shard.whole(tensor)
+        for buffer_name, buffer in running_statistics(self.model):
+            yield f"buffer/{buffer_name}", shard.whole(buffer)
+        for base_name, original in self._originals.items():
+            yield f"original/{base_name}", shard.whole(original)
         for base_name, parameter, _ in base_parameters(self.model):
             if base_name in self.changed:
-                tensors[f"base/{base_name}"] = shard.whole(parameter)
-        return {**self.describe(), "tensors": tensors}
+                yield f"base/{base_name}", shard.whole(parameter)
 
     def describe(self) -> dict[str, Any]:
         """The plain values of :meth:`state_dict`, as JSON knows them."""
@@ -560,7 +607,9 @@ class Run:
             if name not in self._members:
                 self._build(name, wanted[name], ranks=state["adapters"][name]["ranks"])
         places = self._places()
-        base = {f"base/{name}": p for name, p, _ in base_parameters(self.model)}
+        base: dict[str, Tensor] = {f"base/{name}": p for name, p, _ in base_parameters(self.model)}
+        base |= {f"buffer/{name}": buffer for name, buffer in running_statistics(self.model)}
+        base |= {f"original/{name}": tensor for name, tensor in self._originals.items()}
         for name, tensor in state["tensors"].items():
             target = places.get(name, base.get(name))
             if target is None:
@@ -579,7 +628,7 @@ class Run:
         self.seed = self._driver.seed = int(state["seed"])
         self.total_steps = self._driver.total = state["total_steps"]
         self.phases = [Phase.from_mapping(phase) for phase in state["phases"]]
-        self.changed = set(state["changed"])
+        self._changed = set(state["changed"])
         self.use(*state["active"])
         self._driver.step = int(state["step"])
         self._driver.open_window()
@@ -623,27 +672,63 @@ class Run:
         return export(self, directory, format=format, profile=profile, adapter=adapter)
 
 
-def load(model: nn.Module, directory: str | Path, seed: int = 0) -> Run:
-    """Attach what a directory holds: a native one of :meth:`Run.save`, or a PEFT adapter.
+def load(model: nn.Module, directory: str | Path, seed: int = 0, *, check_base: bool = True) -> Run:
+    """Attach what a directory holds: a native one of :meth:`Run.save`, or else a PEFT LoRA adapter.
+
+    Args:
+        model: the base that it was trained on.
+        directory: where it is.
+        seed: for a PEFT directory, which names none.
+        check_base: refuse a base whose values are not those it was trained on (native directories know).
 
     Raises:
         MissingFile, CorruptFile: the directory is not complete.
         WrongBase: it was trained on another base.
+        ConfigError: a PEFT adapter with an option that has no equal here; named.
     """
-    from rankshift.io.checkpoint import load as load_directory
+    from rankshift.io.checkpoint import read
 
-    return load_directory(model, directory, seed)
+    _fresh(model, "load")
+    return restore(model, read(model, directory, seed, check_base))
 
 
 def restore(model: nn.Module, state: Mapping[str, Any]) -> Run:
     """Attach to a fresh base the run whose :meth:`Run.state_dict` this is, with whatever adapters it had."""
-    if model in _ATTACHED:
-        raise AttachError(f"This {type(model).__name__} has a method attached; restore needs a fresh base.")
+    _fresh(model, "restore")
     run = Run(model, seed=int(state["seed"]), total_steps=state["total_steps"])
     first, entry = next(iter(state["adapters"].items()))
     run._begin(from_dict(entry["method"]), name=first, ranks=entry["ranks"])
-    run.load_state_dict(state)
+    try:
+        run.load_state_dict(state)
+    except BaseException:  # the model goes back as it came
+        run._link(())
+        run._strip()
+        run._close("an error")
+        raise
     return run
+
+
+def _fresh(model: nn.Module, verb: str) -> None:
+    if model in _ATTACHED or any(isinstance(module, (Site, Replica, Stack)) for module in model.modules()):
+        raise AttachError(
+            f"This {type(model).__name__} has a method attached, and {verb} needs a fresh base. End that run with "
+            "run.detach() or run.merge(), or load the model again."
+        )
+
+
+def _weight_name(name: str, site: Site) -> str:
+    """The name of a site's weight in the model as it came."""
+    return name if site.spec.form.stacked else f"{name}.weight"
+
+
+def _refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raise AttachError on a sharded model: a tensor added to it would not be sharded, nor its gradient reduced."""
+    if any(shard.is_sharded(parameter) for parameter in model.parameters()):
+        raise AttachError(
+            f"{what} adds tensors, and this {type(model).__name__} is sharded already. Attach first, then fully_shard, "
+            "then run.optimizer(). In mid-run: state = run.state_dict() on every rank, then on a fresh model "
+            "run = rs.restore(model, state), run.shift(method) or run.add(name, method), fully_shard, run.optimizer()."
+        )
 
 
 def _tensors(site: Site) -> list[Tensor]:

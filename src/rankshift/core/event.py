@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rankshift.core import shard
+from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.errors import AttachError, NoGradient, NonFinite, StepWithoutForward
 from rankshift.core.random import Key
@@ -112,6 +113,8 @@ class Driver:
     check_gradients: bool = True
 
     _optimizer: torch.optim.Optimizer | None = None
+    _model: nn.Module | None = None
+    _initial: Callable[[Tensor], dict[str, Tensor]] | None = None
     _hooks: list[Any] = field(default_factory=list)
     _witness: Witness = field(default_factory=Witness)  # one for life: a compiled model keeps the hook it was traced with
     _fresh: list[Tensor] | None = None  # in a rehearsal: tensors whose state it makes
@@ -139,9 +142,15 @@ class Driver:
 
     # ---- binding
 
-    def bind(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Ride this optimizer's steps; see forwards of this model."""
+    def bind(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        initial: Callable[[Tensor], dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Ride this optimizer's steps; see forwards of this model. ``initial``: a parameter's state before any step."""
         self.release()
+        self._model, self._initial = model, initial
         self._optimizer = optimizer
         self._checked = False
         self._hooks = [
@@ -215,9 +224,7 @@ class Driver:
 
     def _after(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         if self._fresh is not None:
-            for p in self._fresh:
-                if "step" in (state := optimizer.state.get(p, {})):
-                    state["step"] *= 0  # the count of Adam's bias correction: no update was taken
+            self._forget(optimizer, self._fresh)
             return
         self._witness.forward = False
         group = optimizer.param_groups[0]
@@ -238,10 +245,22 @@ class Driver:
         group["updates"] += 1
         self.open_window()
 
+    def _forget(self, optimizer: torch.optim.Optimizer, fresh: Iterable[Tensor]) -> None:
+        """Put state that a rehearsal has made back to where it begins: Adam's count of steps would stand at one."""
+        for parameter in fresh:
+            start = {} if self._initial is None else self._initial(parameter)
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if key in start:
+                    value.copy_(start[key])
+                elif key == "step":  # another's optimizer
+                    value *= 0
+
     def _apply(self, moment: Moment) -> None:
         tick = Tick(self.step, self.total, self.seed, self._optimizer)
         for event, adapters in self.audience():
             if event.moment is moment and event.due(tick):
+                if self._model is not None:
+                    shard.settle(self._model)
                 with torch.no_grad():
                     for adapter in adapters:
                         event.apply(adapter, tick)

@@ -66,7 +66,9 @@ class Optimizer(torch.optim.Optimizer):
     """Runs one transform per parameter group; otherwise an ordinary ``torch.optim.Optimizer``.
 
     Groups are dictionaries with "params", optional "lr", "weight_decay", "betas", "eps" and "name", in the order of
-    ``transforms``. State is made on the first step, tensors only, so ``state_dict`` loads with ``weights_only=True``.
+    ``transforms``. State is made on the first step, tensors only, so ``state_dict`` loads with ``weights_only=True``;
+    it has the dtype that the transform gave it, also after loading. (Adam's moments have that of their parameter, as in
+    ``torch.optim.AdamW``; the tensors that a run trains are fp32 masters, in-place training of a bf16 base excepted.)
     """
 
     def __init__(
@@ -89,6 +91,13 @@ class Optimizer(torch.optim.Optimizer):
         if len(self.transforms) != len(self.param_groups):
             raise ConfigError(f"{len(self.transforms)} transforms for {len(self.param_groups)} parameter groups.")
 
+    def initial(self, p: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter before its first step."""
+        for group, transform in zip(self.param_groups, self.transforms, strict=True):
+            if any(p is other for other in group["params"]):
+                return transform.init(p)
+        raise ConfigError(f"A tensor of shape {tuple(p.shape)} is not one that this optimizer steps.")
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
@@ -108,3 +117,15 @@ class Optimizer(torch.optim.Optimizer):
             )
             transform.step(parameters, [p.grad for p in parameters], [self.state[p] for p in parameters], hyper)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        mine = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, mine, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if torch.is_tensor(value) and value.dtype != self.state[p][key].dtype:  # torch casts all but "step" to the parameter's dtype
+                    self.state[p][key] = value.to(p.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "transforms": self.transforms}  # torch's own names what is copied

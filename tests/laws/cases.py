@@ -1,0 +1,57 @@
+"""What the laws try: for every registered method a few configurations. A method without a row fails the suite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankshift.core.method import Method
+from rankshift.methods import Full, LoRA
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration, and what its paper promises of it."""
+
+    label: str
+    method: Method
+    identity: float | None = 0.0
+    """How far attaching may move the function, in float64: 0 where the branch starts at an exact zero; None where the
+    method does not start at the base."""
+    off: Method | None = None
+    """The parent method: with its dose at zero, ``method`` must be this one bit for bit."""
+    kept: tuple[float, float, float] | None = (1, 0, 1)
+    """Values kept for backward per token at an adapted linear layer: multiples of in, out and rank. None: not claimed."""
+    noisy: bool = False
+    """Training forwards draw from the global generator (dropout), so no number of ranks equals another."""
+
+
+ROUNDING = 1e-13  # a branch that starts as the difference of two equal products of numbers around one
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "full": (
+        Case("full", Full(), kept=(1, 0, 0)),
+        Case("full-part", Full(targets=("blocks.1", "head")), kept=None),
+    ),
+    "lora": (
+        Case("lora", LoRA(rank=4, alpha=8)),
+        Case(
+            "lora-plus",
+            LoRA(rank=3, scaling="rslora", init="gaussian", lr_ratio=4.0, lora_bias=True, targets=("q", "k", "up")),
+        ),
+        Case(
+            "lora-extras",
+            LoRA(rank=2, alpha=3, bias="lora_only", modules_to_save=("head", "norm2"), targets=("q", "v", "up")),
+            kept=None,
+        ),
+        Case("lora-embedding", LoRA(rank=2, alpha=2, targets=("embed", "down")), kept=None),
+        Case("lora-fa", LoRA(rank=4, alpha=8, train="B", precondition=True), kept=(0, 0, 1)),
+        Case("lora-pissa", LoRA(rank=3, alpha=6, init="pissa"), identity=ROUNDING, kept=(1, 0, 2)),
+        Case("lora-orthogonal", LoRA(rank=4, alpha=4, init="orthogonal", dropout=0.2), identity=ROUNDING, kept=None, noisy=True),
+        Case("dora", LoRA(rank=4, alpha=8, dora=True), identity=ROUNDING, kept=(1, 1, 1)),
+    ),
+}  # fmt: skip
+
+
+def rows() -> list[Case]:
+    """All cases, in order."""
+    return [case for cases in CASES.values() for case in cases]

@@ -1,0 +1,431 @@
+"""The laws. Each is a function of a case and an engine that raises AssertionError where it does not hold.
+
+Under DDP and FSDP2 every rank calls it; what ranks must agree on is gathered and compared inside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import rankshift as rs
+from laws.cases import Case
+from laws.pulse import registered
+from laws.world import (
+    Engine,
+    Session,
+    batch,
+    begin,
+    evaluate,
+    gap,
+    loss_of,
+
+    same,
+    scramble,
+    tiny,
+)
+from rankshift.core import shard
+from rankshift.core.adapter import Adapter
+from rankshift.core.event import Event, Tick
+from rankshift.core.method import Method
+from rankshift.core.site import base_parameters
+
+F64 = torch.float64
+STEPS = 4
+
+# float64 sums of a few hundred terms of order one, in another order: 1e-14, and AdamW divides by √v + 1e-6 of gradients
+# around 1e-2, which amplifies a difference of 1e-17 to 1e-11 before it meets lr.
+RANKS = 1e-9
+# W x + B (A x) against (W + B A) x in float64, numbers of order one, two blocks deep
+MERGED = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.15}  # bf16: 2⁻⁹ a weight, through 13 matrices
+
+
+# ---- 1. resume
+
+
+def resume(case: Case, engine: Engine, ks: tuple[int, ...] | None = None, accumulate: int = 1) -> None:
+    """n steps = k steps, save, load, n − k steps: bit for bit, and saving changes nothing."""
+    options = {"accumulate": accumulate, "noisy": case.noisy}
+    straight = begin(engine, case.method, **options).steps(STEPS)
+    session = begin(engine, case.method, **options)
+    saved: list[bytes] = []
+    for k in range(STEPS + 1):
+        saved.append(session.save() if ks is None or k in ks else b"")
+        if k < STEPS:
+            session.step()
+    same(straight.state(), session.state(), what="saving changed the training")
+    for k, state in enumerate(saved):
+        if not state:
+            continue
+        for method in (None, case.method) if engine == "one" else (None,):
+            scramble()
+            resumed = Session.load(state, engine, tiny(), method, **options).steps(STEPS - k)
+            same(straight.state(), resumed.state(), what=f"resumed at {k} of {STEPS}")
+            assert resumed.losses == straight.losses[k:], f"losses after a resume at {k}"
+
+
+def resume_phases(methods: list[Method], engine: Engine, each: int = 2) -> None:
+    """The same across phases: each of ``methods`` trains for some steps, then the run shifts to the next."""
+    with registered(*methods):
+        total = each * len(methods)
+
+        def advance(session: Session, until: int) -> Session:
+            while (step := session.run.step) < until:
+                if step % each == 0 and len(session.run.phases) <= step // each:
+                    session = Session(engine, session.run.shift(methods[step // each]))
+                session.step()
+            return session
+
+        straight = advance(begin(engine, methods[0]), total).state()
+        for k in range(total + 1):
+            saved = advance(begin(engine, methods[0]), k).save()
+            scramble()
+            resumed = Session.load(saved, engine, tiny())
+            same(straight, advance(resumed, total).state(), what=f"resumed at {k} of {total}")
+
+
+# ---- 2. ranks
+
+
+def ranks(case: Case, engine: Engine) -> None:
+    """Different global random state on every rank, equal training state; and that of one process with all the data."""
+    session = begin(engine, case.method, F64, noisy=case.noisy).steps(STEPS)
+    state = session.state()
+    agree(state)
+    if case.noisy:
+        return
+    alone = begin("one", case.method, F64).steps(STEPS)
+    same(state, alone.state(), RANKS, "ranks against one process")
+
+
+def agree(state: dict[str, Tensor]) -> None:
+    """Raise AssertionError unless all ranks hold the same bits."""
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest(state))
+    odd = sorted({name for other in digests for name in other if other[name] != digests[0].get(name)})
+    assert not odd, f"ranks hold different bits in {odd[:3]}"
+
+
+def digest(state: dict[str, Tensor]) -> dict[str, str]:
+    """A hash of every tensor's bits."""
+    return {
+        name: hashlib.sha256(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, t in state.items()
+    }
+
+
+# ---- 3. preserve
+
+
+def preserve(case: Case, engine: Engine, dtype: torch.dtype = F64) -> None:
+    """Folding into the base leaves the function unchanged: merged(), merge(), and every event that rewrites the base."""
+    session = begin(engine, case.method, dtype)
+    with rewriting_preserves(session.run, MERGED[dtype]):
+        session.steps(STEPS)
+    run, tolerance = session.run, MERGED[dtype]
+    trained = evaluate(run.model)
+    before = bits(run)
+    with run.merged():
+        assert gap(evaluate(run.model), trained) <= tolerance, "merged() changes the function"
+    assert torch.equal(evaluate(run.model), trained), "after merged() the function is another"
+    assert bits(run) == before, "merged() leaves other bits behind"
+    model = run.merge()
+    assert gap(evaluate(model), trained) <= tolerance, "merge() changes the function"
+    kinds = {type(module).__module__.split(".")[0] for module in model.modules()}
+    assert "rankshift" not in kinds, "merge() leaves a trace"
+
+
+def preserve_shift(case: Case, to: Method, dtype: torch.dtype = F64) -> None:
+    """shift() leaves the function unchanged."""
+    session = begin("one", case.method, dtype).steps(2)
+    trained = evaluate(session.run.model)
+    shifted = session.run.shift(to)
+    assert gap(evaluate(shifted.model), trained) <= MERGED[dtype], "shift() changes the function"
+
+
+class _Watched:
+    """An event that checks itself: if its application rewrites a base, W + ΔW of that site must stay."""
+
+    def __init__(self, event: Event, tolerance: float):
+        self.event, self.moment, self.tolerance = event, event.moment, tolerance
+
+    def due(self, tick: Tick) -> bool:
+        return self.event.due(tick)
+
+    def apply(self, adapter: Adapter, tick: Tick) -> None:
+        base, whole = shard.whole(adapter.base.weight).clone(), adapter.rows()
+        self.event.apply(adapter, tick)
+        if not torch.equal(base, shard.whole(adapter.base.weight)):
+            assert gap(adapter.rows(), whole) <= self.tolerance, f"{self.event} changes W + ΔW at {adapter.site}"
+            assert adapter.base.changed, f"{self.event} rewrote {adapter.site} and the base does not know"
+
+
+@contextmanager
+def rewriting_preserves(run: rs.Run, tolerance: float) -> Iterator[None]:
+    audience = run._driver.audience
+    run._driver.audience = lambda: [(_Watched(event, tolerance), adapters) for event, adapters in audience()]
+    yield
+    run._driver.audience = audience
+
+
+# ---- 4. off
+
+
+def off(case: Case, engine: Engine) -> None:
+    """With its dose at zero a method is its parent bit for bit."""
+    assert case.off is not None
+    mine, parent = (begin(engine, method).steps(STEPS) for method in (case.method, case.off))
+    assert mine.losses == parent.losses, f"losses differ: {mine.losses} {parent.losses}"
+    a, b = mine.state(), parent.state()
+    assert b.keys() <= a.keys(), f"the parent has {sorted(b.keys() - a.keys())[:3]} more"
+    same({name: a[name] for name in b}, b, what="dose zero against the parent")
+
+
+# ---- 5. quiet
+
+
+def quiet(case: Case, engine: Engine) -> None:
+    """No verb changes the global random state; training changes neither the set of parameters nor the base's bits."""
+    scramble()
+    model = tiny()
+    plain = evaluate(model)
+    names = {name for name, _ in model.named_parameters()}
+    with same_generators("attach"):
+        run = rs.attach(model, case.method)
+    assert {name for name, _, _ in base_parameters(model)} == names, "attach renamed parameters of the model"
+    session = Session(engine, run, noisy=case.noisy)
+    start, parameters = bits(run), census(session.model)
+    for _ in range(STEPS):
+        if case.noisy:
+            session.step()
+        else:
+            with same_generators("an update"):
+                session.step()
+        assert census(session.model) == parameters, "an update changed the set of parameters or what trains"
+    moved = {name for name, value in bits(run).items() if value != start[name]}
+    known = run.changed
+    assert moved <= known, f"{sorted(moved - known)[:3]} changed and run.changed does not say so"
+    if case.method.reversible:
+        trained = {name for name, p, _ in base_parameters(model) if p.requires_grad}
+        assert moved <= trained, f"{sorted(moved - trained)[:3]} of the frozen base changed"
+        with same_generators("disabled()"), run.disabled():
+            assert torch.equal(evaluate(model), plain), "disabled() is not the base bit for bit"
+    with same_generators("saving"):
+        session.save()
+    with same_generators("merged()"), run.merged():
+        evaluate(model)
+    with same_generators("merge()"):
+        run.merge()
+    assert {name for name, _ in model.named_parameters()} == names, "merge() leaves other parameters behind"
+
+
+def bits(run: rs.Run) -> dict[str, str]:
+    """Hashes of the parameters of the model as it came."""
+    return digest({name: shard.whole(p) for name, p, _ in base_parameters(run.model)})
+
+
+def census(model: nn.Module) -> dict[str, tuple[int, bool]]:
+    """Which parameter objects there are and which train."""
+    return {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+
+
+@contextmanager
+def same_generators(what: str) -> Iterator[None]:
+    before = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
+    yield
+    assert torch.equal(torch.random.get_rng_state(), before[0]), f"{what} drew from torch's global generator"
+    assert str(np.random.get_state()) == str(before[1]), f"{what} drew from numpy's global generator"
+    assert random.getstate() == before[2], f"{what} drew from Python's global generator"
+
+
+# ---- 6. in place
+
+
+def in_place(case: Case, engine: Engine) -> None:
+    """Optimizer keys, shapes and dtypes are those of ``init``; every tensor stays where it is in memory."""
+    session = begin(engine, case.method, noisy=case.noisy)
+    session.step()
+    optimizer = session.optimizer
+
+    def places() -> dict[str, tuple[int, torch.Size, torch.dtype]]:
+        tensors = {f"model/{name}": p for name, p in session.model.named_parameters()}
+        for name, parameter in session.run.trainable():
+            tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+        return {name: (shard.local(t)[0].data_ptr(), t.shape, t.dtype) for name, t in tensors.items()}
+
+    first = places()
+    for group, transform in zip(optimizer.param_groups, optimizer.transforms, strict=True):
+        for parameter in group["params"]:
+            promised = {k: (v.shape, v.dtype) for k, v in transform.init(parameter).items()}
+            found = {k: (v.shape, v.dtype) for k, v in optimizer.state[parameter].items()}
+            assert found == promised, f"optimizer state {found} is not what init made, {promised}"
+    session.steps(STEPS - 1)
+    assert places().keys() == first.keys(), f"new state: {sorted(places().keys() ^ first.keys())[:3]}"
+    moved = [name for name, place in places().items() if place != first[name]]
+    assert not moved, f"{moved[:3]} moved in memory or changed shape"
+
+
+# ---- 7. shapes
+
+
+def shapes(case: Case, engine: Engine) -> None:
+    """Saved integers determine every shape: what JSON holds, then the tensors, is the whole run."""
+    session = begin("one", case.method, noisy=case.noisy).steps(1)
+    state = session.run.state_dict()
+    plain = json.loads(json.dumps(session.run.describe()))
+    assert plain == {key: value for key, value in state.items() if key != "tensors"}, "describe() is not plain JSON"
+    for entry in plain["adapters"].values():
+        assert all(type(r) is int for r in entry["ranks"].values()), "a rank is not one integer"
+    fresh = rs.restore(tiny(), {**plain, "tensors": state["tensors"]})
+    assert torch.equal(evaluate(fresh.model), evaluate(session.run.model)), "restored from integers: another function"
+
+
+# ---- 8. forward = delta, merge, gradients, memory
+
+
+def identity(case: Case, engine: Engine) -> None:
+    """Attaching does not change the function."""
+    assert case.identity is not None
+    model = tiny(F64)
+    plain = evaluate(model)
+    rs.attach(model, case.method)
+    moved = gap(evaluate(model), plain)
+    assert moved <= case.identity, f"attaching changes the function by {moved:.3g}"
+
+
+def _layers() -> dict[str, tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]]:
+    """A layer of each kind: (layer, input, how an (out, in) matrix is stored in its weight)."""
+    from transformers.pytorch_utils import Conv1D
+
+    generator = torch.Generator().manual_seed(5)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=F64)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        table = nn.Embedding(11, 7)
+        return {
+            "linear": (nn.Linear(9, 7), noise(3, 5, 9), lambda M: M),
+            "transposed": (Conv1D(7, 9), noise(3, 9), lambda M: M.T),
+            "conv1d": (nn.Conv1d(3, 7, 3, padding=1), noise(2, 3, 8), lambda M: M.reshape(7, 3, 3)),
+            "conv2d": (nn.Conv2d(3, 7, (2, 3), stride=2), noise(2, 3, 6, 7), lambda M: M.reshape(7, 3, 2, 3)),
+            "embedding": (table, torch.tensor([[1, 4, 4, 10]]), lambda M: M.T),
+        }
+
+
+def delta(case: Case, engine: Engine) -> None:
+    """forward = the layer with the dense W + ΔW in place of its weight; low_rank() = ΔW; at every kind of layer."""
+    from dataclasses import fields, replace
+
+    names = {f.name for f in fields(case.method)}
+    # no restriction to layers of the model that the laws train
+    method = replace(case.method, targets=("layer",), **({"modules_to_save": ()} if "modules_to_save" in names else {}))
+    tried = 0
+    for kind, (layer, x, stored) in _layers().items():
+        model = nn.ModuleDict({"layer": layer.to(F64)})
+        weight, bias = layer.weight.detach().clone(), getattr(layer, "bias", None)
+        try:
+            run = rs.attach(model, method)
+        except rs.errors.UnsupportedLayer:
+            continue
+        tried += 1
+        model.eval()
+        sites = run.adapter()
+        if not sites:  # the method adapts no layer: it trains the weight itself
+            continue
+        adapter = sites["layer"]
+        generator = torch.Generator().manual_seed(8)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=F64)
+            got, change, shift = model["layer"](x), adapter.delta(), adapter.delta_bias()
+            oracle = _plain_layer(kind)
+            oracle.weight.copy_(weight + stored(change))
+            if bias is not None:
+                oracle.bias.copy_(bias if shift is None else bias + shift)
+            assert gap(got, oracle(x)) < 1e-12, f"{kind}: forward is not W + ΔW, off by {gap(got, oracle(x)):.3g}"
+            assert change.abs().max() > 1e-3, f"{kind}: the test moved nothing"
+            part = adapter.delta(slice(2, 5))
+            assert torch.equal(part, change[2:5]) or gap(part, change[2:5]) < 1e-14, f"{kind}: rows of ΔW"
+            factors = adapter.low_rank()
+            if factors is not None:
+                assert gap(factors[1] @ factors[0], change) < 1e-13, f"{kind}: low_rank() is not ΔW"
+            run.merge()
+            assert gap(model["layer"](x), got) < 1e-12, f"{kind}: merge() is not forward"
+    assert tried, "the method serves no kind of layer"
+
+
+def _plain_layer(kind: str) -> Any:
+    return _layers()[kind][0].to(F64)
+
+
+def gradients(case: Case, engine: Engine) -> None:
+    """After the first update, in which one factor may stand still, every tensor that trains has a gradient."""
+    session = begin(engine, case.method, noisy=case.noisy)
+    session.step()
+    before = {name: shard.whole(p).clone() for name, p in session.run.trainable()}
+    loss_of(session.wrapped, batch(7)).backward()
+    for name, parameter in session.run.trainable():
+        assert parameter.grad is not None, f"{name} trains and has no gradient"
+        assert bool(shard.whole(parameter.grad).count_nonzero()), f"the gradient of {name} is exactly zero"
+    session.optimizer.step()
+    still = [name for name, p in session.run.trainable() if torch.equal(shard.whole(p), before[name])]
+    assert not still, f"{still[:3]} did not move"
+    others = [n for n, p in session.model.named_parameters() if not p.requires_grad and p.grad is not None]
+    assert not others, f"frozen {others[:3]} has a gradient"
+
+
+def memory(case: Case, engine: Engine) -> None:
+    """Bytes kept for backward at a linear layer stay under the method's claim."""
+    from dataclasses import replace
+
+    assert case.kept is not None
+    tokens, into, out = 400, 24, 20
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model, x = nn.ModuleDict({"layer": nn.Linear(into, out)}), torch.randn(tokens, into)
+    run = rs.attach(model, replace(case.method, targets=("layer",)))
+    r = sum(a.rank for a in run.adapter().values())
+    x.requires_grad_(True)  # as in a network: the layer below wants its gradient
+    mine = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in mine:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = model["layer"](x)  # noqa: F841  held, so that no storage is freed and counted twice
+    a, b, c = case.kept
+    ceiling = 4 * tokens * (a * into + b * out + c * r)
+    small = 4 * 4 * (r + 1) * (into + out)  # a concatenated or scaled factor, a norm: nothing that grows with tokens
+    assert sum(kept.values()) <= ceiling + small, f"{sum(kept.values())} bytes kept, {ceiling + small} claimed"
+
+
+def roundtrip(case: Case, engine: Engine) -> None:
+    """run.save() → rs.load() on a fresh base is the same function, bit for bit."""
+    import tempfile
+
+    session = begin("one", case.method, noisy=case.noisy).steps(2)
+    with tempfile.TemporaryDirectory() as folder:
+        session.run.save(f"{folder}/saved")
+        again = rs.load(tiny(), f"{folder}/saved")
+    assert torch.equal(evaluate(again.model), evaluate(session.run.model)), "rs.load gives another function"
+    tensors = again.state_dict()["tensors"]
+    same(session.run.state_dict()["tensors"], tensors, what="rs.load")
+
+
+

@@ -1,0 +1,130 @@
+"""Every law, for every case, under every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from laws import laws
+from laws.cases import CASES, Case, rows
+from laws.pool import Pool
+from laws.pulse import Pulse, registered
+from laws.world import Engine
+from rankshift.core.method import methods
+from rankshift.methods import LoRA
+
+PULSE = (
+    Case("pulse", Pulse(rank=4, alpha=8)),
+    Case(
+        "pulse-off",
+        Pulse(rank=4, alpha=8, amplitude=0.0, share=0.0, every=float("inf")),
+        off=LoRA(rank=4, alpha=8),
+    ),
+)
+EVERY = [*rows(), *PULSE]
+
+
+def hold(law: Callable[..., None], case: Case, engine: Engine, pool: Pool | None = None, **options: Any) -> None:
+    """Check a law here, or on two ranks."""
+    if engine == "one":
+        held(law, case, engine, **options)
+    else:
+        assert pool is not None
+        pool.run(held, law, case, engine, **options)
+
+
+def held(law: Callable[..., None], case: Case, engine: Engine, **options: Any) -> None:
+    with registered(case.method):
+        law(case, engine, **options)
+
+
+def cases(*wanted: Case) -> Any:
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in wanted])
+
+
+parallel = pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+engines = pytest.mark.parametrize("engine", ["one", "ddp", "fsdp2"])
+
+
+def test_every_registered_method_has_a_row() -> None:
+    assert set(methods()) == set(CASES), "give each registered method a row in tests/laws/cases.py"
+    for name, row in CASES.items():
+        assert row, f"{name} has an empty row"
+        assert all(case.method.name == name for case in row)
+
+
+@cases(*EVERY)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_at_every_step(case: Case, accumulate: int) -> None:
+    hold(laws.resume, case, "one", accumulate=accumulate)
+
+
+@parallel
+@cases(*EVERY)
+def test_resume_on_two_ranks(case: Case, engine: Engine, pool: Pool) -> None:
+    hold(laws.resume, case, engine, pool, ks=(0, 1, 3), accumulate=2 if case.label == "lora" else 1)
+
+
+@parallel
+@cases(*EVERY)
+def test_two_ranks_are_one_process(case: Case, engine: Engine, pool: Pool) -> None:
+    hold(laws.ranks, case, engine, pool)
+
+
+@engines
+@cases(*EVERY)
+def test_rewriting_the_base_preserves_the_function(case: Case, engine: Engine, pool: Pool) -> None:
+    hold(laws.preserve, case, engine, pool)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@cases(*EVERY)
+def test_merging_in_lower_precision(case: Case, dtype: torch.dtype) -> None:
+    hold(laws.preserve, case, "one", dtype=dtype)
+
+
+@engines
+@cases(*[case for case in EVERY if case.off is not None])
+def test_dose_zero_is_the_parent(case: Case, engine: Engine, pool: Pool) -> None:
+    hold(laws.off, case, engine, pool)
+
+
+@engines
+@cases(*EVERY)
+def test_quiet(case: Case, engine: Engine, pool: Pool) -> None:
+    hold(laws.quiet, case, engine, pool)
+
+
+@engines
+@cases(*EVERY)
+def test_state_stays_in_place(case: Case, engine: Engine, pool: Pool) -> None:
+    hold(laws.in_place, case, engine, pool)
+
+
+@engines
+@cases(*EVERY)
+def test_everything_that_trains_learns(case: Case, engine: Engine, pool: Pool) -> None:
+    hold(laws.gradients, case, engine, pool)
+
+
+@cases(*EVERY)
+def test_shapes_follow_from_saved_integers(case: Case) -> None:
+    hold(laws.shapes, case, "one")
+
+
+@cases(*[case for case in EVERY if case.identity is not None])
+def test_attaching_does_not_change_the_function(case: Case) -> None:
+    hold(laws.identity, case, "one")
+
+
+@cases(*EVERY)
+def test_forward_is_the_dense_delta(case: Case) -> None:
+    hold(laws.delta, case, "one")
+
+
+@cases(*[case for case in EVERY if case.kept is not None])
+def test_bytes_kept_for_backward(case: Case) -> None:
+    hold(laws.memory, case, "one")
