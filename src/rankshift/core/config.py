@@ -35,7 +35,7 @@ def conform(value: Any, hint: Any, where: str) -> Any:
     if hint is None or hint is type(None):
         ok = value is None
     elif origin is Literal:
-        if value in args and not isinstance(value, float):
+        if any(type(value) is type(option) and value == option for option in args):  # True is not 1
             return value
         hint_text = f" {nearest(value, [str(a) for a in args])}" if isinstance(value, str) else ""
         raise ConfigError(f"{where} = {value!r} is not one of {', '.join(map(repr, args))}.{hint_text}")

@@ -78,7 +78,7 @@ class _LoRALinear(torch.autograd.Function):
         if forward == "f1":
             y = flat @ W.t() if bias is None else torch.addmm(bias, flat, W.t())
             assert z is not None
-            y.addmm_(z, Bc.t())
+            torch.addmm(y, z, Bc.t(), out=y)  # accumulates in place; addmm_ would escape torch's FlopCounterMode
         else:
             y = torch.nn.functional.linear(flat, torch.addmm(W, Bc, sA), bias)
         keep_x = train_a or (train_b and not keep_z)
@@ -111,7 +111,8 @@ class _LoRALinear(torch.autograd.Function):
             W = W.to(dY.dtype) if ctx.cast else W
             if ctx.order in ("b1", "b1s"):
                 dX = dY @ W
-                dX.addmm_(S, sA)
+                assert S is not None
+                torch.addmm(dX, S, sA, out=dX)
             else:
                 dX = dY @ torch.addmm(W, Bc, sA)
             dX = dX.view(ctx.shape)

@@ -1,0 +1,365 @@
+"""The fused LoRA linear: one value and one gradient whatever the order, the operations and the memory it promises."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import rankshift as rs
+from rankshift.ops.lora_linear import lora_linear
+from rankshift.ops.lora_linear.order import backward_flops, forward_flops
+
+FORWARDS, BACKWARDS = ("f1", "f2"), ("b1", "b1s", "b4", "b5", "b5s")
+SHAPES = [(0, 5), (1, 5), (7, 5), (2, 3, 5), (2, 1, 4, 5), (5,)]
+
+
+def dense(weight: Tensor) -> Tensor:
+    return weight
+
+
+def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(dtype).requires_grad_(grad)
+
+
+def by_hand(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, bias: Tensor | None, dy: Tensor) -> dict[str, Tensor]:
+    """Value and gradients through the dense weight and the dense gradient G = dYᵀX, written out."""
+    merged = W + s * torch.einsum("or,ri->oi", B, A)
+    y = torch.einsum("...i,oi->...o", x, merged)
+    G = torch.einsum("bo,bi->oi", dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+    return {
+        "y": y if bias is None else y + bias,
+        "x": torch.einsum("...o,oi->...i", dy, merged),
+        "A": s * torch.einsum("or,oi->ri", B, G),
+        "B": s * torch.einsum("oi,ri->or", G, A),
+        "bias": dy.reshape(-1, dy.shape[-1]).sum(0),
+    }
+
+
+def check(x: Tensor, n: int, m: int, r: int, forward: str, backward: str, flags: tuple[bool, bool, bool, bool]) -> None:
+    need_x, need_a, need_b, has_bias = flags
+    W, A, B = seeded(m, n, seed=1), seeded(r, n, seed=2, grad=need_a), seeded(m, r, seed=3, grad=need_b)
+    bias = seeded(m, seed=4, grad=True) if has_bias else None
+    x = x.detach().requires_grad_(need_x)
+    y = lora_linear(x, A, B, 0.7, bias, dense, (W,), forward, backward)  # type: ignore[arg-type]
+    dy = seeded(*y.shape, seed=5)
+    want = by_hand(x.detach(), W, A.detach(), B.detach(), 0.7, None if bias is None else bias.detach(), dy)
+    torch.testing.assert_close(y.detach(), want["y"], rtol=1e-10, atol=1e-10)
+    leaves = {"x": x, "A": A, "B": B} | ({"bias": bias} if has_bias else {})
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    if not leaves:
+        assert not y.requires_grad
+        return
+    for name, grad in zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True):
+        torch.testing.assert_close(grad, want[name], rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("forward", "backward"), list(itertools.product(FORWARDS, BACKWARDS)))
+def test_every_order_is_the_same_layer(forward: str, backward: str):
+    for shape in SHAPES:
+        for flags in itertools.product((True, False), repeat=4):
+            check(seeded(*shape), shape[-1], 3, 2, forward, backward, flags)
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_inputs_that_are_not_contiguous(backward: str):
+    wide = seeded(6, 4, 10)
+    for x in (wide[..., ::2], wide.transpose(0, 1)[..., :5], seeded(5, 9).t(), wide[:, :1].expand(6, 3, 10)[..., 5:]):
+        assert not x.is_contiguous()
+        check(x, 5, 8, 3, "f1", backward, (True, True, True, True))
+        check(x, 5, 8, 3, "f2", backward, (True, True, True, True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    b=st.integers(0, 70), n=st.integers(1, 33), m=st.integers(1, 33), r=st.integers(1, 9),
+    forward=st.sampled_from([None, *FORWARDS]), backward=st.sampled_from([None, *BACKWARDS]),
+    flags=st.tuples(*[st.booleans()] * 4),
+)  # fmt: skip
+def test_any_shape(b: int, n: int, m: int, r: int, forward: str, backward: str, flags: tuple[bool, bool, bool, bool]):
+    check(seeded(b, n), n, m, r, forward, backward, flags)
+
+
+def test_incoming_gradient_that_is_not_contiguous():
+    x, W, A, B = seeded(4, 5, grad=True), seeded(3, 5), seeded(2, 5, grad=True), seeded(3, 2, grad=True)
+    y = lora_linear(x, A, B, 1.0, None, dense, (W,))
+    y.sum().backward()  # the gradient of a sum is an expanded scalar
+    want = by_hand(x.detach(), W, A.detach(), B.detach(), 1.0, None, torch.ones(4, 3, dtype=torch.float64))
+    for leaf, name in ((x, "x"), (A, "A"), (B, "B")):
+        torch.testing.assert_close(leaf.grad, want[name], rtol=1e-10, atol=1e-10)
+
+
+# ---- operations
+
+
+@pytest.mark.parametrize(("forward", "backward"), list(itertools.product(FORWARDS, BACKWARDS)))
+@pytest.mark.parametrize("flags", [(True, True, True), (False, True, True), (True, False, True), (True, True, False)])
+def test_operations_are_those_of_the_table(forward: str, backward: str, flags: tuple[bool, bool, bool]):
+    b, n, m, r = 24, 20, 12, 3
+    need_x, need_a, need_b = flags
+    x, W = seeded(b, n, grad=need_x), seeded(m, n)
+    A, B = seeded(r, n, grad=need_a), seeded(m, r, grad=need_b)
+    with FlopCounterMode(display=False) as counter:
+        y = lora_linear(x, A, B, 0.5, None, dense, (W,), forward, backward)  # type: ignore[arg-type]
+    keeps_z = need_b and backward in ("b1s", "b5s")
+    assert counter.get_total_flops() == forward_flops(forward, b, n, m, r, keeps_z)  # type: ignore[arg-type]
+    with FlopCounterMode(display=False) as counter:
+        y.backward(torch.ones_like(y))
+    assert counter.get_total_flops() == backward_flops(backward, b, n, m, r, *flags)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("b", [2, 9, 13, 40])
+def test_the_order_that_is_named_is_the_one_that_runs(b: int):
+    n, m, r = 24, 12, 2
+    model = nn.Sequential(nn.Linear(n, m))
+    adapter = rs.attach(model, rs.LoRA(rank=r, targets="0")).adapter()["0"]
+    f, w = adapter.orders(b)
+    x = torch.randn(b, n, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    want = forward_flops(f, b, n, m, r, w in ("b1s", "b5s")) + backward_flops(w, b, n, m, r)
+    assert counter.get_total_flops() == want
+    others = {
+        forward_flops(g, b, n, m, r, v in ("b1s", "b5s")) + backward_flops(v, b, n, m, r)
+        for g in FORWARDS
+        for v in BACKWARDS
+    }
+    assert want == min(others)
+    assert len(others) > 3
+
+
+# ---- precision
+
+
+def test_bf16_keeps_a_small_update():
+    """W = [V, −V] and x = [t, t], so that W x is exactly 0 and y is the branch alone: the delta's error can be read off."""
+    gen = torch.Generator().manual_seed(0)
+    V, t = torch.randn(32, 32, generator=gen), torch.randn(64, 32, generator=gen)
+    W, x = torch.cat([V, -V], 1).bfloat16(), torch.cat([t, t], 1).bfloat16()
+    A, B = torch.randn(4, 64, generator=gen), torch.randn(32, 4, generator=gen)
+    B *= 7e-4 * W.float().norm() / (B @ A).norm()  # ‖BA‖ = 7e-4 ‖W‖
+    exact = x.double() @ (B.double() @ A.double()).t()
+
+    def error(y: Tensor) -> float:
+        return float((y.double() - exact).norm() / exact.norm())
+
+    assert error(lora_linear(x, A, B, 1.0, None, dense, (W,))) < 0.02
+    naive = x @ (W + (B @ A).to(W.dtype)).t()  # what the merged orders would do
+    assert error(naive) > 0.3
+    for order in ({"forward": "f2"}, {"backward": "b5"}):
+        with pytest.raises(rs.errors.ConfigError, match="loses most of a small update"):
+            lora_linear(x, A, B, 1.0, None, dense, (W,), **order)
+
+
+@pytest.mark.parametrize("how", ["autocast", "bf16 base", "fp16 base"])
+def test_wide_factors_of_a_narrow_layer(how: str):
+    """Value within a few roundings of the compute dtype; gradients of fp32 factors are fp32 and as close."""
+    dtype = torch.float16 if how == "fp16 base" else torch.bfloat16
+    narrow = torch.float32 if how == "autocast" else dtype
+    b, n, m, r = 12, 16, 8, 4
+    x, W, bias = seeded(b, n, dtype=narrow, grad=True), seeded(m, n, seed=1, dtype=narrow), seeded(m, dtype=narrow)
+    A, B = (
+        seeded(r, n, seed=2, dtype=torch.float32, grad=True),
+        seeded(m, r, seed=3, dtype=torch.float32, grad=True),
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        y = lora_linear(x, A, B, 0.5, bias, dense, (W,))
+    assert y.dtype == dtype
+    dy = seeded(b, m, seed=5, dtype=dtype)
+    y.backward(dy)
+    assert (A.grad.dtype, B.grad.dtype, x.grad.dtype) == (torch.float32, torch.float32, narrow)
+    up = [t.detach().double() for t in (x, W, A, B)]
+    want = by_hand(*up, 0.5, bias.double(), dy.double())
+    for got, name in ((y, "y"), (x.grad, "x"), (A.grad, "A"), (B.grad, "B")):
+        error = (got.detach().double() - want[name]).norm() / want[name].norm()
+        assert error < 4 * torch.finfo(dtype).eps, name  # bf16 2⁻⁷, fp16 2⁻¹⁰: inputs, Z or S and the result are rounded
+
+
+def test_autocast_equals_the_plain_composition():
+    x = seeded(6, 8, dtype=torch.float32, grad=True)
+    W, A, B = (seeded(*s, seed=i, dtype=torch.float32) for i, s in enumerate([(4, 8), (2, 8), (4, 2)], 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = lora_linear(x, A, B, 1.0, None, dense, (W,))
+        plain = nn.functional.linear(x, W) + nn.functional.linear(nn.functional.linear(x, A), B)
+    assert fused.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(fused, plain, rtol=2**-6, atol=2**-5)
+
+
+def test_second_derivatives_are_refused():
+    x, W, A, B = seeded(4, 5, grad=True), seeded(3, 5), seeded(2, 5, grad=True), seeded(3, 2, grad=True)
+    y = lora_linear(x, A, B, 1.0, None, dense, (W,))
+    (gx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gx.sum().backward()
+
+
+# ---- memory and kernels
+
+
+def saved_bytes(model: nn.Module, x: Tensor, autocast: bool = False) -> int:
+    """Bytes kept for backward: unique storages, parameters and x's own storage included once, parameters excluded."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    alive = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: alive.append(t) or pack(t), lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        alive.append(model(x))
+    return sum(kept.values())
+
+
+B_, N, M, R = 6, 32, 24, 4  # few tokens: the order is f1 with Z saved
+
+
+def layer(dtype: torch.dtype, **fields: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(N, M, dtype=dtype))
+    rs.attach(model, rs.LoRA(rank=R, targets="0", **fields))  # type: ignore[arg-type]
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("input_grad", [True, False])
+def test_saved_bytes_of_lora(dtype: torch.dtype, input_grad: bool):
+    """b·n·e for X and b·r·e for Z; fp32 factors of a bf16 layer cost no fp32 copy of X."""
+    model = layer(dtype)
+    x = torch.randn(B_, N, dtype=dtype, requires_grad=input_grad)
+    assert saved_bytes(model, x) == B_ * (N + R) * dtype.itemsize
+
+
+def test_saved_bytes_under_autocast():
+    """X is kept in the dtype it is multiplied in."""
+    model = layer(torch.float32)
+    assert saved_bytes(model, torch.randn(B_, N), autocast=True) == B_ * (N + R) * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [B_, 10 * N])
+def test_lora_fa_frees_its_input(dtype: torch.dtype, tokens: int):
+    model = layer(dtype, train="B")
+    x = torch.randn(tokens, N, dtype=dtype, requires_grad=True)
+    assert saved_bytes(model, x) == tokens * R * dtype.itemsize
+
+
+def test_merged_orders_keep_the_input_alone():
+    """RunLoRA's claim: with many tokens XA is not saved."""
+    model = layer(torch.float32)
+    tokens = 10 * N
+    assert saved_bytes(model, torch.randn(tokens, N, requires_grad=True)) == tokens * N * 4
+
+
+def test_saved_bytes_of_dora():
+    """X and Z as in LoRA, and W x + s·B(A x) with its factor of each row, from which the magnitude learns."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = layer(dtype, dora=True)
+        vectors = M * dtype.itemsize + (M * 4)  # μ/‖·‖ in the layer's dtype, 1/‖·‖ in fp32
+        x = torch.randn(B_, N, dtype=dtype, requires_grad=True)
+        kept = saved_bytes(model, x)
+        assert B_ * (N + R + M) * dtype.itemsize <= kept <= B_ * (N + R + M) * dtype.itemsize + vectors
+
+
+def test_no_input_is_kept_without_gradients():
+    model = layer(torch.float32)
+    with torch.no_grad():
+        assert saved_bytes(model, torch.randn(B_, N)) == 0
+
+
+class Kernels(TorchDispatchMode):
+    """Counts aten calls that compute: views and detaches move no data."""
+
+    FREE = ("view", "t", "transpose", "detach", "expand", "reshape", "_unsafe_view", "alias", "unsqueeze", "permute")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name not in self.FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels(dtype: torch.dtype):
+    """Forward: scale A, Z, W, B (and two casts); backward: scale A, S, dA, its scale, dB, dX twice. PEFT needs more."""
+    peft = pytest.importorskip("peft")
+
+    def count(model: nn.Module) -> int:
+        x = torch.randn(B_, N, dtype=dtype, requires_grad=True)
+        with Kernels() as kernels:
+            y = model(x)
+            torch.autograd.backward(y, torch.ones_like(y.detach()))
+        kernels.names.remove("ones_like")
+        return len(kernels.names)
+
+    ours = count(layer(dtype))
+    config = peft.LoraConfig(r=R, lora_alpha=8, target_modules=["0"])
+    theirs = count(peft.get_peft_model(nn.Sequential(nn.Linear(N, M, dtype=dtype)), config))
+    assert ours <= (11 if dtype is torch.float32 else 17)
+    assert ours <= theirs
+
+
+# ---- torch.compile
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    model = layer(torch.float32)
+    rs_adapter = model[0]["default"]
+    with torch.no_grad():
+        rs_adapter.B.normal_()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(B_, N, requires_grad=True)
+    plain = model(x)
+    y = compiled(x)
+    torch.testing.assert_close(y, plain)
+    want = torch.autograd.grad(plain.square().sum(), [x, rs_adapter.A, rs_adapter.B])
+    got = torch.autograd.grad(y.square().sum(), [x, rs_adapter.A, rs_adapter.B])
+    torch.testing.assert_close(got, want)
+
+
+def test_switching_back_and_forth_does_not_recompile():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(N, M), nn.ReLU(), nn.Linear(M, N))
+    run = rs.attach(model, rs.LoRA(rank=R, targets=("0", "2")))
+    run.add("other", rs.LoRA(rank=2, targets=("0", "2")))
+    for adapters in run.adapter("other"), run.adapter():
+        for adapter in adapters.values():
+            torch.nn.init.normal_(adapter.B)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x = torch.randn(B_, N)
+
+    def use(*names: str) -> None:
+        run.use(*names)
+        torch.testing.assert_close(compiled(x), model(x))
+
+    for names in (("default",), ("other",), ("default", "other"), ()):
+        use(*names)
+    seen = len(graphs)
+    assert seen <= 4
+    for names in ((), ("other",), ("default",), ("default", "other"), ("other",)):
+        use(*names)
+    assert len(graphs) == seen
