@@ -119,7 +119,7 @@ def agree(state: dict[str, Tensor]) -> None:
 def digest(state: dict[str, Tensor]) -> dict[str, str]:
     """A hash of every tensor's bits."""
     return {
-        name: hashlib.sha256(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(t.detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, t in state.items()
     }
 

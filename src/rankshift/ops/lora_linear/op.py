@@ -84,7 +84,9 @@ class _LoRALinear(torch.autograd.Function):
         keep_x = train_a or (train_b and not keep_z)
         ctx.save_for_backward(flat if keep_x else None, z if keep_z else None, A, B, *packed)
         ctx.scale, ctx.order, ctx.dense, ctx.shape, ctx.cast = scale, backward, dense, x.shape, cast
-        return y.view(*x.shape[:-1], B.shape[0])
+        # not y.view: autograd forbids in-place changes of a view that a Function returns, and models add in place
+        shaped: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], B.shape[0]])
+        return shaped
 
     @staticmethod
     @once_differentiable
