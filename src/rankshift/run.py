@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.errors import AttachError, ConfigError, ExportError, UnmatchedTarget, WrongBase, nearest
+from rankshift.core.errors import (
+    AttachError,
+    ConfigError,
+    ExportError,
+    RankTooLarge,
+    UnmatchedTarget,
+    WrongBase,
+    nearest,
+)
 from rankshift.core.event import Driver, Event, Needs
 from rankshift.core.method import Method, from_dict, to_dict
 from rankshift.core.phase import Phase
@@ -147,7 +155,11 @@ class Run:
         copies = _copies(model, method)
         specs = [s for s in specs if not any(s.name == c or s.name.startswith(c + ".") for c in copies)]
         for spec in specs:
-            method.fit(spec)
+            try:
+                method.fit(spec)
+            except RankTooLarge:
+                if fill:  # what was trained elsewhere may have a rank that is merely of no use
+                    raise
         for spec in specs:
             if method.tied == "refuse":
                 check_tied(model, spec)
@@ -337,8 +349,8 @@ class Run:
         for other in (method, *(member.method for member in self._members.values())):
             if any(other.in_place(n, adapted) for n, _, adapted in base_parameters(self.model)):
                 raise AttachError(
-                    f"{type(other).__name__} as configured trains base weights in place, which all adapters would share: "
-                    "it stands alone. Use bias=\"none\", or run.shift(method) to go on with another method."
+                    f"{type(other).__name__} as configured trains base weights in place, which all adapters would "
+                    'share: it stands alone. Use bias="none", or run.shift(method) to go on with another method.'
                 )
         self._build(name, method, data)
         self.use(*self._active)
@@ -351,10 +363,10 @@ class Run:
             self._known(name)
         if not names and self._originals:
             raise AttachError("This run trains biases in place. For the base as it came use run.disabled().")
-        for site, replica in self._replicas().items():
+        for copied, replica in self._replicas().items():
             both = [name for name in names if name in replica.copies]
             if len(both) > 1:
-                raise AttachError(f"adapters {both[0]!r} and {both[1]!r} each hold a whole {site}: use one of them.")
+                raise AttachError(f"adapters {both[0]!r} and {both[1]!r} each hold a whole {copied}: use one of them.")
         self._active = names
         for site in self.sites.values():
             site.link(self._active)
@@ -391,7 +403,7 @@ class Run:
         weights = [1.0] * len(names) if weights is None else list(weights)
         if any(other in replica.copies for other in names for replica in self._replicas().values()):
             raise ExportError(
-                f"Of {', '.join(names)}, one holds modules trained whole (modules_to_save): copies have no low-rank sum."
+                f"One of {', '.join(names)} holds modules trained whole (modules_to_save), which have no low-rank sum."
             )
         method, ranks, tensors = concatenate([self.adapter(other) for other in names], weights)
         self._build(name, method, ranks=ranks)
@@ -568,8 +580,9 @@ class Run:
             yield f"buffer/{buffer_name}", shard.whole(buffer)
         for base_name, original in self._originals.items():
             yield f"original/{base_name}", shard.whole(original)
+        changed = self.changed
         for base_name, parameter, _ in base_parameters(self.model):
-            if base_name in self.changed:
+            if base_name in changed:
                 yield f"base/{base_name}", shard.whole(parameter)
 
     def describe(self) -> dict[str, Any]:
@@ -757,8 +770,8 @@ def _check_foldable(sites: Iterable[Site]) -> None:
     for site in sites:
         if site.base.bias is None and any(adapter.delta_bias() is not None for adapter in site.acting()):
             raise AttachError(
-                f"{site.spec.name} has no bias to merge the adapter's bias into. Nothing was merged. Go on unmerged, or "
-                "train with lora_bias=False."
+                f"{site.spec.name} has no bias to merge the adapter's bias into. Nothing was merged. Go on unmerged, "
+                "or train with lora_bias=False."
             )
 
 

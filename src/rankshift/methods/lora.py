@@ -257,12 +257,6 @@ class LoRA(Method):
         return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
     def fit(self, spec: Spec) -> None:
-        rank = self.rank_at(spec.name)
-        if rank > spec.max_rank:
-            raise RankTooLarge(
-                f"rank {rank} at {spec.name} exceeds min(out, in) = {spec.max_rank}. "
-                f'Lower rank, set rank_pattern for it, or exclude "{spec.name.rpartition(".")[2]}".'
-            )
         kind = type(spec.form).__name__.removesuffix("Form") or "Linear"
         if self.dora and (spec.form.stacked or isinstance(spec.form, EmbeddingForm)):
             raise UnsupportedLayer(f"DoRA at {spec.name}: its row norms are not defined for {kind} layers. Exclude it.")
@@ -278,6 +272,12 @@ class LoRA(Method):
             raise UnsupportedLayer(
                 f"{spec.name} is a stack of expert weights, reached only as W + ΔW: dropout, lora_bias and "
                 'init="eva" need the layer\'s input. Exclude it, or turn them off.'
+            )
+        rank = self.rank_at(spec.name)
+        if rank > spec.max_rank:
+            raise RankTooLarge(
+                f"rank {rank} at {spec.name} exceeds min(out, in) = {spec.max_rank}. "
+                f'Lower rank, set rank_pattern for it, or exclude "{spec.name.rpartition(".")[2]}".'
             )
 
     def adapt(self, base: Base, spec: Spec, rank: int) -> Adapter:
