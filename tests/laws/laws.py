@@ -100,12 +100,12 @@ def resume_phases(methods: list[Method], engine: Engine, each: int = 2) -> None:
 def ranks(case: Case, engine: Engine) -> None:
     """Different global random state on every rank, equal training state; and that of one process with all the data."""
     session = begin(engine, case.method, F64, noisy=case.noisy).steps(STEPS)
-    state = session.state()
+    state = session.state(whole=True)
     agree(state)
     if case.noisy:
         return
     alone = begin("one", case.method, F64).steps(STEPS)
-    same(state, alone.state(), RANKS, "ranks against one process")
+    same(state, alone.state(whole=True), RANKS, "ranks against one process")
 
 
 def agree(state: dict[str, Tensor]) -> None:

@@ -194,12 +194,13 @@ class Session:
 
     # ---- looked at from outside
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that training has made, whole: adapters, base, moments, clock, losses."""
-        found = {f"run/{name}": tensor for name, tensor in self.run.state_dict()["tensors"].items()}
-        found |= {f"model/{name}": shard.whole(p) for name, p in self.model.named_parameters()}
+    def state(self, whole: bool = False) -> dict[str, Tensor]:
+        """Everything that training has made: adapters, base, buffers, moments, clock; this rank's part, or whole."""
+        shard.settle(self.model)
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, parameter in self.run.trainable():
-            found |= {f"{name}/{key}": shard.whole(v) for key, v in self.optimizer.state.get(parameter, {}).items()}
+            tensors |= {f"{name}/{key}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
+        found = {name: shard.whole(t) if whole else shard.local(t)[0] for name, t in tensors.items()}
         group = self.optimizer.param_groups[0]
         found["clock"] = torch.tensor([group["updates"], group["skipped"], self.run.step])
         found["lr"] = torch.tensor([g["lr"] for g in self.optimizer.param_groups], dtype=torch.float64)

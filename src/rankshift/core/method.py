@@ -47,7 +47,7 @@ class Method:
     """What to do where a target's weight is shared with another module: refuse, or give it a copy of its own."""
 
     def __init_subclass__(cls) -> None:
-        if cls.name:
+        if cls.__dict__.get("name"):  # an inherited name is another method's
             _REGISTRY[cls.name] = cls
 
     def __new__(cls, *args: Any, **values: Any) -> Method:

@@ -1,0 +1,124 @@
+"""Phases: Full → LoRA → Full and their like, exact at every step; and what shift() and the next optimizer promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rankshift as rs
+from laws import laws
+from laws.cases import Case
+from laws.pool import Pool
+from laws.pulse import Pulse, registered
+from laws.world import Engine, Session, batch, begin, evaluate, gap, loss_of, same, tiny
+from rankshift.core.method import Method
+from rankshift.methods import Full, LoRA
+
+ROUTES: dict[str, list[Method]] = {
+    "full-lora-full": [Full(), LoRA(rank=4, alpha=8), Full()],
+    "lora-pissa-dora": [LoRA(rank=2), LoRA(rank=3, init="pissa"), LoRA(rank=2, dora=True)],
+    "pulse-full-pulse": [Pulse(rank=2, every=2), Full(targets=("blocks.0",)), Pulse(rank=3, every=1)],
+    "extras-lora": [
+        LoRA(rank=2, bias="lora_only", modules_to_save=("head", "norm2"), targets=("q", "up")),
+        LoRA(rank=2, lora_bias=True, targets=("q", "up")),
+        Full(targets=("head", "up")),
+    ],
+}
+routes = pytest.mark.parametrize("methods", [pytest.param(m, id=name) for name, m in ROUTES.items()])
+
+
+@routes
+def test_resume_at_every_step_of_three_phases(methods: list[Method]) -> None:
+    laws.resume_phases(methods, "one")
+
+
+def test_resume_across_phases_under_ddp(pool: Pool) -> None:
+    pool.run(laws.resume_phases, ROUTES["full-lora-full"], "ddp", each=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("to", [Full(), LoRA(rank=2)], ids=["full", "lora"])
+def test_shift_preserves_the_function(to: Method, dtype: torch.dtype) -> None:
+    for method in (Full(), LoRA(rank=4, alpha=8), LoRA(rank=4, dora=True), ROUTES["extras-lora"][0], Pulse(rank=2)):
+        laws.preserve_shift(Case("shift", method), to, dtype)
+
+
+def sharded_route(methods: list[Method], each: int) -> dict[str, torch.Tensor]:
+    """A change of phase under FSDP2: whole state on every rank, a fresh model, shift, shard again."""
+    with registered(*methods):
+        session = begin("fsdp2", methods[0], torch.float64).steps(each)
+        for method in methods[1:]:
+            before = evaluate(session.model)
+            with pytest.raises(rs.errors.AttachError, match="sharded already"):
+                session.run.shift(method)
+            if session.run.method.reversible:
+                with pytest.raises(rs.errors.AttachError, match="sharded already"):
+                    session.run.add("second", LoRA(rank=2))
+            run = rs.restore(tiny(torch.float64), session.run.state_dict()).shift(method)
+            session = Session("fsdp2", run)
+            assert gap(evaluate(session.model), before) <= laws.MERGED[torch.float64]
+            session.steps(each)
+        state = session.state(whole=True)
+        laws.agree(state)
+        return state
+
+
+def test_phases_under_fsdp2_are_those_of_one_process(pool: Pool) -> None:
+    methods = ROUTES["full-lora-full"]
+    session = begin("one", methods[0], torch.float64).steps(2)
+    for method in methods[1:]:
+        session = Session("one", session.run.shift(method)).steps(2)
+    sharded = pool.run(sharded_route, methods, 2)
+    same(sharded[0], session.state(whole=True), laws.RANKS, "phases under FSDP2")
+
+
+def test_an_optimizer_of_an_ended_phase_refuses_to_step() -> None:
+    session = begin("one", LoRA(rank=2)).steps(1)
+    run = session.run.shift(Full())
+    with pytest.raises(rs.errors.AttachError, match="phase that has ended"):
+        session.optimizer.step()
+    with pytest.raises(rs.errors.AttachError, match="ended with shift"):
+        session.run.optimizer()
+    assert [(p.method["method"], p.start, p.stop) for p in run.phases] == [("lora", 0, 1), ("full", 1, None)]
+    assert run.step == 1
+
+
+def test_the_clock_goes_on_across_phases_and_a_new_optimizer() -> None:
+    session = begin("one", LoRA(rank=2)).steps(2)
+    session = Session("one", session.run.shift(Full())).steps(1)
+    assert session.run.step == 3
+    again = session.run.optimizer()
+    loss_of(session.model, batch(3)).backward()
+    again.step()
+    assert session.run.step == 4
+    with pytest.raises(rs.errors.ConfigError, match=r"rs\.LoRA"):
+        session.run.shift("lora")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["one", "ddp", "fsdp2"])
+def test_a_fold_is_known_to_the_run_and_saved(engine: Engine, pool: Pool) -> None:
+    if engine == "one":
+        fold_is_saved(engine)
+    else:
+        pool.run(fold_is_saved, engine)
+
+
+def fold_is_saved(engine: Engine) -> None:
+    method = Pulse(rank=2, every=2, targets=("q", "embed"))
+    with registered(method):
+        session = begin(engine, method)
+        session.step()
+        assert session.run.changed == set()
+        assert not any(name.startswith("base/") for name in session.run.state_dict()["tensors"])
+        with session.run.merged():
+            assert "embed.weight" in session.run.changed
+        assert session.run.changed == set(), "merged() leaves no mark"
+        session.step()
+        folded = {"embed.weight", "blocks.0.q.weight", "blocks.1.q.weight"}
+        assert session.run.changed == folded
+        state = session.run.state_dict()
+        assert {name for name in state["tensors"] if name.startswith("base/")} == {f"base/{name}" for name in folded}
+        assert int(state["tensors"]["default/embed.folds"]) == 1
+        fresh = rs.restore(tiny(), state)
+        assert fresh.changed == folded
+        assert gap(evaluate(fresh.model), evaluate(session.model)) < 1e-5
