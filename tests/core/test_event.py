@@ -127,13 +127,13 @@ def test_order_under_accelerate():
 
 def test_two_runs_do_not_hear_each_other():
     model, run, optimizer = attached(Noted(rank=2))
-    other, second, idle = attached(Noted(rank=2))
+    _other, second, idle = attached(Noted(rank=2))
     learn(model)
     optimizer.step()
     assert (run.step, second.step) == (1, 0)
+    for _, p in second.trainable():
+        p.grad = torch.ones_like(p)
     with pytest.raises(StepWithoutForward):
-        for p in (p for _, p in second.trainable()):
-            p.grad = torch.ones_like(p)
         idle.step()
 
 
@@ -441,7 +441,7 @@ def test_what_starts_silent_may_be_zero_but_not_missing():
 
 
 def test_an_update_without_any_signal_is_not_judged():
-    model, run, optimizer = attached()
+    model, _run, optimizer = attached()
     (model(batch()).sum() * 0).backward()  # a batch without reward
     optimizer.step()
     optimizer.zero_grad()

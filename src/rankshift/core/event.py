@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from rankshift.core import shard
-from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.errors import AttachError, NoGradient, NonFinite, StepWithoutForward
 from rankshift.core.random import Key
@@ -116,7 +115,7 @@ class Driver:
     _model: nn.Module | None = None
     _initial: Callable[[Tensor], dict[str, Tensor]] | None = None
     _hooks: list[Any] = field(default_factory=list)
-    _witness: Witness = field(default_factory=Witness)  # one for life: a compiled model keeps the hook it was traced with
+    _witness: Witness = field(default_factory=Witness)  # one for life: compiled code keeps the hook it was traced with
     _fresh: list[Tensor] | None = None  # in a rehearsal: tensors whose state it makes
     _skip: bool = False
     _streak: int = 0
@@ -266,9 +265,11 @@ class Driver:
                         event.apply(adapter, tick)
 
     def _check(self) -> None:
-        found = {name: (tensor.grad, needs) for name, tensor, needs in self.trainable() if needs is not Needs.NOTHING}
-        for name, (gradient, _) in found.items():
-            if gradient is None:
+        found: dict[str, tuple[Tensor, Needs]] = {}
+        for name, tensor, needs in self.trainable():
+            if tensor.grad is not None:
+                found[name] = tensor.grad, needs
+            elif needs is not Needs.NOTHING:
                 raise NoGradient(
                     f"{name} received no gradient in the first update. Its layer is not used in forward, or its input "
                     "was cut from the graph (reentrant gradient checkpointing does that: use use_reentrant=False). "

@@ -2,6 +2,8 @@
 
     m ← β1 m + (1−β1) g      v ← β2 v + (1−β2) g²      d = (m / (1−β1ᵗ)) / (√(v / (1−β2ᵗ)) + ε)
     p ← (1 − lr·wd) p − lr·d
+
+t counts the updates of one tensor; m and v have its dtype, as in torch.optim.AdamW.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Optimizer(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        if not 0 <= lr:
+        if lr < 0:
             raise ConfigError(f"lr = {lr} is negative.")
         if not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(f"betas = {betas}: each must lie in [0, 1).")
@@ -124,7 +124,8 @@ class Optimizer(torch.optim.Optimizer):
         mine = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, mine, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                if torch.is_tensor(value) and value.dtype != self.state[p][key].dtype:  # torch casts all but "step" to the parameter's dtype
+                # torch casts everything but "step" to the parameter's dtype
+                if torch.is_tensor(value) and value.dtype != self.state[p][key].dtype:
                     self.state[p][key] = value.to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:

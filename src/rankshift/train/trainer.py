@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import logging
-import os
 import signal
 import threading
 import warnings
@@ -30,6 +29,7 @@ from rankshift.core import shard
 from rankshift.core.errors import AttachError, ConfigError, MissingFile, OutOfMemory, WrongBase
 from rankshift.core.method import Method
 from rankshift.core.site import base_parameters
+from rankshift.io.checkpoint import MANIFEST, read
 from rankshift.run import Run, attach, restore
 
 _log = logging.getLogger(__name__)
@@ -99,7 +99,8 @@ class Trainer(transformers.Trainer):
         super().__init__(model, args, callbacks=[_Watch(self), *(callbacks or ())], **rest)
         self._refuse_engines()
         self.check_gradients = check_gradients
-        self._foreign = self.optimizer is not None
+        given = self.optimizer
+        self._foreign = given is not None
         self._stop = False
         self._settled = True
         self._counted = False
@@ -108,8 +109,8 @@ class Trainer(transformers.Trainer):
             batches = None if calibration is None else (self._prepare_inputs(batch) for batch in calibration)
             run = attach(model, method, seed=args.seed, total_steps=self._planned_updates(), data=batches)
         self.run = run
-        if self._foreign:
-            self._carry(self.optimizer)
+        if given is not None:
+            self._carry(given)
 
     # ---- settings
 
@@ -118,9 +119,9 @@ class Trainer(transformers.Trainer):
         optim = getattr(args.optim, "value", args.optim)
         if optim not in _ADAMW:
             raise ConfigError(
-                f"optim={optim!r} would build its own optimizer, but a method brings its own: AdamW as it transforms it. "
-                f"Use {' or '.join(map(repr, _ADAMW))}; or attach first, pass run= and optimizers=(yours, None), with "
-                "yours made over [p for _, p in run.trainable()]."
+                f"optim={optim!r} would replace the method's own optimizer, AdamW as it transforms it. Use "
+                f"{' or '.join(map(repr, _ADAMW))}; or attach first and pass run= and optimizers=(yours, None), yours "
+                "made over [p for _, p in run.trainable()]."
             )
         if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False
@@ -170,8 +171,9 @@ class Trainer(transformers.Trainer):
 
     def _decays(self) -> Callable[[str, Tensor], bool]:
         """transformers' rule by name for the model's own tensors; of an adapter, matrices decay and vectors do not."""
-        names = set(self.get_decay_parameter_names(self.model))
-        decaying = {id(p) for name, p in self.model.named_parameters() if name in names}
+        model = self.run.model
+        names = set(self.get_decay_parameter_names(model))
+        decaying = {id(p) for name, p in model.named_parameters() if name in names}
         factors = {id(p) for name in self.run.active for a in self.run.adapter(name).values() for p in a.parameters()}
         return lambda _, tensor: tensor.dim() > 1 if id(tensor) in factors else id(tensor) in decaying
 
@@ -214,7 +216,9 @@ class Trainer(transformers.Trainer):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward, through the wrapper of the current phase."""
         current = self.model_wrapped
-        if current is model or not isinstance(model, DistributedDataParallel):
+        if current is model or not (
+            isinstance(model, DistributedDataParallel) and isinstance(current, DistributedDataParallel)
+        ):
             return super().training_step(model, *args, **kwargs)
         # transformers' loop holds the wrapper of the phase in which it began, and tells that one when to synchronise
         with contextlib.nullcontext() if model.require_backward_grad_sync else current.no_sync():
@@ -258,13 +262,14 @@ class Trainer(transformers.Trainer):
             )
         if self.is_fsdp_enabled:
             raise ConfigError("A phase cannot end inside a Trainer under FSDP2: shift() before training, or use DDP.")
+        assert self.lr_scheduler is not None
         taken = self.lr_scheduler.last_epoch
         before = self.run.method.name
         self.run = self.run.shift(method)
         self.accelerator.free_memory()
         if isinstance(self.model_wrapped, DistributedDataParallel):  # its reducer knows the old tensors
-            self.accelerator.ddp_handler.find_unused_parameters = _may_be_unused(self.model, method)
-            self.model_wrapped = self.accelerator.prepare_model(self.model)
+            self.accelerator.ddp_handler.find_unused_parameters = _may_be_unused(self.run.model, method)
+            self.model_wrapped = self.accelerator.prepare_model(self.run.model)
         self.optimizer = self.lr_scheduler = None
         self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
         self.create_scheduler(num_training_steps=self.state.max_steps)
@@ -281,7 +286,7 @@ class Trainer(transformers.Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the run, as ``rs.load`` reads it, to ``rankshift/`` in this directory; the tokenizer beside it."""
-        directory = Path(output_dir or self.args.output_dir)
+        directory = Path(output_dir) if output_dir else self._out
         self.run.save(directory / RUN)
         if self.args.should_save:
             keeper = self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -291,12 +296,16 @@ class Trainer(transformers.Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
+    @property
+    def _out(self) -> Path:
+        return Path(self.args.output_dir or ".")
+
     def _checkpoint(self, wish: str | Path | bool | None) -> Path | None:
         """The directory to resume from."""
         if wish is None or wish is False:
             return None
         if wish is True or wish == "last":
-            found = _complete_checkpoints(Path(self.args.output_dir))
+            found = _complete_checkpoints(self._out)
             if not found:
                 raise MissingFile(f"There is no complete checkpoint in {self.args.output_dir}. Train without resuming.")
             return found[-1]
@@ -308,12 +317,11 @@ class Trainer(transformers.Trainer):
 
     def _restore(self, directory: Path) -> None:
         """Bring the run to the state of a checkpoint, in whatever phase that is."""
-        from rankshift.io.checkpoint import read
-
-        state = read(directory / RUN)
-        stray = self.run.changed - set(state["changed"])
-        if stray:
-            raise WrongBase(f"{min(stray)} was changed since that checkpoint. Load the base model anew to resume.")
+        with contextlib.suppress(OSError, ValueError, LookupError):  # read() says what is wrong with the files
+            then = json.loads((directory / RUN / MANIFEST).read_text())["run"]["changed"]
+            if stray := self.run.changed - set(then):
+                raise WrongBase(f"{min(stray)} was changed since {directory.name}. Load the base anew to resume there.")
+        state = read(self.run.model, directory / RUN)
         if len(state["phases"]) == len(self.run.phases):
             self.run.load_state_dict(state)
             return
@@ -359,11 +367,11 @@ class Trainer(transformers.Trainer):
     def _leave(self) -> None:
         """Save where an interrupt came, if the state there is whole, and say how to go on."""
         step = self.state.global_step
-        here = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        here = self._out / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         alone = self.args.world_size == 1 or self._stop  # a vote stopped every rank at this step
-        found = _complete_checkpoints(Path(self.args.output_dir))
+        found = _complete_checkpoints(self._out)
         if here not in found and step > 0 and alone and self._settled:
-            self._save_checkpoint(self.model, None)
+            self._save_checkpoint(self.run.model, None)
             found.append(here)
         if not found:
             _log.warning("Interrupted at step %d. There is no checkpoint to go on from.", step)

@@ -1,0 +1,228 @@
+"""With Adam, the optimizer is torch.optim.AdamW to the bit; with any transform, an ordinary torch optimizer."""
+
+import copy
+import io
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from rankshift.core.errors import ConfigError
+from rankshift.optim import Adam, Hyper, Optimizer
+from rankshift.optim.transform import plain_step
+
+SHAPES = [(7, 5), (3,), (), (0, 4), (2, 3, 4)]
+
+
+def parameters(dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=g).to(dtype)) for shape in SHAPES]
+
+
+def give_gradients(ps, seed, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    for p in ps:
+        p.grad = (torch.randn(p.shape, generator=g) * scale).to(p.dtype)
+
+
+def groups(ps):
+    return [
+        {"params": ps[:2], "lr": 3e-3, "weight_decay": 0.1},
+        {"params": ps[2:], "weight_decay": 0.0, "betas": (0.8, 0.99), "eps": 1e-6},
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_bits_of_torch_adamw_over_50_updates(dtype, decay):
+    mine, theirs = parameters(dtype), parameters(dtype)
+    a = Optimizer([{"params": mine}], [Adam()], lr=1e-2, weight_decay=decay)
+    b = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=decay)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 50) for o in (a, b)]
+    for step in range(50):
+        for ps, optimizer, schedule in ((mine, a, schedules[0]), (theirs, b, schedules[1])):
+            give_gradients(ps, step)
+            optimizer.step()
+            schedule.step()
+    for p, q in zip(mine, theirs, strict=True):
+        assert torch.equal(p, q)
+        assert a.state[p].keys() == b.state[q].keys()
+        assert all(torch.equal(a.state[p][k], b.state[q][k]) and a.state[p][k].dtype == b.state[q][k].dtype
+                   for k in a.state[p])  # fmt: skip
+
+
+def test_groups_have_their_own_numbers_as_in_torch():
+    mine, theirs = parameters(), parameters()
+    a = Optimizer(groups(mine), [Adam(), Adam()], lr=1e-2)
+    b = torch.optim.AdamW(groups(theirs), lr=1e-2)
+    for step in range(10):
+        for ps, optimizer in ((mine, a), (theirs, b)):
+            give_gradients(ps, step)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(mine, theirs, strict=True))
+
+
+def test_mixed_dtypes_in_one_group():
+    mine = [*parameters(), *parameters(torch.bfloat16)]
+    theirs = copy.deepcopy(mine)
+    a, b = Optimizer([{"params": mine}], [Adam()], lr=1e-2), torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0)
+    for step in range(5):
+        for ps, optimizer in ((mine, a), (theirs, b)):
+            give_gradients(ps, step)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(mine, theirs, strict=True))
+
+
+def formula(p, g, m, v, t, lr, beta1, beta2, eps, decay):
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    direction = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    return p * (1 - lr * decay) - lr * direction, direction, m, v
+
+
+def test_update_and_step_are_the_papers_formula():
+    g = torch.Generator().manual_seed(3)
+    p = torch.randn(6, 4, generator=g, dtype=torch.float64)
+    hyper = Hyper(1e-2, (0.9, 0.95), 1e-8, 0.1)
+    stepped, plain, exact = p.clone(), p.clone(), p.clone()
+    fast, slow, alone = Adam().init(p), Adam().init(p), Adam().init(p)
+    m = v = torch.zeros_like(p)
+    for t in range(1, 21):
+        gradient = torch.randn(6, 4, generator=g, dtype=torch.float64)
+        Adam().step([stepped], [gradient], [fast], hyper)
+        plain_step(Adam(), [plain], [gradient], [slow], hyper)
+        direction = Adam().update(gradient, alone, None, hyper)
+        exact, wanted, m, v = formula(exact, gradient, m, v, t, 1e-2, 0.9, 0.95, 1e-8, 0.1)
+        # float64: the same formula in another order of roundings
+        torch.testing.assert_close(direction, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(stepped, exact, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(plain, exact, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(slow["exp_avg_sq"], fast["exp_avg_sq"], rtol=1e-12, atol=1e-12)
+
+
+def test_state_keys_come_from_init_only():
+    ps = parameters()
+    optimizer = Optimizer([{"params": ps}], [Adam()], lr=1e-2)
+    for step in range(4):
+        give_gradients(ps, step)
+        optimizer.step()
+    assert all(optimizer.state[p].keys() == Adam().init(p).keys() for p in ps)
+    assert all(optimizer.state[p][k].shape == Adam().init(p)[k].shape for p in ps for k in Adam().init(p))
+
+
+def test_saved_state_loads_without_pickle_and_goes_on_to_the_bit():
+    def run(cut):
+        ps = parameters()
+        optimizer = Optimizer(groups(ps), [Adam(), Adam()], lr=1e-2)
+        for step in range(8):
+            if step == cut:
+                file = io.BytesIO()
+                torch.save(optimizer.state_dict(), file)
+                file.seek(0)
+                optimizer = Optimizer(groups(ps), [Adam(), Adam()], lr=9.0)
+                optimizer.load_state_dict(torch.load(file, weights_only=True))
+            give_gradients(ps, step)
+            optimizer.step()
+        return ps
+
+    whole = run(None)
+    for cut in range(1, 8):
+        assert all(torch.equal(p, q) for p, q in zip(whole, run(cut), strict=True))
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """State of another dtype than its parameter, and an integer beside it."""
+
+    def init(self, p):
+        return {"m": torch.zeros(p.shape, dtype=torch.float64), "count": torch.zeros((), dtype=torch.int64)}
+
+    def update(self, g, state, p, hyper):
+        state["count"] += 1
+        return state["m"].mul_(0.9).add_(g).to(g.dtype)
+
+    def step(self, parameters, gradients, states, hyper):
+        plain_step(self, parameters, gradients, states, hyper)
+
+
+def test_loading_keeps_the_dtypes_of_the_state():
+    ps = parameters(torch.bfloat16)
+    optimizer = Optimizer([{"params": ps}], [Momentum()], lr=1e-2)
+    give_gradients(ps, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    other = Optimizer([{"params": ps}], [Momentum()], lr=1e-2)
+    other.load_state_dict(copy.deepcopy(state))
+    for p in ps:
+        for key, value in optimizer.state[p].items():
+            assert other.state[p][key].dtype == value.dtype
+            assert torch.equal(other.state[p][key], value)
+            assert other.state[p][key] is not value
+
+
+def test_a_copied_optimizer_still_steps():
+    ps = parameters()
+    optimizer = Optimizer([{"params": ps}], [Adam()], lr=1e-2)
+    twin = copy.deepcopy(optimizer)
+    for o in (optimizer, twin):
+        held = [p for group in o.param_groups for p in group["params"]]
+        give_gradients(held, 0)
+        o.step()
+    twins = [p for group in twin.param_groups for p in group["params"]]
+    assert all(torch.equal(p, q) and p is not q for p, q in zip(ps, twins, strict=True))
+
+
+def test_learning_rate_as_a_tensor_and_closure():
+    mine, theirs = parameters(torch.float64), parameters(torch.float64)
+    a = Optimizer([{"params": mine}], [Adam()], lr=torch.tensor(1e-2, dtype=torch.float64))
+    b = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0)
+
+    def loss(ps):
+        total = sum(p.square().sum() for p in ps)
+        total.backward()
+        return total
+
+    for _ in range(3):
+        for ps, optimizer in ((mine, a), (theirs, b)):
+            optimizer.zero_grad()
+            value = optimizer.step(lambda ps=ps: loss(ps))
+            assert value.requires_grad  # gradients were enabled inside
+    assert all(torch.equal(p, q) for p, q in zip(mine, theirs, strict=True))
+
+
+def test_no_gradient_no_change():
+    ps = parameters()
+    before = [p.detach().clone() for p in ps]
+    optimizer = Optimizer([{"params": ps}], [Adam()], lr=1e-2, weight_decay=0.5)
+    optimizer.step()
+    ps[0].grad = torch.ones_like(ps[0])
+    optimizer.step()
+    assert not torch.equal(ps[0], before[0])
+    assert all(torch.equal(p, q) for p, q in zip(ps[1:], before[1:], strict=True))
+    assert list(optimizer.state) == [ps[0]]
+
+
+def test_sparse_and_complex_gradients_are_refused():
+    table = nn.Embedding(5, 3, sparse=True)
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ConfigError, match="sparse or complex"):
+        Optimizer([{"params": [table.weight]}], [Adam()], lr=1e-2).step()
+    wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    wave.grad = torch.ones_like(wave)
+    with pytest.raises(ConfigError, match="sparse or complex"):
+        Optimizer([{"params": [wave]}], [Adam()], lr=1e-2).step()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [({"lr": -1.0}, "lr"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": -1.0}, "eps"), ({"weight_decay": -0.1}, "decay")],
+)
+def test_wrong_numbers_are_refused(wrong, text):
+    with pytest.raises(ConfigError, match=text):
+        Optimizer([{"params": parameters()}], [Adam()], **{"lr": 1e-3, **wrong})
+
+
+def test_one_transform_for_each_group():
+    with pytest.raises(ConfigError, match="1 transforms for 2"):
+        Optimizer(groups(parameters()), [Adam()], lr=1e-3)
