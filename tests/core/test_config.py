@@ -68,7 +68,7 @@ def test_other_values_are_refused(value: object, hint: object):
 
 
 def test_a_literal_names_the_nearest():
-    with pytest.raises(ConfigError, match="Did you mean 'rslora'"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'rslora'"):
         rs.LoRA(scaling="rslor")  # type: ignore[arg-type]
 
 
@@ -88,7 +88,7 @@ class Outer:
 
 def test_nested():
     assert Outer(inner={"width": 3}, names=["a"]) == Outer(Inner(3), ("a",))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="no field 'widht'. Did you mean 'width'"):
+    with pytest.raises(ConfigError, match=r"no field 'widht'. Did you mean 'width'"):
         Outer(inner={"widht": 3})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"Outer\.names\[1\] = 2 is not text"):
         Outer(names=["a", 2])  # type: ignore[list-item]
@@ -102,16 +102,16 @@ def test_descriptions():
 
 
 def test_unknown_keys():
-    with pytest.raises(ConfigError, match="LoRA has no field 'rnak'. Did you mean 'rank'"):
+    with pytest.raises(ConfigError, match=r"LoRA has no field 'rnak'. Did you mean 'rank'"):
         rs.LoRA(rnak=3)  # type: ignore[call-arg]
-    with pytest.raises(ConfigError, match="method lora has no field 'alhpa'. Did you mean 'alpha'"):
+    with pytest.raises(ConfigError, match=r"method lora has no field 'alhpa'. Did you mean 'alpha'"):
         rs.from_dict({"method": "lora", "alhpa": 3})
-    with pytest.raises(ConfigError, match="no method 'lroa'. Did you mean 'lora'"):
+    with pytest.raises(ConfigError, match=r"no method 'lroa'. Did you mean 'lora'"):
         rs.from_dict({"method": "lroa"})
     for bad in ({}, {"rank": 3}, "lora", None):
-        with pytest.raises(ConfigError, match="A method is written as"):
+        with pytest.raises(ConfigError, match=r"A method is written as"):
             rs.from_dict(bad)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="no field 'nam'"):
+    with pytest.raises(ConfigError, match=r"no field 'nam'"):
         check_keys(Outer, {"nam": ()}, "here")
 
 

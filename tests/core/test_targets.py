@@ -45,11 +45,12 @@ def qwen2_moe() -> nn.Module:
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 BERT = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 VIT = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
 SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
 
 ALL_LINEAR = {
-    llama: [f"model.layers.{i}.{n}" for i in (0, 1) for n in (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")],
+    llama: [f"model.layers.{i}.{n}" for i in (0, 1) for n in (*ATTENTION, *MLP)],
     bert: [f"bert.encoder.layer.{i}.{n}" for i in (0, 1) for n in (*BERT, "intermediate.dense", "output.dense")]
     + ["bert.pooler.dense"],
     gpt2: [f"transformer.h.{i}.{n}" for i in (0, 1) for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
@@ -121,13 +122,13 @@ def test_excluding_a_block_excludes_what_is_in_it():
 
 def test_unmatched_patterns_name_the_nearest():
     model = llama()
-    with pytest.raises(UnmatchedTarget, match="'q_porj' matches no layer of LlamaForCausalLM. Did you mean 'q_proj'"):
+    with pytest.raises(UnmatchedTarget, match=r"'q_porj' matches no layer of LlamaForCausalLM. Did you mean 'q_proj'"):
         select(model, ("v_proj", "q_porj"))
-    with pytest.raises(UnmatchedTarget, match="exclude 'v_porj' matches no module. Did you mean 'v_proj'"):
+    with pytest.raises(UnmatchedTarget, match=r"exclude 'v_porj' matches no module. Did you mean 'v_proj'"):
         select(model, "all-linear", ("v_porj",))
-    with pytest.raises(UnmatchedTarget, match="removes every layer"):
+    with pytest.raises(UnmatchedTarget, match=r"removes every layer"):
         select(model, "q_proj", ("self_attn",))
-    with pytest.raises(UnmatchedTarget, match="finds no Linear layer in Sequential"):
+    with pytest.raises(UnmatchedTarget, match=r"finds no Linear layer in Sequential"):
         select(nn.Sequential(nn.ReLU()), "all-linear")
     with pytest.raises(UnsupportedLayer, match=r"matches model.layers.0.mlp, but LlamaMLP is not a layer"):
         select(model, "mlp")
@@ -165,9 +166,9 @@ class Attention(nn.Module):
 
 def test_multihead_attention_is_refused():
     """Its weights are read, never called: an adapter there would silently do nothing."""
-    with pytest.raises(UnsupportedLayer, match="out_proj belongs to nn.MultiheadAttention"):
+    with pytest.raises(UnsupportedLayer, match=r"out_proj belongs to nn.MultiheadAttention"):
         rs.attach(Attention(), rs.LoRA(rank=2, targets="out_proj"))
-    with pytest.raises(UnsupportedLayer, match="out_proj belongs to nn.MultiheadAttention"):
+    with pytest.raises(UnsupportedLayer, match=r"out_proj belongs to nn.MultiheadAttention"):
         rs.attach(Attention(), rs.LoRA(rank=2))
     model = Attention()
     assert list(rs.attach(model, rs.LoRA(rank=2, exclude=("out_proj",))).sites) == ["after"]
@@ -177,7 +178,7 @@ def test_the_encoder_layers_fast_path_is_refused():
     """In eval() without gradients torch runs nn.TransformerEncoderLayer from its weights and calls no layer."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     method = rs.LoRA(rank=2, targets=("linear1", "linear2"))
-    with pytest.raises(UnsupportedLayer, match="fast path"):
+    with pytest.raises(UnsupportedLayer, match=r"fast path"):
         rs.attach(layer, method)
     torch.backends.mha.set_fastpath_enabled(False)
     try:

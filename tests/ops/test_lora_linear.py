@@ -58,7 +58,9 @@ def check(x: Tensor, n: int, m: int, r: int, forward: str, backward: str, flags:
         assert not y.requires_grad
         return
     for name, grad in zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True):
-        torch.testing.assert_close(grad, want[name], rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            grad, want[name], rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize(("forward", "backward"), list(itertools.product(FORWARDS, BACKWARDS)))
@@ -139,7 +141,7 @@ def test_the_order_that_is_named_is_the_one_that_runs(b: int):
 
 
 def test_bf16_keeps_a_small_update():
-    """W = [V, −V] and x = [t, t], so that W x is exactly 0 and y is the branch alone: the delta's error can be read off."""
+    """W = [V, −V] and x = [t, t], so that W x is exactly 0 and y is the branch alone, error and all."""
     gen = torch.Generator().manual_seed(0)
     V, t = torch.randn(32, 32, generator=gen), torch.randn(64, 32, generator=gen)
     W, x = torch.cat([V, -V], 1).bfloat16(), torch.cat([t, t], 1).bfloat16()
@@ -154,7 +156,7 @@ def test_bf16_keeps_a_small_update():
     naive = x @ (W + (B @ A).to(W.dtype)).t()  # what the merged orders would do
     assert error(naive) > 0.3
     for order in ({"forward": "f2"}, {"backward": "b5"}):
-        with pytest.raises(rs.errors.ConfigError, match="loses most of a small update"):
+        with pytest.raises(rs.errors.ConfigError, match=r"loses most of a small update"):
             lora_linear(x, A, B, 1.0, None, dense, (W,), **order)
 
 
@@ -179,7 +181,9 @@ def test_wide_factors_of_a_narrow_layer(how: str):
     want = by_hand(*up, 0.5, bias.double(), dy.double())
     for got, name in ((y, "y"), (x.grad, "x"), (A.grad, "A"), (B.grad, "B")):
         error = (got.detach().double() - want[name]).norm() / want[name].norm()
-        assert error < 4 * torch.finfo(dtype).eps, name  # bf16 2⁻⁷, fp16 2⁻¹⁰: inputs, Z or S and the result are rounded
+        assert error < 4 * torch.finfo(dtype).eps, (
+            name
+        )  # bf16 2⁻⁷, fp16 2⁻¹⁰: inputs, Z or S and the result are rounded
 
 
 def test_autocast_equals_the_plain_composition():
@@ -196,7 +200,7 @@ def test_second_derivatives_are_refused():
     x, W, A, B = seeded(4, 5, grad=True), seeded(3, 5), seeded(2, 5, grad=True), seeded(3, 2, grad=True)
     y = lora_linear(x, A, B, 1.0, None, dense, (W,))
     (gx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable"):
         gx.sum().backward()
 
 

@@ -87,9 +87,7 @@ def test_crossovers(n: int, m: int):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 500), st.integers(1, 80), st.integers(1, 80), st.integers(1, 16), st.booleans(), st.booleans()
-)
+@given(st.integers(0, 500), st.integers(1, 80), st.integers(1, 80), st.integers(1, 16), st.booleans(), st.booleans())
 def test_a_frozen_a_never_keeps_the_input(b: int, n: int, m: int, r: int, x: bool, narrow: bool):
     dtype = torch.bfloat16 if narrow else torch.float32
     assert choose(b, n, m, r, dtype, x=x, A=False)[1] in ("b1s", "b5s")
@@ -100,6 +98,6 @@ def test_narrow_dtypes_never_merge(dtype: torch.dtype):
     for b, n, m, r in GRID:
         assert choose(b, n, m, r, dtype) == ("f1", "b1s")
     for field in ({"forward": "f2"}, {"backward": "b4"}, {"backward": "b5"}, {"backward": "b5s"}):
-        with pytest.raises(rs.errors.ConfigError, match="loses most of a small update"):
+        with pytest.raises(rs.errors.ConfigError, match=r"loses most of a small update"):
             choose(4, 8, 8, 2, dtype, **field)
     assert choose(4, 8, 8, 2, dtype, backward="b1") == ("f1", "b1")
