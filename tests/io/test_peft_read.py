@@ -88,7 +88,10 @@ CASES = {
         models.moe,
         {"r": 3, "target_modules": [Q], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     ),
-    "one stack of experts": (models.moe, {"r": 3, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}),
+    "one stack of experts": (
+        models.moe,
+        {"r": 3, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
+    ),
     "transposed experts": (
         models.gpt_oss,
         {
@@ -98,7 +101,10 @@ CASES = {
             "rank_pattern": {"experts.down_proj": 5},
         },
     ),
-    "parameter of a linear layer": (models.llama, {"r": 3, "target_modules": [], "target_parameters": ["q_proj.weight"]}),
+    "parameter of a linear layer": (
+        models.llama,
+        {"r": 3, "target_modules": [], "target_parameters": ["q_proj.weight"]},
+    ),
 }
 
 
@@ -115,3 +121,180 @@ def test_same_logits(case, tmp_path):
     if config.get("bias", "none") == "none":
         with run.disabled():
             assert torch.equal(models.logits(model), before)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="folder")
+def folder_fixture(tmp_path):
+    write(tmp_path, models.llama, r=4, target_modules=[Q, K])
+    return tmp_path
+
+
+def edit(folder, change):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, path)
+
+
+A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "mica"),
+        ("trainable_token_indices", [1, 2]),
+        ("megatron_config", {"a": 1}),
+        ("alora_invocation_tokens", [3]),
+        ("layer_replication", [[0, 2]]),
+        ("use_qalora", True),
+        ("use_bdlora", {"nblocks": 2}),
+        ("kasa_config", {"beta": 1}),
+        ("monteclora_config", {"num_samples": 2}),
+        ("velora_config", {"scale": 1.0}),
+        ("arrow_config", {"top_k": 3}),
+        ("ensure_weight_tying", True),
+        ("a_field_of_the_future", 3),
+        ("peft_type", "VERA"),
+    ],
+)
+def test_option_without_an_equal_is_named(folder, field, value):
+    edit(folder, lambda config: config.update({field: value}))
+    model = models.llama()
+    with pytest.raises(rs.errors.ConfigError, match=field) as raised:
+        rs.load(model, folder)
+    assert len(str(raised.value).splitlines()) == 2
+    assert [type(m).__name__ for m in model.modules()] == [type(m).__name__ for m in models.llama().modules()]
+
+
+def test_field_of_the_future_at_rest_is_no_obstacle(folder):
+    edit(folder, lambda config: config.update({"future": None, "future_list": [], "future_flag": False}))
+    rs.load(models.llama(), folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        (lambda t: t.pop(A0), rs.errors.CorruptFile, "layers.0.self_attn.q_proj has no tensor A"),
+        (
+            lambda t: [t.pop(A0), t.pop(A0.replace("_A", "_B"))],
+            rs.errors.CorruptFile,
+            "adapts model.layers.0.self_attn.q_proj .* holds no tensors",
+        ),
+        (
+            lambda t: t.update({A0.replace("layers.0", "layers.7"): t[A0]}),
+            rs.errors.WrongBase,
+            "layers.7.self_attn.q_proj",
+        ),
+        (lambda t: t.update({"base_model.model.more": t[A0]}), rs.errors.WrongBase, "more"),
+        (lambda t: t.update({"more": t[A0]}), rs.errors.CorruptFile, "'more'"),
+        (
+            lambda t: t.update({A0.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}),
+            rs.errors.CorruptFile,
+            "use_dora",
+        ),
+        (
+            lambda t: t.update({A0.replace("lora_A.weight", "base_layer.bias"): torch.ones(32)}),
+            rs.errors.CorruptFile,
+            "base_layer.bias",
+        ),
+        (lambda t: t.update({A0: t[A0][:, :-1].contiguous()}), rs.errors.WrongBase, "q_proj"),
+        (
+            lambda t: t.update({A0: t[A0][:2].contiguous(), A0.replace("_A", "_B"): torch.zeros(32, 2)}),
+            rs.errors.CorruptFile,
+            "rank 2",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(folder, change, error, named):
+    edit_tensors(folder, change)
+    model = models.llama()
+    with pytest.raises(error, match=named):
+        rs.load(model, folder)
+    rs.attach(model, rs.LoRA(rank=2))  # the model is as it came
+
+
+def test_another_base_is_named(folder):
+    with pytest.raises(rs.errors.WrongBase, match=r"q_proj.*\n"):
+        rs.load(models.llama(hidden_size=16), folder)
+
+
+def test_missing_and_broken_files(folder):
+    config = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(rs.errors.CorruptFile, match=r"adapter_config\.json"):
+        rs.load(models.llama(), folder)
+    (folder / "adapter_config.json").write_text(config)
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(rs.errors.CorruptFile, match=r"adapter_model\.safetensors"):
+        rs.load(models.llama(), folder)
+    file.unlink()
+    with pytest.raises(rs.errors.MissingFile, match=r"adapter_model\.safetensors"):
+        rs.load(models.llama(), folder)
+
+
+def test_bin_file_and_nothing_but_tensors_in_it(folder, tmp_path):
+    wanted = models.llama()
+    rs.load(wanted, folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+    model = models.llama()
+    rs.load(model, folder)
+    assert torch.equal(models.logits(model), models.logits(wanted))
+    torch.save({"a": edit}, folder / "adapter_model.bin")
+    with pytest.raises(rs.errors.CorruptFile, match=r"adapter_model\.bin"):
+        rs.load(models.llama(), folder)
+
+
+def test_olora_on_conv1d_is_refused(tmp_path):
+    write(tmp_path, models.llama, r=4, target_modules=[Q], init_lora_weights="olora")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.transformer.h.0.attn.c_proj"
+    parts = {f"{name}.lora_{x}.weight": tensors[A0.replace("_A", f"_{x}")] for x in "AB"}
+    save_file(parts, tmp_path / "adapter_model.safetensors")
+    edit(tmp_path, lambda config: config.update({"target_modules": ["transformer.h.0.attn.c_proj"]}))
+    with pytest.raises(rs.errors.ConfigError, match=r"olora.*Conv1D"):
+        rs.load(models.gpt2(), tmp_path)
+
+
+def test_embedding_saved_beside_the_adapter_is_loaded(tmp_path):
+    wanted = models.llama()
+    lora = peft.get_peft_model(wanted, peft.LoraConfig(r=4, target_modules=[Q]))
+    models.stir([("e", lora.get_input_embeddings().weight), ("h", lora.get_output_embeddings().weight)])
+    lora.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = models.llama()
+    run = rs.load(model, tmp_path)
+    assert torch.equal(models.logits(model), models.logits(lora))
+    assert run.changed == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_loaded_adapter_trains_on(tmp_path):
+    write(tmp_path, models.llama, r=4, target_modules=[Q], init_lora_weights="pissa", use_dora=True, bias="lora_only")
+    model = models.llama()
+    run = rs.load(model, tmp_path, seed=5)
+    assert run.seed == 5
+    assert {n.rpartition(".")[2] for n, _ in run.trainable()} == {"A", "B", "magnitude", "bias"}
+    model.train()
+    optimizer = run.optimizer(lr=1e-2)
+    ids = torch.arange(12)[None]
+    first = model(input_ids=ids, labels=ids).loss
+    first.backward()
+    optimizer.step()
+    assert model(input_ids=ids, labels=ids).loss < first

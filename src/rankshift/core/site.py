@@ -269,7 +269,7 @@ def running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextlib.contextmanager
 def bare(model: nn.Module) -> Iterator[None]:
-    """The model's own modules where sites, stacks and replicas stand, for a ``with`` block: names and classes as it came.
+    """The model's own modules where sites, stacks and replicas stand, for a ``with`` block; its names as it came.
 
     Values are not folded in: where a site stood is the base, where a replica stood its acting copy.
     """

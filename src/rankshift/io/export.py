@@ -231,7 +231,8 @@ def _tensors(model: nn.Module, parts: Mapping[str, _Part]) -> dict[str, Tensor]:
             out[f"{at}.lora_B.bias"] = part.b
         if part.magnitude is not None:
             ones = (1,) * len(form.kernel) if isinstance(form, ConvForm) else ()
-            out[f"{at}.lora_magnitude_vector"] = part.magnitude.reshape((1, -1, *ones) if ones else (-1,))
+            # PEFT writes no ".weight" here and reads both; transformers' load_adapter reads only this
+            out[f"{at}.lora_magnitude_vector.weight"] = part.magnitude.reshape((1, -1, *ones) if ones else (-1,))
     return out
 
 

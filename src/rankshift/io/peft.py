@@ -80,7 +80,7 @@ _INITS: dict[Any, Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
     "olora": "olora",
 }
 _LEAF = re.compile(
-    r"(?P<owner>.+?)\.(?P<leaf>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)$"
+    r"(?P<owner>.+?)\.(?P<leaf>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:(?<=vector)\.weight)?$"
 )
 _NAMES = {
     "lora_A.weight": "A",
