@@ -20,7 +20,6 @@ _HOME = {
     "Full": "methods",
     "LoRA": "methods",
     "Method": "methods",
-    "methods": "methods",
     "to_dict": "methods",
     "from_dict": "methods",
     "Trainer": "train.trainer",
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from rankshift.methods import LoRA as LoRA
     from rankshift.methods import Method as Method
     from rankshift.methods import from_dict as from_dict
-    from rankshift.methods import methods as methods
     from rankshift.methods import to_dict as to_dict
     from rankshift.run import Run as Run
     from rankshift.run import attach as attach

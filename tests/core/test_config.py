@@ -13,8 +13,9 @@ import pytest
 import rankshift as rs
 from rankshift.core.config import check_keys, conform, conform_fields, describe, field_docs
 from rankshift.core.errors import ConfigError
+from rankshift.core.method import methods
 
-METHODS = rs.methods()
+METHODS = methods()
 
 
 @pytest.mark.parametrize(
