@@ -86,6 +86,11 @@ def attach(
         raise ConfigError(f"attach needs a method such as rs.LoRA(rank=16); got {type(method).__name__}.")
     if base is not None:
         raise ConfigError(f"base={base!r} is not available in this version. Leave base=None.")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise AttachError(
+            f"This is a {type(model).__name__}, which never learns of tensors that are added to it. Attach to the model "
+            "inside, model.module, then wrap it anew."
+        )
     if model in _ATTACHED or any(isinstance(module, (Site, Replica, Stack)) for module in model.modules()):
         raise AttachError(
             f"This {type(model).__name__} has a method attached. Use run.add(name, method) for a second adapter, "

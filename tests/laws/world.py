@@ -117,12 +117,13 @@ class Session:
     lr: float = 1e-2
     policy: MixedPrecisionPolicy | None = None
     noisy: bool = False  # forwards draw from the global generator: make what they draw a function of the step
+    check: bool = True  # look at the first gradients
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model = self.run.model.train()
         self.wrapped = wrap(self.engine, self.model, self.policy)
-        self.optimizer = self.run.optimizer(lr=self.lr, weight_decay=0.1, eps=1e-6)
+        self.optimizer = self.run.optimizer(lr=self.lr, weight_decay=0.1, eps=1e-6, check_gradients=self.check)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: 1 / (1 + 0.3 * n))
 
     def step(self) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.errors import AttachError, NoGradient, NonFinite, StepWithoutForward
+from rankshift.core.errors import AttachError, NoGradient, NonFinite, StepWithoutForward, TrainingError
 from rankshift.core.random import Key
 
 _log = logging.getLogger(__name__)
@@ -279,6 +279,13 @@ class Driver:
         if all(zero.values()):
             return  # a batch that teaches nothing, such as one without reward, says nothing about the layers: ask again
         self._checked = True
+        apart = shard.first_apart([g for g, _ in found.values()])
+        if apart is not None:
+            raise TrainingError(
+                f"The gradient of {list(found)[apart]} differs between ranks: nothing averages it. Wrap the model (DDP or "
+                "fully_shard) after attach, add and shift, not before, and call the wrapped model; or pass "
+                "check_gradients=False to run.optimizer() if ranks are meant to train apart."
+            )
         for name, (_, needs) in found.items():
             if needs is Needs.NONZERO and zero[name]:
                 raise NoGradient(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,6 +104,20 @@ def held(tensor: Tensor) -> Tensor:
 def any_part(flag: Tensor, of: Tensor) -> bool:
     """Whether ``flag``, said of this rank's part of a tensor, is true of any part (then every rank must call this)."""
     return any_rank(bool(flag), of.device) if isinstance(of, DTensor) else bool(flag)
+
+
+def first_apart(tensors: Sequence[Tensor]) -> int | None:
+    """Index of the first unsharded tensor whose size in norm differs between ranks, or None. Every rank must call this."""
+    shared = [i for i, t in enumerate(tensors) if not isinstance(t, DTensor)]
+    if not shared or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    norms = torch.stack([held(tensors[i]).to(torch.float64).abs().sum() for i in shared])
+    norms = norms if dist.get_backend() == "nccl" else norms.cpu()
+    bounds = torch.cat([norms, -norms])
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    most, least = bounds[: len(shared)], -bounds[len(shared) :]
+    apart = (most - least > 1e-3 * most).nonzero()  # equal bits where they were averaged: far from a threshold
+    return shared[int(apart[0])] if len(apart) else None
 
 
 def from_first(value: Any) -> Any:
