@@ -82,7 +82,7 @@ def test_peft_gives_the_same_logits(case, tmp_path):
     make, method = CASES[case]
     model, run = trained(make, method)
     wanted, state = models.logits(model), {k: v.clone() for k, v in run.state_dict()["tensors"].items()}
-    assert (wanted - models.logits(make())).abs().max() > 1e-3
+    assert (wanted - models.logits(make())).abs().max() > 1e-4
     run.export(tmp_path / "out")
     assert torch.equal(models.logits(model), wanted)  # the run goes on unchanged
     assert all(torch.equal(v, state[k]) for k, v in run.state_dict()["tensors"].items())

@@ -114,7 +114,7 @@ def test_same_logits(case, tmp_path):
     wanted = write(tmp_path, make, **config)
     model = make()
     before = models.logits(model)
-    assert (wanted - before).abs().max() > 1e-3  # the adapter does something
+    assert (wanted - before).abs().max() > 1e-4  # the adapter does something
     run = rs.load(model, tmp_path)
     got = models.logits(model)
     assert (got - wanted).abs().max() <= 1e-6
