@@ -143,7 +143,7 @@ def test_step_without_forward_is_refused():
         run.model.train()
         act().backward()
         before = [p.detach().clone() for _, p in run.trainable()]
-        with pytest.raises(StepWithoutForward, match="not called in training mode"):
+        with pytest.raises(StepWithoutForward, match=r"not called in training mode"):
             optimizer.step()
         assert all(torch.equal(p, b) for (_, p), b in zip(run.trainable(), before, strict=True))
         optimizer.zero_grad()
@@ -316,7 +316,7 @@ def test_the_optimizer_of_an_ended_phase_is_refused():
     optimizer.step()
     later = run.shift(rs.LoRA(rank=3))
     learn(model)
-    with pytest.raises(AttachError, match="a phase that has ended"):
+    with pytest.raises(AttachError, match=r"a phase that has ended"):
         optimizer.step()
     assert later.step == 1
 
