@@ -1,0 +1,150 @@
+"""`rankshift inspect`: what a directory holds, read from its files; no model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rankshift.core.config import plain
+from rankshift.core.errors import CorruptFile, MissingFile, nearest
+from rankshift.io import checkpoint
+from rankshift.io.checkpoint import MANIFEST
+
+PEFT_CONFIG = "adapter_config.json"
+
+
+def show(directory: Path) -> None:
+    """Print what is there, after checking sizes and checksums."""
+    console = Console()
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows(directory):
+        table.add_row(name, text)
+    console.print(table, highlight=False, markup=False)
+
+
+def rows(directory: Path) -> list[tuple[str, str]]:
+    """(what, value) lines about a run, a native directory or a PEFT adapter.
+
+    Raises:
+        MissingFile, CorruptFile: it is none of these, or a file is not what it should be.
+    """
+    if not directory.is_dir():
+        beside = [p.name for p in directory.parent.iterdir() if p.is_dir()] if directory.parent.is_dir() else []
+        raise MissingFile(f"There is no directory {directory}. {nearest(directory.name, beside)}".rstrip())
+    if (directory / MANIFEST).is_file():
+        return _native(directory)
+    if (directory / PEFT_CONFIG).is_file():
+        return _peft(directory)
+    if (directory / "config.yaml").is_file():
+        return _run(directory)
+    raise MissingFile(f"{directory} holds no {MANIFEST}, {PEFT_CONFIG} or config.yaml. Name a run or an adapter.")
+
+
+def _run(directory: Path) -> list[tuple[str, str]]:
+    from rankshift.train.report import read_metrics
+
+    metrics = read_metrics(directory)
+    status = metrics.get("status", "unknown")
+    lines = [("run", f"{directory}, {status}")]
+    if status in ("interrupted", "running"):
+        lines.append(("go on with", f"rankshift train --resume {directory}"))
+    base, final = metrics.get("base") or {}, metrics.get("final") or {}
+    for name in final:
+        if name != "tokens":
+            old = f"{base[name]:.4f} → " if isinstance(base.get(name), float) else ""
+            lines.append((f"validation {name.replace('_', ' ')}", f"{old}{final[name]:.4f}"))
+    if (directory / "adapter").is_dir():
+        lines += _native(directory / "adapter")
+    for name, words in (("peft", "PEFT adapter"), ("model", "plain model")):
+        if (directory / name).is_dir():
+            lines.append((words, f"{directory / name}, {_size(_total(directory / name))}"))
+    return lines
+
+
+def _native(directory: Path) -> list[tuple[str, str]]:
+    manifest = checkpoint.inspect(directory)
+    run, base = manifest["run"], manifest["base"]
+    lines = [("directory", f"{directory}, written by rankshift {manifest.get('rankshift')}")]
+    lines.append(("base", f"{base.get('name') or 'without a name'} ({base['class']})"))
+    for name, adapter in run["adapters"].items():
+        lines.append(("adapter", name + ("" if name in run["active"] else " (not active)")))
+        lines.append(("method", method_words(adapter["method"])))
+        lines.append(("layers", _ranks(adapter["ranks"])))
+    lines.append(("updates", f"{run['step']:,}" + (f" of {run['total_steps']:,}" if run["total_steps"] else "")))
+    phases = [f"{phase['method']['method']} from {phase['start']}" for phase in run["phases"]]
+    if len(phases) > 1:
+        lines.append(("phases", ", ".join(phases)))
+    if run["changed"]:
+        lines.append(("base changed", f"{len(run['changed'])} weights"))
+    sizes = ", ".join(f"{name} {_size(entry['size'])}" for name, entry in manifest["files"].items())
+    lines.append(("files", f"{sizes}: complete, checksums right"))
+    return lines
+
+
+def method_words(method: dict[str, Any]) -> str:
+    """A method with what differs from its defaults: "lora, rank 8, init pissa"."""
+    from rankshift.methods import from_dict, methods
+
+    name = method["method"]
+    if name not in methods():
+        return ", ".join(f"{key} {value}" for key, value in method.items())
+    default = plain(type(from_dict(method))())
+    parts = [name]
+    for key, value in method.items():
+        if key != "method" and (key in ("rank", "alpha") or default[key] != value):
+            parts.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
+    return ", ".join(parts)
+
+
+def _ranks(ranks: dict[str, int]) -> str:
+    values = sorted(set(ranks.values()) - {0})
+    if not values:
+        return f"{len(ranks)}" if ranks else "none: trained in place"
+    return f"{len(ranks)}, rank {values[0]}" + (f" to {values[-1]}" if len(values) > 1 else "")
+
+
+def _peft(directory: Path) -> list[tuple[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        config = json.loads((directory / PEFT_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFile(f"{directory / PEFT_CONFIG} is not JSON: {error}. Copy it again.") from error
+    lines = [
+        ("directory", f"{directory}, in PEFT's format"),
+        ("base", str(config.get("base_model_name_or_path") or "without a name")),
+        ("method", f"{str(config.get('peft_type')).lower()}, rank {config.get('r')}, alpha {config.get('lora_alpha')}"),
+    ]
+    weights = directory / "adapter_model.safetensors"
+    if not weights.is_file():
+        if (directory / "adapter_model.bin").is_file():
+            return [*lines, ("files", f"adapter_model.bin {_size((directory / 'adapter_model.bin').stat().st_size)}")]
+        raise MissingFile(f"{weights} is not there. Copy the whole directory.")
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CorruptFile(f"{weights} cannot be read: {error}. Copy it again.") from error
+    ranks = {name: shape[0] for name, shape in shapes.items() if name.endswith(("lora_A.weight", "lora_embedding_A"))}
+    if ranks:
+        lines.append(("layers", _ranks(ranks)))
+    lines.append(("files", f"{weights.name} {_size(weights.stat().st_size)}, {len(shapes)} tensors: complete"))
+    return lines
+
+
+def _total(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

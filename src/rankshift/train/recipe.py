@@ -1,0 +1,624 @@
+"""The job of `rankshift train`: check everything, prepare data and base, train, and write a run directory.
+
+runs/<name>/config.yaml    every setting as it was resolved
+            metrics.json   before and after, and every evaluation in between
+            loss.png
+            adapter/       the run, as rs.load reads it
+            peft/          the same for PEFT and servers; or model/, where the method trains the base itself
+            checkpoints/   while it trains or after an interrupt: what --resume goes on from
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from rankshift.core.errors import (
+    ConfigError,
+    ExportError,
+    MissingFile,
+    NotWritable,
+    RankshiftError,
+    nearest,
+)
+from rankshift.io.atomic import explain
+from rankshift.run import Run
+from rankshift.train import columns as roles
+from rankshift.train import config as settings
+from rankshift.train import data, models, report, sources
+from rankshift.train.config import Task, TrainConfig
+from rankshift.train.data import Examples
+from rankshift.train.evaluation import Measure, measure, show
+from rankshift.train.labels import Classes, classes_of
+
+CONFIG, ADAPTER, PEFT, MODEL, CHECKPOINTS = "config.yaml", "adapter", "peft", "model", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that has passed all checks and has its data and base in memory."""
+
+    config: TrainConfig  # resolved: nothing is left to be inferred
+    task: Task
+    model: nn.Module
+    reader: Any  # tokenizer or image processor
+    examples: Examples
+    classes: Classes | None
+    fresh: tuple[str, ...]  # modules of the model that came without weights
+    autocast: bool
+
+    @property
+    def measure(self) -> Measure:
+        """How this task is evaluated."""
+        return measure(self.task, len(self.classes or ()), self.examples.bytes_per_token)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    directory: Path
+    base: dict[str, float]
+    final: dict[str, float]
+    seconds: float
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the state is saved in the run's directory."""
+
+    def __init__(self, directory: Path, step: int):
+        super().__init__(str(directory))
+        self.directory, self.step = directory, step
+
+
+# ---- before ----------------------------------------------------------------------------------------------------------
+
+
+def preflight(config: TrainConfig, resume: bool = False) -> Any:
+    """The model's config, after looking for everything that could fail before data or weights are read.
+
+    Raises:
+        RankshiftError: with all problems at once.
+    """
+    problems: list[RankshiftError] = []
+    found = None
+    with _collect(problems):
+        found = models.settings(config.model)
+    with _collect(problems):
+        sources.find(config.data.train, "data.train")
+    if not isinstance(config.data.validation, float):
+        with _collect(problems):
+            sources.find(config.data.validation, "data.validation")
+    if not resume:
+        with _collect(problems):
+            _check_output(config)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        lines = [f"- {' '.join(str(problem).split())}" for problem in problems]
+        raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(lines))
+    return found
+
+
+def prepare(config: TrainConfig, console: Console, resume: bool = False) -> Job:
+    """Read data and base, and settle what the config leaves open. Every error of a user's making comes from here."""
+    found = preflight(config, resume)
+    rows = sources.load(config.data.train, "data.train", config.data.split, config.data.subset)
+    suited = models.suited(found)
+    columns = roles.infer(rows, config.data.columns, config.task)
+    meant = roles.suits(columns, rows)
+    task: Task | None = config.task or meant or suited
+    if task is None:
+        raise ConfigError(
+            f"what to train {config.model} ({found.model_type}) for cannot be told from its config. "
+            "Write task=causal-lm, masked-lm, sequence-classification, regression or image-classification."
+        )
+    columns = roles.infer(rows, config.data.columns, task)
+    parts = data.split(rows, config.data, config.seed)
+    dtype, autocast = precision(config)
+    _head(console, config, found, task, meant, columns)
+    reader: Any
+    classes = length = None
+    if task == "image-classification":
+        reader = models.processor(config.model)
+    else:
+        reader = models.tokenizer(config.model)
+        length = models.max_length(found, reader, task, config.data.max_length)
+    if task in ("sequence-classification", "image-classification"):
+        labelled = rows.select_columns(columns.of["label"]).rename_column(columns.of["label"], "label")
+        classes = classes_of(labelled, config.data.labels, models.head_of(found, task))
+    pad = getattr(reader, "pad_token_id", None)
+    architecture = models.architecture(found, task)
+    if task == "causal-lm":
+        assert length is not None
+        examples = data.language(parts, columns, config.data, reader, architecture, length)
+    elif task == "masked-lm":
+        assert length is not None
+        examples = data.masked(parts, columns, config.data, reader, length, config.seed)
+    elif task == "image-classification":
+        assert classes is not None
+        examples = data.images(parts, columns, reader, classes)
+    else:
+        assert length is not None
+        examples = data.sequences(parts, columns, reader, length, classes)
+    held = (
+        "no validation" if examples.validation is None else f"{len(examples.validation):,} to validate ({parts.split})"
+    )
+    _line(console, "data", f"{len(examples.train):,} {examples.unit} to train, {held}")
+    for note in examples.notes:
+        _line(console, "", note)
+    loaded = models.load(config.model, found, task, classes, dtype, config.seed, pad)
+    method = models.train_whole(config.method, loaded.fresh)
+    if loaded.fresh:
+        how = "trained whole and saved with the adapter" if method is not config.method else "trained with the rest"
+        _line(console, "new head", f"{', '.join(loaded.fresh)} of the model had no trained weights: {how}")
+    updates = config.train.steps or math.ceil(
+        config.train.epochs * len(examples.train) / (config.train.batch * config.train.accumulate * _world())
+    )
+    every = config.train.eval_every or max(1, updates // 10)
+    resolved = dataclasses.replace(
+        config,
+        task=task,
+        method=method,
+        data=dataclasses.replace(
+            config.data,
+            columns=dict(columns.of),
+            max_length=length,
+            labels=None if classes is None else classes.names if classes.given else len(classes),
+        ),
+        train=dataclasses.replace(
+            config.train, steps=updates, eval_every=every, save_every=config.train.save_every or every
+        ),
+    )
+    return Job(resolved, task, loaded.model, reader, examples, classes, loaded.fresh, autocast)
+
+
+def _check_output(config: TrainConfig) -> None:
+    """Refuse an output directory that cannot be written, by writing to it."""
+    root = Path(config.output).expanduser()
+    if config.name is not None and (root / config.name).exists():
+        raise NotWritable(
+            f"{root / config.name} exists already. Choose another name=, or go on with it: "
+            f"rankshift train --resume {root / config.name}"
+        )
+    there = root
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise explain(error, root) from error
+
+
+def _claim(config: TrainConfig) -> Path:
+    """Make the run's directory: the given name, or the next free number."""
+    root = Path(config.output).expanduser()
+    stem = config.name or f"{Path(config.model).name}-{config.method.name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        taken = [re.fullmatch(re.escape(stem) + r"-(\d+)", p.name) for p in root.iterdir()]
+        number = max((int(m.group(1)) for m in taken if m), default=0)
+        while True:
+            number += 1
+            directory = root / (config.name or f"{stem}-{number}")
+            try:
+                directory.mkdir()
+            except FileExistsError:
+                if config.name is None:
+                    continue
+                raise
+            return directory
+    except OSError as error:
+        raise explain(error, root) from error
+
+
+def precision(config: TrainConfig) -> tuple[torch.dtype, bool]:
+    """(dtype the base is loaded in, whether forward runs under bf16 autocast)."""
+    wish = config.train.precision
+    if wish == "auto":
+        wish = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    if wish == "fp32":
+        return torch.float32, False
+    # weights that train themselves stay fp32: bf16 loses most small updates
+    return (torch.bfloat16 if config.method.reversible else torch.float32), True
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def _collect(problems: list[RankshiftError]) -> Iterator[None]:
+    try:
+        yield
+    except RankshiftError as error:
+        problems.append(error)
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def train(config: TrainConfig, console: Console) -> Result:
+    """Train from the start.
+
+    Raises:
+        RankshiftError: before training where possible; after it began, the last checkpoint stays.
+        Interrupted: Ctrl-C, with the state saved.
+    """
+    job = prepare(config, console)
+    directory = _claim(job.config) if _first() else Path(job.config.output)
+    directory = _agreed(directory)
+    return _run(job, directory, console, resume=False)
+
+
+def resume(directory: Path, console: Console) -> Result:
+    """Go on with an interrupted run.
+
+    Raises:
+        MissingFile: that is no run, or there is no checkpoint in it.
+    """
+    config = load_config(directory)
+    if not (directory / CHECKPOINTS).is_dir():
+        state = report.read_metrics(directory).get("status")
+        why = "it is finished" if state == "finished" else "it stopped before its first checkpoint"
+        raise MissingFile(
+            f"{directory} has nothing to resume: {why}. Start a new run: rankshift train {directory / CONFIG}"
+        )
+    return _run(prepare(config, console, resume=True), directory, console, resume=True)
+
+
+def load_config(directory: Path) -> TrainConfig:
+    """The resolved config of a run directory."""
+    if not directory.is_dir():
+        beside = [p.name for p in directory.parent.iterdir() if p.is_dir()] if directory.parent.is_dir() else []
+        raise MissingFile(f"There is no directory {directory}. {nearest(directory.name, beside)}".rstrip())
+    if not (directory / CONFIG).is_file():
+        raise MissingFile(
+            f"{directory} has no {CONFIG}, so it is no run of rankshift train. Name a directory in runs/."
+        )
+    return settings.read(directory / CONFIG)
+
+
+def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
+    from rankshift.train.progress import Bar, memory, named
+
+    config, task = job.config, job.task
+    bar = Bar(console, job.measure, "tok" if task.endswith("lm") else "examples")
+    trainer = _trainer(job, directory, bar)
+    run = trainer.run
+    if _first():
+        report.write_text(directory / CONFIG, _HEADER + settings.write(config))
+    summary = run.summary()
+    _line(console, "method", _describe(config, run) + f" · {summary.trainable:,} of {summary.total:,} parameters train")
+    _line(console, "run", f"{directory}   (Ctrl-C stops and saves)")
+    console.print()
+    earlier = report.read_metrics(directory) if resume else {}
+    base: dict[str, float] = earlier.get("base") or {}
+    before: str | None = earlier.get("sample_before")
+    prompt = _prompt(job)
+    record: dict[str, Any] = {"status": "running", "task": task}
+    if not resume:
+        with run.disabled() if config.method.reversible else contextlib.nullcontext():
+            if job.examples.validation is not None:
+                base = named(trainer.evaluate(), job.measure)
+            before = _sample(job, prompt)
+        record |= {"base": base, "sample_before": before}
+        if _first():
+            report.write_metrics(directory, record)
+    else:
+        record |= {"base": base, "sample_before": before}
+    if base:
+        console.print(f"  {'base'.ljust(10)} validation {show(base, job.measure.shown)}", highlight=False)
+    try:
+        with _no_cache(run.model):
+            trainer.train(resume_from_checkpoint=True if resume else None)
+    except SystemExit as stop:
+        if stop.code != 130:
+            raise
+        if _first():
+            report.write_metrics(directory, {**record, "status": "interrupted", "step": trainer.state.global_step})
+        raise Interrupted(directory, trainer.state.global_step) from None
+    finally:
+        bar.close()
+    run = trainer.run
+    history = trainer.state.log_history
+    losses = [(int(e["step"]), float(e["loss"])) for e in history if "loss" in e]
+    checks = [(int(e["step"]), named(e, job.measure)) for e in history if "eval_loss" in e]
+    checks = [(0, base), *[c for c in checks if c[0] > 0]] if base else checks
+    final = checks[-1][1] if checks else {}
+    if job.examples.validation is not None and (not checks or checks[-1][0] != trainer.state.global_step):
+        final = named(trainer.evaluate(), job.measure)
+        checks.append((trainer.state.global_step, final))
+    run.model.eval()
+    after = _sample(job, prompt)
+    seconds = bar.seconds + float(earlier.get("seconds") or 0)
+    console.print()
+    made = _write(job, run, directory)
+    if _first():
+        record |= {
+            "status": "finished", "final": final, "sample_after": after, "prompt": prompt,
+            "steps": trainer.state.global_step, "skipped": run.skipped, "seconds": seconds,
+            "per_second": bar.speed, "unit": bar.unit, "memory": memory(),
+            "trainable": summary.trainable, "total": summary.total,
+            "train_loss": losses, "validation": [{"step": step, **values} for step, values in checks],
+        }  # fmt: skip
+        report.write_metrics(directory, record)
+        title = f"{Path(config.model).name} · {type(config.method).__name__} · {sources.describe(config.data.train)}"
+        points = [(step, values["loss"]) for step, values in checks if "loss" in values]
+        words = "loss (nats per token)" if task.endswith("lm") else "loss"
+        report.plot(directory / "loss.png", title, losses, points, base.get("loss"), words)
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    _finish(console, job, directory, base, final, bar, before, after, prompt, made)
+    return Result(directory, base, final, seconds)
+
+
+def _trainer(job: Job, directory: Path, bar: Any) -> Any:
+    """The Trainer with the settings of the config."""
+    from transformers import PrinterCallback, TrainingArguments
+
+    from rankshift.train.trainer import Trainer
+
+    config, loop = job.config, job.config.train
+    assert loop.steps is not None
+    assert loop.eval_every is not None
+    assert loop.save_every is not None
+    validates = job.examples.validation is not None
+    args = TrainingArguments(
+        output_dir=str(directory / CHECKPOINTS),
+        max_steps=loop.steps,
+        per_device_train_batch_size=loop.batch,
+        per_device_eval_batch_size=loop.batch * 2,
+        gradient_accumulation_steps=loop.accumulate,
+        learning_rate=loop.lr,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(loop.schedule, loop.schedule),
+        warmup_steps=math.ceil(loop.warmup * loop.steps),
+        weight_decay=loop.weight_decay,
+        max_grad_norm=loop.clip,
+        bf16=job.autocast,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        eval_strategy="steps" if validates else "no",
+        eval_steps=loop.eval_every if validates else None,
+        save_strategy="steps",
+        save_steps=loop.save_every,
+        save_total_limit=1,
+        logging_steps=max(1, loop.steps // 200),
+        logging_nan_inf_filter=False,
+        seed=config.seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        **_recompute(loop.checkpointing),
+    )
+    measured = job.measure
+    collate = job.examples.collate
+
+    def counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate(rows)
+        if job.model.training:
+            bar.count(batch)
+        return batch
+
+    trainer = Trainer(
+        model=job.model,
+        method=config.method,
+        args=args,
+        train_dataset=job.examples.train,
+        eval_dataset=job.examples.validation,
+        data_collator=counted,
+        processing_class=job.reader,
+        calibration=_calibration(job) if validates else None,
+        compute_metrics=lambda p: {f"m_{k}": v for k, v in measured.compute(p).items()},
+        preprocess_logits_for_metrics=measured.keep,
+        callbacks=[bar],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _recompute(wanted: bool) -> dict[str, Any]:
+    """Arguments for recomputing activations, under the name that this transformers has for them."""
+    from transformers import TrainingArguments
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
+def _calibration(job: Job) -> Iterator[Any]:
+    """Batches of training data in order, for methods that look at data before they start."""
+    rows, size = job.examples.train, job.config.train.batch
+    for start in range(0, len(rows), size):
+        yield job.examples.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+
+
+@contextlib.contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """No key-value cache while training: it costs memory, and with one transformers does not see packed texts."""
+    config: Any = model.config
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
+
+
+# ---- after -----------------------------------------------------------------------------------------------------------
+
+
+def _write(job: Job, run: Run, directory: Path) -> dict[str, str]:
+    """Write the run and what other programs load. Returns name → what it is."""
+    run.save(directory / ADAPTER)
+    made = {ADAPTER: "this run, for rs.load and the commands below"}
+    where, format, words = (PEFT, "peft", "the same for PEFT, transformers and servers")
+    if not job.config.method.reversible:
+        where, format, words = (MODEL, "merged", "the trained model, for transformers")
+    try:
+        run.export(directory / where, format=format)  # type: ignore[arg-type]
+        made[where] = words
+        if _first():
+            job.reader.save_pretrained(directory / where)
+    except ExportError as error:
+        made[where] = f"not written: {str(error).splitlines()[0]}"
+    return made
+
+
+def _prompt(job: Job) -> str | None:
+    """What a causal model is asked to go on from."""
+    if job.task != "causal-lm":
+        return None
+    if job.config.prompt is not None:
+        return job.config.prompt
+    rows = job.examples.validation if job.examples.validation is not None else job.examples.train
+    ids, labels = rows[0]["input_ids"], rows[0]["labels"]
+    start = next(i for i, label in enumerate(labels) if label != -100)
+    cut = start if start > 1 else min(len(ids) // 2, 16)
+    return str(job.reader.decode(ids[:cut], skip_special_tokens=start <= 1))
+
+
+def _sample(job: Job, prompt: str | None) -> str | None:
+    """About 300 bytes of text that the model writes after the prompt, drawn by the seed."""
+    if prompt is None:
+        return None
+    model: Any = job.model
+    special = job.config.data.columns.keys() & {"prompt", "messages"} and job.config.prompt is None
+    ids = job.reader(prompt, return_tensors="pt", add_special_tokens=not special, verbose=False).input_ids
+    length = job.config.data.max_length or 256
+    ids = ids[:, : max(1, length - 16)].to(next(model.parameters()).device)
+    wanted = min(300 if (job.examples.bytes_per_token or 4) < 2 else 80, length - ids.shape[1])
+    with models.quiet(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(job.config.seed)
+        was = model.training
+        model.eval()
+        whole = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=wanted, do_sample=True,
+            temperature=0.8, top_k=40, use_cache=True, pad_token_id=job.reader.pad_token_id,
+        )  # fmt: skip
+        model.train(was)
+    return str(job.reader.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+_HEADER = "# Every setting of this run as it was resolved. Train the same again: rankshift train THIS_FILE\n"
+
+
+def _head(
+    console: Console, config: TrainConfig, found: Any, task: str, meant: str | None, columns: roles.Columns
+) -> None:
+    kind = (found.architectures or [found.model_type])[0]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _line(console, "model", f"{config.model} ({kind}) on {device}")
+    why = ""
+    if config.task is None:
+        why = " (from the columns of the data)" if meant else " (from the model's architecture)"
+    _line(console, "task", f"{task}{why}")
+    if str(columns) != "text":
+        _line(console, "columns", str(columns))
+
+
+def _describe(config: TrainConfig, run: Run) -> str:
+    """ "LoRA, rank 16, on 35 layers"."""
+    ranks = sorted({a.rank for name in run.active for a in run.adapter(name).values()} - {0})
+    parts = [type(config.method).__name__]
+    if ranks:
+        parts.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}")
+    count = sum(site.active != () for site in run.sites.values())
+    return ", ".join(parts) + (f", on {count} layers" if count else "")
+
+
+def _line(console: Console, name: str, text: str) -> None:
+    console.print(f"[bold]{name.ljust(9)}[/bold]", end=" ", highlight=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _finish(
+    console: Console,
+    job: Job,
+    directory: Path,
+    base: dict[str, float],
+    final: dict[str, float],
+    bar: Any,
+    before: str | None,
+    after: str | None,
+    prompt: str | None,
+    made: dict[str, str],
+) -> None:
+    """The last screen: before and after, what was written, what to type next."""
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    from rankshift.train.progress import memory
+
+    if final:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("validation")
+        table.add_column("untouched base", justify="right")
+        table.add_column("after training", justify="right", style="bold")
+        for name in job.measure.shown:
+            if name in final:
+                old, new = (f"{values[name]:.4f}" if name in values else "–" for values in (base, final))
+                table.add_row(name.replace("_", " "), old, new)
+        console.print(table)
+        console.print()
+    if prompt is not None and before is not None and after is not None:
+        for title, text in (("before", before), ("after", after)):
+            body = Text(prompt, style="dim").append(text, style="default")
+            console.print(Panel(body, title=title, title_align="left", border_style="dim"))
+    console.print(
+        f"{job.config.train.steps} updates in {_clock(bar.seconds)}, "
+        f"{bar.speed:,.0f} {bar.unit}/s, {memory()}", highlight=False,
+    )  # fmt: skip
+    console.print()
+    made = {**made, "loss.png": "training and validation loss", CONFIG: "every setting", "metrics.json": "every number"}
+    for name, words in made.items():
+        console.print(f"  {directory / name!s:<38} {words}", highlight=False, markup=False, soft_wrap=True)
+    console.print()
+    _line(console, "Next", "")
+    commands = [
+        (f"rankshift inspect {directory}", "what is in it"),
+        (f"rankshift merge {directory} merged", "a plain transformers model in merged/"),
+    ]
+    if job.config.method.reversible:
+        commands.append((f"rankshift export {directory} served --profile portable", "a LoRA that servers take"))
+    commands.append(("rankshift train model=PATH_OR_HUB_ID data=FILE.jsonl", "your model, your data"))
+    for command, words in commands:
+        console.print(f"  {command:<58} {words}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def _first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _agreed(directory: Path) -> Path:
+    """The first process's directory, on every process."""
+    if _world() == 1:
+        return directory
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState()
+    return Path(broadcast_object_list([str(directory)])[0])
