@@ -681,13 +681,23 @@ class Run:
         "peft": an adapter directory in PEFT's format; with profile="portable" one plain LoRA of uniform rank, as
         servers accept it. "merged": a plain model directory. The run goes on unchanged.
 
+        Args:
+            adapter: which one; by default those that are active (for "peft" there must be exactly one).
+
         Raises:
             ExportError: the format cannot hold this method exactly.
+            NotWritable: nothing was written, and what was there before is untouched.
         """
         from rankshift.io.export import export
 
         self._open()
-        return export(self, directory, format=format, profile=profile, adapter=adapter)
+        if adapter is not None:
+            self._known(adapter)
+        self._link(self._active if adapter is None else (adapter,))
+        try:
+            return export(self, directory, format=format, profile=profile, adapter=adapter)
+        finally:
+            self._link(self._active)
 
 
 def load(model: nn.Module, directory: str | Path, seed: int = 0, *, check_base: bool = True) -> Run:

@@ -176,7 +176,7 @@ def test_which_adapter(tmp_path):
     models.stir(run.trainable(), seed=3)
     with pytest.raises(rs.errors.ExportError, match="default, second"):
         run.export(tmp_path)
-    with pytest.raises(rs.errors.ExportError, match="'second'"):
+    with pytest.raises(rs.errors.AttachError, match="'second'"):
         run.export(tmp_path, adapter="secnd")
     run.export(tmp_path, adapter="second")
     run.use("second")
