@@ -71,6 +71,10 @@ class Adapter(Base):
         """The change of the bias, (out,), or None if the method has none."""
         return None
 
+    def branch(self) -> tuple[Tensor, Tensor] | None:
+        """(A, B), differentiable, with ``B @ A == delta()``; None if the change has no such form."""
+        return None
+
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Whole (A, B), detached, with ``B @ A == delta()``; None if the change has no such form."""
         return None
@@ -95,7 +99,8 @@ class Adapter(Base):
         if not any(shard.is_sharded(p) for p in self.parameters()):
             return self.delta()
         factors = {name: shard.whole(p) for name, p in self.named_parameters()}
-        return torch.func.functional_call(_Delta(self), {f"adapter.{k}": v for k, v in factors.items()}, ())
+        delta: Tensor = torch.func.functional_call(_Delta(self), {f"adapter.{k}": v for k, v in factors.items()}, ())
+        return delta
 
 
 class _Delta(torch.nn.Module):

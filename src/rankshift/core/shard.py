@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard
+
+T = TypeVar("T")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -120,13 +122,14 @@ def first_apart(tensors: Sequence[Tensor]) -> int | None:
     return shared[int(apart[0])] if len(apart) else None
 
 
-def from_first(value: Any) -> Any:
+def from_first(value: T) -> T:
     """The first rank's ``value`` (anything that pickles, tensors on the CPU) on every rank."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value
-    box = [value]
+    box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    shared: T = box[0]
+    return shared
 
 
 def rank() -> int:

@@ -16,6 +16,7 @@ from rankshift.core.adapter import Adapter
 from rankshift.core.base import Base, Dense, Slab
 from rankshift.core.errors import TiedWeights, UnmatchedTarget, UnsupportedLayer, nearest
 from rankshift.core.form import ConvForm, EmbeddingForm, ExpertsForm, Form, TransposedForm
+from rankshift.core.lowrank import LowRankSum
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -83,10 +84,17 @@ class Site(nn.Module):
         return y
 
     def effective(self) -> Tensor:
-        """W + ΔW in the base's dtype, differentiable: the form in which stacked weights are adapted."""
-        weight = self.base.weight
-        for adapter in self.acting():
-            weight = weight + self.spec.form.stored(adapter.delta().to(weight.dtype))
+        """W + ΔW as stored, differentiable: the form in which stacked weights are adapted.
+
+        Where every change has a low rank it is kept apart from W: exact in bf16, and no second stack is formed.
+        """
+        weight, form, acting = self.base.weight, self.spec.form, self.acting()
+        branches = [branch for branch in (adapter.branch() for adapter in acting) if branch is not None]
+        if len(branches) == len(acting) and not torch.compiler.is_compiling():
+            A, B = (torch.cat(parts, axis) for parts, axis in zip(zip(*branches, strict=True), (-2, -1), strict=True))
+            return form.stored(LowRankSum(form.matrix(weight), A, B))
+        for adapter in acting:
+            weight = weight + form.stored(adapter.delta().to(weight.dtype))
         return weight
 
     @property

@@ -108,6 +108,10 @@ class LoRALayer(Adapter):
     def delta_bias(self) -> Tensor | None:
         return None if self.b is None else self.scale * self.b
 
+    def branch(self) -> tuple[Tensor, Tensor] | None:
+        A, B = self.factors()
+        return self.scale * A, B
+
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         A, B = (shard.whole(factor) for factor in self.factors())
         return self.scale * A, B
@@ -126,7 +130,7 @@ class DoRALayer(LoRALayer):
             A, B = self.factors()
             A = self.scale * A
             W = self.base.dense(*self.base.packed) if self.base.storage else self.base.rows()
-            square = torch.linalg.vector_norm(W, dim=1, dtype=B.dtype).square()
+            square: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=B.dtype).square()
             cross = (W @ A.to(W.dtype).t()).to(B.dtype)  # (out, r)
             return (square + ((2 * cross + B @ (A @ A.t())) * B).sum(1)).clamp_min_(0).sqrt()
 
@@ -138,7 +142,11 @@ class DoRALayer(LoRALayer):
     def delta(self, rows: slice = slice(None)) -> Tensor:
         W = self.base.rows(rows).to(self.B.dtype)
         V = W + super().delta(rows)
-        return (self.magnitude[rows] / torch.linalg.vector_norm(V, dim=1).detach())[:, None] * V - W
+        norm: Tensor = torch.linalg.vector_norm(V, dim=1).detach()
+        return (self.magnitude[rows] / norm)[:, None] * V - W
+
+    def branch(self) -> None:
+        return None
 
     def low_rank(self) -> None:
         return None

@@ -90,7 +90,7 @@ def survey(
                 "Pass more data, or exclude the layer if the model does not use it."
             )
     shared = redistribute({name: stream.shares() for name, stream in streams.items()}, sum(ranks.values()))
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, stream in streams.items():
         assert stream.vectors is not None
         found[name] = stream.vectors[: shared[name]].cpu()

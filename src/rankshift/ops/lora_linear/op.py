@@ -44,7 +44,7 @@ def lora_linear(
     forward, backward = choose(b, n, m, r, dtype, *needs, forward, backward)
     cast = dtype != x.dtype or dtype != packed[0].dtype
     with torch.autocast(kind, enabled=False):
-        y: Tensor = _LoRALinear.apply(
+        y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
             x.to(dtype), A, B, bias, scale, forward, backward, needs[1], needs[2], cast, dense, *packed
         )
     return y
