@@ -20,7 +20,7 @@ class Case:
     off: Method | None = None
     """The parent method: with its dose at zero, ``method`` must be this one bit for bit."""
     kept: tuple[float, float, float] | None = (1, 0, 1)
-    """Values kept for backward per token at an adapted linear layer: multiples of in, out and rank. None: not claimed."""
+    """Values kept for backward per token of a linear layer: multiples of in, out and rank. None: not claimed."""
     noisy: bool = False
     """Training forwards draw from the global generator (dropout), so no number of ranks equals another."""
 
@@ -46,10 +46,16 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("lora-embedding", LoRA(rank=2, alpha=2, targets=("embed", "down")), kept=None),
         Case("lora-fa", LoRA(rank=4, alpha=8, train="B", precondition=True), kept=(0, 0, 1)),
         Case("lora-pissa", LoRA(rank=3, alpha=6, init="pissa"), identity=ROUNDING, kept=(1, 0, 2)),
-        Case("lora-orthogonal", LoRA(rank=4, alpha=4, init="orthogonal", dropout=0.2), identity=ROUNDING, kept=None, noisy=True),
+        Case(
+            "lora-orthogonal",
+            LoRA(rank=4, alpha=4, init="orthogonal", dropout=0.2),
+            identity=ROUNDING,
+            kept=None,
+            noisy=True,
+        ),
         Case("dora", LoRA(rank=4, alpha=8, dora=True), identity=ROUNDING, kept=(1, 1, 1)),
     ),
-}  # fmt: skip
+}
 
 
 def rows() -> list[Case]:

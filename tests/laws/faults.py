@@ -169,6 +169,14 @@ class WrongFactors(LoRALayer):
         return A.detach(), B.detach()
 
 
+class Louder(LoRALayer):
+    """Its forward is more than its factors say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base.linear(x)
+        return y + 1.1 * (super().forward(x) - y)
+
+
 class Hoards(LoRALayer):
     """Keeps another copy of the input."""
 
@@ -212,6 +220,7 @@ _LAYERS: dict[str, type[LoRALayer]] = {
     "delta is not forward": WrongDelta,
     "rows of delta": WrongRows,
     "low_rank is not delta": WrongFactors,
+    "louder than its factors": Louder,
     "keeps more": Hoards,
     "deaf": Deaf,
     "shape from elsewhere": Sized,

@@ -1,8 +1,8 @@
 """Pulse: LoRA with one event at each moment. No paper: it carries every kind of load before the methods move in.
 
-    WINDOW    λ ← 1 + amplitude · (step mod 3): the branch's scale, a function of the step alone
-    GRADS     half of the rank slots, keyed by site and step, get no gradient
-    UPDATED   every ``every`` steps W ← W + λ s B A, A drawn anew, B and the moments of both zeroed
+WINDOW    λ ← 1 + amplitude · (step mod 3): the branch's scale, a function of the step alone
+GRADS     half of the rank slots, keyed by site and step, get no gradient
+UPDATED   every ``every`` steps W ← W + λ s B A, A drawn anew, B and the moments of both zeroed
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class Mask:
         assert isinstance(adapter, PulseLayer)
         r = adapter.rank
         shut = permutation(tick.key(adapter.site, "mask"), r)[: int(r * self.share)]
-        keep = torch.ones(r, dtype=adapter.A.dtype, device=adapter.A.device).index_fill_(0, shut.to(adapter.A.device), 0)
+        keep = torch.ones(r, dtype=adapter.A.dtype, device=adapter.A.device).index_fill_(
+            0, shut.to(adapter.A.device), 0
+        )
         assert adapter.A.grad is not None
         assert adapter.B.grad is not None
         part, held = shard.local(adapter.A.grad)  # slots are the rows of A: this rank may hold some of them only

@@ -1,4 +1,4 @@
-"""What DDP and FSDP2 demand beyond the laws: uneven shards, mixed dtypes, switching, refusals, saving on other worlds."""
+"""What DDP and FSDP2 demand beyond the laws: uneven shards, mixed dtypes, switching, refusals, other worlds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rankshift.core.method import Method
 from rankshift.core.site import form_of
 from rankshift.methods import Full, LoRA
 
-# ---- core/shard.py -----------------------------------------------------------------------------------------------------
+# ---- core/shard.py ---------------------------------------------------------------------------------------------------
 
 
 def sharded(value: Tensor) -> DTensor:
@@ -110,7 +110,7 @@ def test_adding_to_a_sharded_weight(pool: Pool) -> None:
     pool.run(add_to_shards)
 
 
-# ---- verbs under FSDP2 -------------------------------------------------------------------------------------------------
+# ---- verbs under FSDP2 -----------------------------------------------------------------------------------------------
 
 
 def verbs() -> None:
@@ -225,7 +225,7 @@ def test_an_inf_in_one_shard_is_skipped_on_all(pool: Pool) -> None:
     pool.run(poisoned_in_one_shard)
 
 
-# ---- dtypes ------------------------------------------------------------------------------------------------------------
+# ---- dtypes ----------------------------------------------------------------------------------------------------------
 
 
 def mixed(policy: MixedPrecisionPolicy | None) -> Tensor:
@@ -255,7 +255,7 @@ def test_a_bf16_base_with_fp32_factors(low: bool, pool: Pool) -> None:
     assert alone.norm() > 0.1
 
 
-# ---- DDP ---------------------------------------------------------------------------------------------------------------
+# ---- DDP -------------------------------------------------------------------------------------------------------------
 
 
 def ddp_options(**options: Any) -> dict[str, Tensor]:
@@ -296,7 +296,7 @@ def test_gradients_that_nothing_averages_are_found(pool: Pool) -> None:
         assert "Wrap the model" in text
 
 
-# ---- other worlds ------------------------------------------------------------------------------------------------------
+# ---- other worlds ----------------------------------------------------------------------------------------------------
 
 METHODS: list[Method] = [LoRA(rank=3, alpha=6, bias="lora_only", modules_to_save=("head",)), Full(), Pulse(rank=3)]
 
@@ -354,7 +354,7 @@ def test_a_rehearsal_fires_nothing(pool: Pool) -> None:
     pool.run(rehearse)
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 def refusals() -> None:
@@ -370,4 +370,3 @@ def refusals() -> None:
 
 def test_attach_after_wrapping_is_refused(pool: Pool) -> None:
     pool.run(refusals)
-

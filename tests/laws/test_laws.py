@@ -65,7 +65,14 @@ def test_resume_at_every_step(case: Case, accumulate: int) -> None:
 @parallel
 @cases(*EVERY)
 def test_resume_on_two_ranks(case: Case, engine: Engine, pool: Pool) -> None:
-    hold(laws.resume, case, engine, pool, ks=(0, 2) if case.label == "lora" else (2,), accumulate=2 if case.label == "lora" else 1)
+    hold(
+        laws.resume,
+        case,
+        engine,
+        pool,
+        ks=(0, 2) if case.label == "lora" else (2,),
+        accumulate=2 if case.label == "lora" else 1,
+    )
 
 
 @parallel
@@ -123,6 +130,16 @@ def test_attaching_does_not_change_the_function(case: Case) -> None:
 @cases(*EVERY)
 def test_forward_is_the_dense_delta(case: Case) -> None:
     hold(laws.delta, case, "one")
+
+
+@cases(*EVERY)
+def test_a_saved_directory_is_the_run(case: Case) -> None:
+    hold(laws.roundtrip, case, "one")
+
+
+@cases(*EVERY)
+def test_an_exported_directory_is_the_function(case: Case) -> None:
+    hold(laws.exported, case, "one")
 
 
 @cases(*[case for case in EVERY if case.kept is not None])

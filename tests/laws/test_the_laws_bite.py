@@ -48,6 +48,8 @@ ONE: list[tuple[Callable[..., None], str, str]] = [
     (laws.shapes, "shape from elsewhere", "WrongBase"),
     (laws.shapes, "rank that JSON does not know", "int64"),
     (laws.shapes, "unsaved buffer", "another function"),
+    (laws.roundtrip, "unsaved buffer", "another function"),
+    (laws.exported, "louder than its factors", "another function"),
     (laws.identity, "starts elsewhere", "attaching changes"),
     (laws.delta, "delta is not forward", "forward is not W"),
     (laws.delta, "rows of delta", "rows of ΔW"),

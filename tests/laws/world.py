@@ -61,11 +61,11 @@ class Tiny(nn.Module):
         return self.head(self.norm(x))
 
 
-def tiny(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tiny:
+def tiny(dtype: torch.dtype = torch.float32, seed: int = 0, blocks: int = 2) -> Tiny:
     """The same model on every call, whatever the global random state, which is left as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Tiny().to(dtype)
+        return Tiny(blocks).to(dtype)
 
 
 def batch(step: int, size: int = BATCH) -> Tensor:
@@ -176,7 +176,9 @@ class Session:
         return buffer.getvalue()
 
     @classmethod
-    def load(cls, saved: bytes, engine: Engine, model: nn.Module, method: Method | None = None, **options: Any) -> Session:
+    def load(
+        cls, saved: bytes, engine: Engine, model: nn.Module, method: Method | None = None, **options: Any
+    ) -> Session:
         """A new session on fresh objects: restored, or with ``method`` attached first and then loaded."""
         state = torch.load(io.BytesIO(saved), weights_only=True)
         if method is None:
@@ -231,7 +233,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0, wha
     assert a.keys() == b.keys(), f"{what}: only in one: {sorted(a.keys() ^ b.keys())[:4]}"
     for name in a:
         x, y = a[name], b[name]
-        assert x.shape == y.shape and x.dtype == y.dtype, f"{what}: {name}: {x.shape} {x.dtype}, {y.shape} {y.dtype}"
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), f"{what}: {name}: {x.shape} {x.dtype}, {y.shape} {y.dtype}"
         if tolerance == 0:
             assert torch.equal(x, y), f"{what}: {name} differs in its bits, by at most {gap(x, y):.3g}"
         else:
