@@ -322,20 +322,37 @@ def test_kernels(dtype: torch.dtype):
 # ---- torch.compile
 
 
-def test_compiles_whole():
+@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"init": "pissa"}, {"train": "B"}], ids=str)
+def test_compiles_whole(fields: dict):
     torch._dynamo.reset()
-    model = layer(torch.float32)
-    rs_adapter = model[0]["default"]
+    model = layer(torch.float32, **fields)
+    adapter = model[0]["default"]
     with torch.no_grad():
-        rs_adapter.B.normal_()
+        adapter.B.normal_()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(B_, N, requires_grad=True)
+    leaves = [x, *(p for p in adapter.parameters() if p.requires_grad)]
     plain = model(x)
     y = compiled(x)
     torch.testing.assert_close(y, plain)
-    want = torch.autograd.grad(plain.square().sum(), [x, rs_adapter.A, rs_adapter.B])
-    got = torch.autograd.grad(y.square().sum(), [x, rs_adapter.A, rs_adapter.B])
-    torch.testing.assert_close(got, want)
+    want = torch.autograd.grad(plain.square().sum(), leaves)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), leaves), want)
+
+
+def test_compiles_for_any_number_of_tokens():
+    """The order depends on how many there are: one graph an order, not one a batch."""
+    torch._dynamo.reset()
+    model, graphs = layer(torch.float32), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (3, 5, 9, 17, 23, 40, 80, 81):
+        x = torch.randn(tokens, N, requires_grad=True)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(graphs) <= 4
 
 
 def test_switching_back_and_forth_does_not_recompile():

@@ -67,6 +67,7 @@ def test_choice_is_the_cheapest_of_all_orders_of_the_paper():
         assert total(f, w, b, n, m, r) == cheapest, (b, n, m, r, f, w)
         seen.add((f, w))
     assert {("f1", "b1s"), ("f1", "b5s"), ("f2", "b5"), ("f2", "b4")} <= seen
+    assert not seen & {("f1", "b1"), ("f1", "b5"), ("f2", "b5s"), ("f2", "b1s")}  # Z is saved where it is at hand
 
 
 def test_orders_left_out_never_win():

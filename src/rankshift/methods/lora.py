@@ -34,7 +34,11 @@ from rankshift.ops.lora_linear.order import SAVES_Z, Backward, Forward, choose
 
 
 class LoRALayer(Adapter):
-    """y = W x + s·B(A x)."""
+    """y = W x + s·B(A x).
+
+    ``form.apply`` takes the product with A as the layer takes its own (a convolution, a look-up), ``form.expand`` the
+    one with B at every place. Linear layers, the bulk, run the same equation as one autograd node, ops/lora_linear.
+    """
 
     slots: ClassVar[dict[str, int]] = {"A": 0, "B": 1}
 

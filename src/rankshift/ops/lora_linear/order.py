@@ -28,7 +28,7 @@ import torch
 from rankshift.core.errors import ConfigError
 
 Forward = Literal["f1", "f2"]
-Backward = Literal["b1", "b1s", "b4", "b5", "b5s"]
+Backward = Literal["b1", "b1s", "b4", "b5", "b5s"]  # of two that cost the same, the first is chosen
 SAVES_Z = frozenset({"b1s", "b5s"})
 MERGED = frozenset({"f2", "b4", "b5", "b5s"})
 LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
@@ -55,13 +55,6 @@ def backward_flops(
     return dX + S + Z + (2 * b * n * r if A else 0) + (2 * b * m * r if B else 0)
 
 
-def saved_values(backward: Backward, b: int, n: int, r: int, A: bool = True, B: bool = True) -> int:
-    """Numbers kept for backward: b·n for X and b·r for Z, parameters not counted."""
-    keep_z = B and backward in SAVES_Z
-    keep_x = A or (B and not keep_z)
-    return b * n * keep_x + b * r * keep_z
-
-
 def choose(
     b: int,
     n: int,
@@ -74,7 +67,7 @@ def choose(
     forward: Forward | None = None,
     backward: Backward | None = None,
 ) -> tuple[Forward, Backward]:
-    """The pair of orders with the fewest operations that ``dtype`` can hold; of equals the one that saves less.
+    """The pair of orders with the fewest operations that ``dtype`` can hold; of equals the one that does not save Z.
 
     ``x``, ``A`` and ``B`` say what needs a gradient: if nothing does, only the forward counts. A frozen A (LoRA-FA) is
     there to free X, so with it no order is chosen that keeps X. ``forward`` and ``backward`` fix one or both.
@@ -95,14 +88,12 @@ def choose(
     backwards: tuple[Backward, ...] = (backward,) if backward else ("b1s",) if narrow else get_args(Backward)
     if not A and backward is None:
         backwards = tuple(order for order in backwards if order in SAVES_Z)
-    best: tuple[int, int] | None = None
-    chosen = (forwards[0], backwards[0])
+    best, chosen = None, (forwards[0], backwards[0])
     for f in forwards:
         for w in backwards:
             cost = forward_flops(f, b, n, m, r, B and w in SAVES_Z)
             if x or A or B:
                 cost += backward_flops(w, b, n, m, r, x, A, B)
-            price = (cost, saved_values(w, b, n, r, A, B))
-            if best is None or price < best:
-                best, chosen = price, (f, w)
+            if best is None or cost < best:
+                best, chosen = cost, (f, w)
     return chosen
