@@ -44,7 +44,7 @@ def test_loop(example, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_hf_trainer_and_going_on(example, tmp_path):
+def test_hf_trainer_and_going_on(example, tmp_path, monkeypatch):
     from peft import PeftModel
 
     names, out = example("hf_trainer", 12)
@@ -55,8 +55,10 @@ def test_hf_trainer_and_going_on(example, tmp_path):
         ours = names["model"].eval()(x).logits
         theirs = PeftModel.from_pretrained(base(), tmp_path / "peft").eval()(x).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # fp32, another order of products
-    names, _ = example("hf_trainer", 14)  # finds checkpoint-12 and goes on
-    assert names["trainer"]._initial_global_step == 12
+    restore, resumed = rs.Trainer._restore, []
+    monkeypatch.setattr(rs.Trainer, "_restore", lambda t, path: (resumed.append(path.name), restore(t, path)))
+    names, _ = example("hf_trainer", 14)
+    assert resumed == ["checkpoint-12"]
     assert names["trainer"].run.step == 14
 
 

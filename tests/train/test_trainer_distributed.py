@@ -1,5 +1,6 @@
 """rs.Trainer on two processes: DDP through phases, FSDP2, resume, and Ctrl-C on one of them."""
 
+import inspect
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from test_trainer import Interrupt, ctrl_c, ladder, losses, same, tensors, trainer
 
@@ -88,6 +90,8 @@ def train_and_resume(out, method, engine, at):
 
 @pytest.mark.parametrize(("engine", "at"), [("ddp", 4), ("fsdp2", 3)])
 def test_two_processes_agree_and_resume_to_the_bit(tmp_path, climbing, engine, at):
+    if engine == "ddp" and 'type != "cpu"' not in inspect.getsource(transformers.Trainer._load_optimizer_and_scheduler):
+        pytest.skip("this transformers cannot load an optimizer on several CPU processes (map_location cpu:0)")
     method = climbing() if engine == "ddp" else rs.LoRA(rank=2)
     (one, resumed), (two, _) = on_two(tmp_path, train_and_resume, tmp_path / "out", method, engine, at)
     assert one["wrapper"] == ("DistributedDataParallel" if engine == "ddp" else "FSDPLlamaForCausalLM")
