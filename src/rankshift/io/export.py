@@ -31,7 +31,7 @@ from rankshift.core.form import ConvForm, EmbeddingForm, Form, TransposedForm
 from rankshift.core.method import Method, from_dict
 from rankshift.core.site import Replica, Site, bare, base_parameters, walk
 from rankshift.io import peft
-from rankshift.io.atomic import MODEL, PEFT, check, replacing
+from rankshift.io.atomic import MODEL, PEFT, replacing
 from rankshift.io.checkpoint import packed, write_on_first_rank
 from rankshift.methods.lora import DoRALayer, LoRA, LoRALayer
 
@@ -78,9 +78,6 @@ def export(run: Source, directory: str | Path, *, format: str, profile: str, ada
     for what, value, known in (("format", format, ("peft", "merged")), ("profile", profile, ("exact", "portable"))):
         if value not in known:
             raise ConfigError(f"export has no {what} {value!r}. {nearest(str(value), known)}")
-    kind = PEFT if format == "peft" else MODEL
-    if shard.rank() == 0:
-        check(directory, kind)
     write = _peft(run, directory, profile == "portable", adapter) if format == "peft" else _merged(run, directory)
     write_on_first_rank(run.model, directory, write, iter(()))
     return Path(directory)
