@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
@@ -269,3 +271,36 @@ def test_a_block_under_two_names_is_adapted_once():
     nn.init.normal_(run.adapter()["one.0"].B)
     adapted = model(x)
     torch.testing.assert_close(run.merge()(x), adapted, rtol=1e-12, atol=1e-12)
+
+
+# ---- what model code asks of a layer besides calling it
+
+
+def test_layer_attributes_are_those_of_the_layer():
+    """Whisper's encoder computes lengths from its convolutions' strides."""
+    config = tf.WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=30, num_mel_bins=4, max_source_positions=10,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    model = tf.WhisperForConditionalGeneration(config).eval()
+    x, ids = torch.randn(1, 4, 20), torch.arange(3)[None]
+    before = model(input_features=x, decoder_input_ids=ids).logits
+    run = rs.attach(model, rs.LoRA(rank=2, targets=("conv1", "conv2", "q_proj")))
+    assert torch.equal(model(input_features=x, decoder_input_ids=ids).logits, before)
+    site = run.sites["model.encoder.conv2"]
+    assert (site.stride, site.kernel_size) == ((2,), (3,))
+    with pytest.raises(AttributeError, match=r"strid"):
+        site.strid  # noqa: B018
+
+
+def test_a_model_with_sites_can_be_copied():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
+    run = rs.attach(model, rs.LoRA(rank=2, targets=("0", "1")))
+    nn.init.normal_(run.adapter()["1"].B)
+    twin, ids = copy.deepcopy(model), torch.arange(5)
+    assert twin[0].embedding_dim == 4
+    assert torch.equal(twin(ids), model(ids))
+    with torch.no_grad():
+        run.adapter()["1"].B.zero_()
+    assert not torch.equal(twin(ids), model(ids))

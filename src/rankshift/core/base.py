@@ -49,6 +49,11 @@ class Base(nn.Module):
         raise NotImplementedError
 
     @property
+    def layer(self) -> nn.Module | None:
+        """The module that stood here, for what model code asks of it besides its weight (stride, embedding_dim)."""
+        return None
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype the layer computes in."""
         return self.weight.dtype
@@ -92,6 +97,10 @@ class Dense(Base):
         self._parameters = module._parameters
         self._layer = (module,)  # in a tuple, hidden from nn.Module: it must not appear in names
         self.out_features, self.in_features = form.matrix(weight).shape[-2:]
+
+    @property
+    def layer(self) -> nn.Module:
+        return self._layer[0]
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]

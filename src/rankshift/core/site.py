@@ -83,6 +83,16 @@ class Site(nn.Module):
         y: Tensor = self.top(x)
         return y
 
+    def __getattr__(self, name: str) -> Any:
+        """What model code asks of a layer besides calling it (stride, embedding_dim) is answered by the layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if name.startswith("_") or base is None or base.layer is None:
+                raise
+            return getattr(base.layer, name)
+
     def effective(self) -> Tensor:
         """W + ΔW as stored, differentiable: the form in which stacked weights are adapted.
 
@@ -273,6 +283,14 @@ def running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from visit(child, f"{prefix}{name}.")
 
     yield from visit(model, "")
+
+
+def embeddings_untied(model: Any) -> bool:
+    """Whether a transformers model's config says that input and output embeddings are one tensor, and they are not."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return False
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    return first is not None and last is not None and first.weight is not last.weight
 
 
 @contextlib.contextmanager
