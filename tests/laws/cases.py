@@ -21,6 +21,8 @@ class Case:
     """The parent method: with its dose at zero, ``method`` must be this one bit for bit."""
     kept: tuple[float, float, float] | None = (1, 0, 1)
     """Values kept for backward per token of a linear layer: multiples of in, out and rank. None: not claimed."""
+    alone: bool = False
+    """Checked in one process only: what it adds to another case of its method is nothing that engines could touch."""
     noisy: bool = False
     """Training forwards draw from the global generator (dropout), so no number of ranks equals another."""
 
@@ -30,17 +32,25 @@ ROUNDING = 1e-13  # a branch that starts as the difference of two equal products
 CASES: dict[str, tuple[Case, ...]] = {
     "full": (
         Case("full", Full(), kept=(1, 0, 0)),
-        Case("full-part", Full(targets=("blocks.1", "head")), kept=None),
+        Case("full-part", Full(targets=("blocks.1", "head")), kept=None, alone=True),
     ),
     "lora": (
         Case("lora", LoRA(rank=4, alpha=8)),
         Case(
             "lora-plus",
-            LoRA(rank=3, scaling="rslora", init="gaussian", lr_ratio=4.0, lora_bias=True, targets=("q", "k", "up")),
+            LoRA(rank=3, scaling="rslora", init="gaussian", lr_ratio=4.0, targets=("q", "k", "up")),
+            alone=True,
         ),
         Case(
             "lora-extras",
-            LoRA(rank=2, alpha=3, bias="lora_only", modules_to_save=("head", "norm2"), targets=("q", "v", "up")),
+            LoRA(
+                rank=2,
+                alpha=3,
+                bias="lora_only",
+                lora_bias=True,
+                modules_to_save=("head", "norm2"),
+                targets=("q", "v", "up"),
+            ),
             kept=None,
         ),
         Case("lora-embedding", LoRA(rank=2, alpha=2, targets=("embed", "down")), kept=None),
@@ -51,6 +61,7 @@ CASES: dict[str, tuple[Case, ...]] = {
             LoRA(rank=4, alpha=4, init="orthogonal", dropout=0.2),
             identity=ROUNDING,
             kept=None,
+            alone=True,
             noisy=True,
         ),
         Case("dora", LoRA(rank=4, alpha=8, dora=True), identity=ROUNDING, kept=(1, 1, 1)),

@@ -18,8 +18,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_GRACE = 3.0  # seconds the other ranks get after one has failed, before they count as stuck in a collective
-
 
 class JobFailed(AssertionError):
     """A job raised on some rank; the text holds the traceback of each that did."""
@@ -29,11 +27,29 @@ class JobHung(AssertionError):
     """A job did not end in time."""
 
 
-class Pool:
-    """``size`` processes in one gloo group, started on the first job."""
+def join_gloo(rank: int, size: int, store: str) -> None:
+    """What each process does first: one thread, one group that meets in a file."""
+    import torch
+    import torch.distributed as dist
 
-    def __init__(self, size: int):
-        self.size = size
+    torch.set_num_threads(1)
+    # a launcher's variables, for code that asks for them
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, size),
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+
+
+class Pool:
+    """``size`` processes, in one gloo group unless ``begin`` makes them something else, started on the first job."""
+
+    def __init__(self, size: int, begin: Callable[[int, int, str], None] = join_gloo, grace: float = 3.0):
+        self.size, self.begin = size, begin
+        self.grace = grace  # seconds the other ranks get after one has failed, before they count as stuck
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -59,7 +75,7 @@ class Pool:
                 except EOFError:
                     answers[rank] = False, "the process died"
                 if not answers[rank][0]:
-                    deadline = min(deadline, time.monotonic() + _GRACE)
+                    deadline = min(deadline, time.monotonic() + self.grace)
         failures = {rank: text for rank, (good, text) in sorted(answers.items()) if not good}
         if failures or len(answers) < self.size:
             stuck = sorted(set(range(self.size)) - set(answers))
@@ -88,7 +104,9 @@ class Pool:
         for rank in range(self.size):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(there, rank, self.size, f"{self._folder.name}/store"), daemon=True
+                target=_serve,
+                args=(there, self.begin, rank, self.size, f"{self._folder.name}/store"),
+                daemon=True,
             )
             process.start()
             there.close()
@@ -98,21 +116,15 @@ class Pool:
             pipe.recv_bytes()  # importing torch is slow on a busy machine: no job's time runs before that is done
 
 
-def _serve(pipe: multiprocessing.connection.Connection, rank: int, size: int, store: str) -> None:
+def _serve(
+    pipe: multiprocessing.connection.Connection,
+    begin: Callable[[int, int, str], None],
+    rank: int,
+    size: int,
+    store: str,
+) -> None:
     """What a process of the pool does: take a job, answer, until the pipe closes."""
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    # a launcher's variables, for code that asks for them; the group itself meets in the file
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, size),
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    begin(rank, size, store)
     pipe.send_bytes(b"ready")
     while True:
         try:

@@ -24,7 +24,8 @@ PULSE = (
         off=LoRA(rank=4, alpha=8),
     ),
 )
-EVERY = [*rows(), *PULSE]
+EVERY = [*rows(), PULSE[0]]
+FIRST = [row[0] for row in CASES.values()] + [PULSE[0]]
 
 
 def hold(law: Callable[..., None], case: Case, engine: Engine, pool: Pool | None = None, **options: Any) -> None:
@@ -45,8 +46,13 @@ def cases(*wanted: Case) -> Any:
     return pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in wanted])
 
 
-parallel = pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-engines = pytest.mark.parametrize("engine", ["one", "ddp", "fsdp2"])
+def everywhere(*wanted: Case, one: bool = True) -> Any:
+    """Cases × engines; what a case claims for one process only stays there."""
+    pairs = [(case, "one") for case in wanted if one]
+    pairs += [(case, engine) for case in wanted if not case.alone for engine in ("ddp", "fsdp2")]
+    return pytest.mark.parametrize(
+        ("case", "engine"), [pytest.param(case, engine, id=f"{case.label}-{engine}") for case, engine in pairs]
+    )
 
 
 def test_every_registered_method_has_a_row() -> None:
@@ -57,32 +63,27 @@ def test_every_registered_method_has_a_row() -> None:
 
 
 @cases(*EVERY)
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resume_at_every_step(case: Case, accumulate: int) -> None:
-    hold(laws.resume, case, "one", accumulate=accumulate)
+def test_resume_at_every_step(case: Case) -> None:
+    hold(laws.resume, case, "one")
 
 
-@parallel
-@cases(*EVERY)
+@cases(*FIRST)
+def test_resume_at_every_step_of_accumulated_gradients(case: Case) -> None:
+    hold(laws.resume, case, "one", accumulate=2)
+
+
+@everywhere(*EVERY, one=False)
 def test_resume_on_two_ranks(case: Case, engine: Engine, pool: Pool) -> None:
-    hold(
-        laws.resume,
-        case,
-        engine,
-        pool,
-        ks=(0, 2) if case.label == "lora" else (2,),
-        accumulate=2 if case.label == "lora" else 1,
-    )
+    first = case in FIRST
+    hold(laws.resume, case, engine, pool, ks=(0, 2) if first else (2,), accumulate=2 if first else 1)
 
 
-@parallel
-@cases(*EVERY)
+@everywhere(*EVERY, one=False)
 def test_two_ranks_are_one_process(case: Case, engine: Engine, pool: Pool) -> None:
     hold(laws.ranks, case, engine, pool)
 
 
-@engines
-@cases(*EVERY)
+@everywhere(*EVERY)
 def test_rewriting_the_base_preserves_the_function(case: Case, engine: Engine, pool: Pool) -> None:
     hold(laws.preserve, case, engine, pool)
 
@@ -93,26 +94,22 @@ def test_merging_in_lower_precision(case: Case, dtype: torch.dtype) -> None:
     hold(laws.preserve, case, "one", dtype=dtype)
 
 
-@engines
-@cases(*[case for case in EVERY if case.off is not None])
+@everywhere(*[case for case in [*EVERY, PULSE[1]] if case.off is not None])
 def test_dose_zero_is_the_parent(case: Case, engine: Engine, pool: Pool) -> None:
     hold(laws.off, case, engine, pool)
 
 
-@engines
-@cases(*EVERY)
+@everywhere(*EVERY)
 def test_quiet(case: Case, engine: Engine, pool: Pool) -> None:
     hold(laws.quiet, case, engine, pool)
 
 
-@engines
-@cases(*EVERY)
+@everywhere(*EVERY)
 def test_state_stays_in_place(case: Case, engine: Engine, pool: Pool) -> None:
     hold(laws.in_place, case, engine, pool)
 
 
-@engines
-@cases(*EVERY)
+@everywhere(*EVERY)
 def test_everything_that_trains_learns(case: Case, engine: Engine, pool: Pool) -> None:
     hold(laws.gradients, case, engine, pool)
 
