@@ -34,6 +34,7 @@ from rankshift.core.site import (
     Stack,
     base_parameters,
     check_tied,
+    embeddings_untied,
     matches,
     place,
     place_replica,
@@ -480,6 +481,8 @@ class Run:
             if site.active:
                 _fold(site)
         self._strip()
+        if embeddings_untied(self.model):  # an embedding was trained as a copy: loading must not tie the two again
+            self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         self._close("merge()")
         return self.model
 

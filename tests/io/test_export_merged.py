@@ -91,7 +91,9 @@ def test_a_tied_model_stays_tied_and_an_untied_one_says_so(tmp_path):
         assert model.config.tie_word_embeddings == before
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(number)).eval()
         assert (models.logits(plain) - models.logits(model)).abs().max() <= 2e-6
-        run.merge().save_pretrained(tmp_path / f"{number} merged")
+        merged = run.merge()
+        assert merged.config.tie_word_embeddings is False
+        merged.save_pretrained(tmp_path / f"{number} merged")
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{number} merged").eval()
         assert (models.logits(plain) - models.logits(model)).abs().max() <= 2e-6
 

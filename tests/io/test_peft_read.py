@@ -248,6 +248,15 @@ def test_missing_and_broken_files(folder):
         rs.load(models.llama(), folder)
 
 
+@pytest.mark.parametrize(
+    "field", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"]
+)
+def test_an_expression_that_is_none(folder, field):
+    edit(folder, lambda config: config.update({field: {"(": 4} if "_pattern" in field and field[0] in "ra" else "("}))
+    with pytest.raises(rs.errors.CorruptFile, match="no regular expression"):
+        rs.load(models.llama(), folder)
+
+
 def test_bin_file_and_nothing_but_tensors_in_it(folder, tmp_path):
     wanted = models.llama()
     rs.load(wanted, folder)

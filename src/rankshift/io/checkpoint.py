@@ -127,7 +127,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         wanted = [(str(name), int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
     except FileNotFoundError as error:
         raise MissingFile(f"{path} is not there.\nName a directory that run.save() wrote.") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise CorruptFile(f"{path} is not a manifest: {error!r}.\nSave or copy it again.") from error
     for name, size, digest in wanted:
         file = folder / name

@@ -29,7 +29,7 @@ from rankshift.core.base import blocks
 from rankshift.core.errors import ConfigError, ExportError, nearest
 from rankshift.core.form import ConvForm, EmbeddingForm, Form, TransposedForm
 from rankshift.core.method import Method, from_dict
-from rankshift.core.site import Replica, Site, bare, base_parameters, walk
+from rankshift.core.site import Replica, Site, bare, base_parameters, embeddings_untied, walk
 from rankshift.io import peft
 from rankshift.io.atomic import MODEL, PEFT, replacing
 from rankshift.io.checkpoint import packed, write_on_first_rank
@@ -366,7 +366,7 @@ def _merged(run: Source, directory: str | Path) -> Callable[[], None]:
 def _ties_as_they_are(model: nn.Module) -> Iterator[None]:
     """Say tie_word_embeddings=False while a tied embedding has a copy of its own: else loading ties it again."""
     config: Any = getattr(model, "config", None)
-    if untied(model):
+    if embeddings_untied(model):
         config.tie_word_embeddings = False
         try:
             yield
@@ -374,11 +374,3 @@ def _ties_as_they_are(model: nn.Module) -> Iterator[None]:
             config.tie_word_embeddings = True
     else:
         yield
-
-
-def untied(model: Any) -> bool:
-    """Whether the config says that input and output embeddings are one, and they are not."""
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return False
-    first, last = model.get_input_embeddings(), model.get_output_embeddings()
-    return first is not None and last is not None and first.weight is not last.weight

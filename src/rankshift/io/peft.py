@@ -164,8 +164,8 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         given = json.loads(path.read_text())
-    except ValueError as error:
-        raise CorruptFile(f"{path} is not JSON: {error}.\nExport or copy it again.") from error
+    except (ValueError, OSError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}.\nExport or copy it again.") from error
     if not isinstance(given, dict) or str(given.get("peft_type")).upper() != "LORA":
         kind = given.get("peft_type") if isinstance(given, dict) else given
         raise ConfigError(f"{path} has peft_type = {kind!r}.\nOnly LORA adapters are read here.")
@@ -176,12 +176,24 @@ def _config(folder: Path) -> dict[str, Any]:
                 "trained to.\nUse PEFT for it, or merge it there and load the plain model."
             )
     config = {key: _or(given.get(key), default) for key, default in _DEFAULTS.items()}
+    _check_expressions(config, path)
     if config["init_lora_weights"] not in _INITS:
         raise ConfigError(
             f"{path} sets init_lora_weights = {config['init_lora_weights']!r}, whose change of the base cannot be "
             "repeated here.\nSave it in PEFT with path_initial_model_for_weight_conversion: that makes a plain LoRA."
         )
     return config
+
+
+def _check_expressions(config: Mapping[str, Any], path: Path) -> None:
+    lists = config["layers_pattern"] or ()
+    expressions = [*config["rank_pattern"], *config["alpha_pattern"], *([lists] if isinstance(lists, str) else lists)]
+    expressions += [config[key] for key in ("target_modules", "exclude_modules") if isinstance(config[key], str)]
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise CorruptFile(f"{path}: {expression!r} is no regular expression: {error}.\nExport it again.") from error
 
 
 def _or(value: Any, default: Any) -> Any:
