@@ -40,6 +40,7 @@ from rankshift.core.site import (
     place_replica,
     remove,
     running_statistics,
+    separate,
     spec_of,
     untie,
     walk,
@@ -89,8 +90,8 @@ def attach(
         raise ConfigError(f"base={base!r} is not available in this version. Leave base=None.")
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise AttachError(
-            f"This is a {type(model).__name__}, which never learns of tensors that are added to it. Attach to the model "
-            "inside, model.module, then wrap it anew."
+            f"This is a {type(model).__name__}, which never learns of tensors that are added to it. Attach to the "
+            "model inside, model.module, then wrap it anew."
         )
     if model in _ATTACHED or any(isinstance(module, (Site, Replica, Stack)) for module in model.modules()):
         raise AttachError(
@@ -326,6 +327,7 @@ class Run:
         """
         self._open()
         tensors = dict(self.trainable())
+        _check_dtypes(self._sites)
         factors = self.method.learning_rates(list(tensors))
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for name, tensor in tensors.items():
@@ -726,6 +728,7 @@ def load(model: nn.Module, directory: str | Path, seed: int = 0, *, check_base: 
 def restore(model: nn.Module, state: Mapping[str, Any]) -> Run:
     """Attach to a fresh base the run whose :meth:`Run.state_dict` this is, with whatever adapters it had."""
     _fresh(model, "restore")
+    separate(model, [name.removeprefix("base/") for name in state["tensors"] if name.startswith("base/")])
     run = Run(model, seed=int(state["seed"]), total_steps=state["total_steps"])
     first, entry = next(iter(state["adapters"].items()))
     run._begin(from_dict(entry["method"]), name=first, ranks=entry["ranks"])
@@ -760,6 +763,19 @@ def _refuse_sharded(model: nn.Module, what: str) -> None:
             "then run.optimizer(). In mid-run: state = run.state_dict() on every rank, then on a fresh model "
             "run = rs.restore(model, state), run.shift(method) or run.add(name, method), fully_shard, run.optimizer()."
         )
+
+
+def _check_dtypes(sites: Mapping[str, Site]) -> None:
+    """Raise ConfigError where FSDP2 would fail in the first forward: it reduces a group of gradients in one dtype."""
+    for name, site in sites.items():
+        kinds = {p.dtype for p in site.parameters() if p.requires_grad and shard.is_sharded(p)}
+        if len(kinds) > 1:
+            both = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+            raise ConfigError(
+                f"{name} trains tensors in {both}, and FSDP2 takes one dtype: a bias trained in place has the dtype of "
+                'the base, factors are wider. Use bias="none", or load the model in fp32 and pass fully_shard a '
+                "MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
+            )
 
 
 def _tensors(site: Site) -> list[Tensor]:

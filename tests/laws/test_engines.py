@@ -255,6 +255,19 @@ def test_a_bf16_base_with_fp32_factors(low: bool, pool: Pool) -> None:
     assert alone.norm() > 0.1
 
 
+def mixed_biases() -> str:
+    run = rs.attach(tiny(torch.bfloat16), LoRA(rank=2, bias="lora_only"))
+    wrap("fsdp2", run.model)
+    with pytest.raises(rs.errors.ConfigError) as error:
+        run.optimizer()
+    return str(error.value)
+
+
+def test_two_dtypes_in_one_site_are_refused_before_the_first_forward(pool: Pool) -> None:
+    for text in pool.run(mixed_biases):
+        assert text.startswith("blocks.0.q trains tensors in bfloat16 and float32, and FSDP2 takes one dtype")
+
+
 # ---- DDP -------------------------------------------------------------------------------------------------------------
 
 

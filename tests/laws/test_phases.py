@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import json
+
 import pytest
 import torch
 
@@ -12,6 +16,7 @@ from laws.pool import Pool
 from laws.pulse import Pulse, registered
 from laws.world import Engine, Session, batch, begin, evaluate, gap, loss_of, same, tiny
 from rankshift.core.method import Method
+from rankshift.core.phase import Phase
 from rankshift.methods import Full, LoRA
 
 ROUTES: dict[str, list[Method]] = {
@@ -70,6 +75,34 @@ def test_phases_under_fsdp2_are_those_of_one_process(pool: Pool) -> None:
         session = Session("one", session.run.shift(method)).steps(2)
     sharded = pool.run(sharded_route, methods, 2)
     same(sharded[0], session.state(whole=True), laws.RANKS, "phases under FSDP2")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("model", "run", "optimizer"))), ids="-".join)
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=3, init="pissa", bias="lora_only"), Full(), Pulse(rank=3)], ids=lambda m: m.name
+)
+def test_state_may_be_loaded_in_any_order_over_any_weights(method: Method, order: tuple[str, ...]) -> None:
+    """model.load_state_dict, run.load_state_dict and optimizer.load_state_dict, on a model with other weights."""
+    with registered(method):
+        session = begin("one", method).steps(2)
+        buffer = io.BytesIO()
+        parts = {"model": session.model, "run": session.run, "optimizer": session.optimizer}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, buffer)
+        saved = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        again = begin("one", method, base_seed=5)
+        parts = {"model": again.model, "run": again.run, "optimizer": again.optimizer}
+        for name in order:
+            parts[name].load_state_dict(saved[name])
+        again.scheduler.load_state_dict(session.scheduler.state_dict())
+        same(session.steps(3).state(), again.steps(3).state(), what=str(order))
+
+
+def test_a_phase_that_is_none_is_refused() -> None:
+    phase = Phase(rs.to_dict(LoRA(rank=2)), 0).ended(3)
+    assert Phase.from_mapping(json.loads(json.dumps(phase.to_mapping()))) == phase
+    for wrong in ({}, {"method": None, "start": 0, "stop": None}, {"method": {}, "start": None, "stop": None}):
+        with pytest.raises(rs.errors.ConfigError, match="not a phase"):
+            Phase.from_mapping(wrong)
 
 
 def test_an_optimizer_of_an_ended_phase_refuses_to_step() -> None:

@@ -282,8 +282,8 @@ class Driver:
         apart = shard.first_apart([g for g, _ in found.values()])
         if apart is not None:
             raise TrainingError(
-                f"The gradient of {list(found)[apart]} differs between ranks: nothing averages it. Wrap the model (DDP or "
-                "fully_shard) after attach, add and shift, not before, and call the wrapped model; or pass "
+                f"The gradient of {list(found)[apart]} differs between ranks: nothing averages it. Wrap the model (DDP "
+                "or fully_shard) after attach, add and shift, not before, and call the wrapped model; or pass "
                 "check_gradients=False to run.optimizer() if ranks are meant to train apart."
             )
         for name, (_, needs) in found.items():

@@ -109,7 +109,7 @@ def any_part(flag: Tensor, of: Tensor) -> bool:
 
 
 def first_apart(tensors: Sequence[Tensor]) -> int | None:
-    """Index of the first unsharded tensor whose size in norm differs between ranks, or None. Every rank must call this."""
+    """Index of the first unsharded tensor whose norm differs between ranks, or None. Every rank must call this."""
     shared = [i for i, t in enumerate(tensors) if not isinstance(t, DTensor)]
     if not shared or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
