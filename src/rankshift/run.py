@@ -519,8 +519,10 @@ class Run:
         for name, replica in self._replicas().items():
             changed.update(f"{name}.{leaf}" for leaf, _ in replica.base.named_parameters())
         step, skipped, phases = self.step, self.skipped, [*self.phases[:-1], self.phases[-1].ended(self.step)]
+        before = {name for name, _, _ in base_parameters(self.model)}
         model = self.merge()
         self._closed = "shift()"
+        changed |= {name for name, _, _ in base_parameters(model)} - before  # tied to what was trained as a copy
         run = Run(model, seed=self.seed, total_steps=self.total_steps, start=step)
         run.phases, run._changed, run._driver.skips = phases, changed, skipped
         run._begin(method, data)

@@ -162,6 +162,30 @@ def test_low_precision_base_keeps_its_masters(tmp_path):
     assert torch.equal(models.logits(again), models.logits(model))
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        LORA(rank=2, targets=("q_proj", "lm_head"), tied="untie"),
+        LORA(rank=2, targets="q_proj", modules_to_save=("lm_head",)),
+        LORA(rank=2, targets="q_proj", modules_to_save=("embed_tokens",)),
+        LORA(rank=2, targets="q_proj"),
+        rs.Full(),
+    ],
+)
+def test_tied_embeddings_come_back_as_they_were(tmp_path, method):
+    model, run = trained(lambda: models.llama(tie=True), method)
+    for name in ("now", "after the next phase"):
+        run.save(tmp_path / name)
+        again = models.llama(tie=True)
+        loaded = rs.load(again, tmp_path / name)
+        assert torch.equal(models.logits(again.eval()), models.logits(model))
+        assert again.config.tie_word_embeddings == model.config.tie_word_embeddings
+        assert loaded.describe() == run.describe()
+        if name == "now":
+            run = run.shift(LORA(rank=2, targets="v_proj"))
+            models.stir(run.trainable())
+
+
 # ---- what can be wrong -----------------------------------------------------------------------------------------------
 
 

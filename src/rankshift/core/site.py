@@ -476,6 +476,18 @@ def untie(model: nn.Module, spec: Spec) -> None:
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
+def separate(model: nn.Module, names: Iterable[str]) -> None:
+    """Give each of these parameters a tensor of its own where it shares one, as in the run that is to be restored."""
+    wanted, own = set(names), {name for name, _, _ in base_parameters(model)}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name in wanted and name not in own:
+            parent, _, leaf = name.rpartition(".")
+            fresh = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(model.get_submodule(parent), leaf, fresh)
+            if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+                model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
 def place(model: nn.Module, spec: Spec) -> Site:
     """Put a site where the layer stands, or return the one that is there already. Copies nothing."""
     parent_name, _, leaf = spec.name.rpartition(".")

@@ -342,13 +342,12 @@ def _merged(run: Source, directory: str | Path) -> Callable[[], None]:
         raise ExportError(f"{odd} in the model's state is no tensor; safetensors cannot hold it.")
     for name, site in run.sites.items():
         if site.active:
-            values = folded(site)
-            state |= (
-                {name: values["weight"]} if site.spec.form.stacked else {f"{name}.{k}": v for k, v in values.items()}
-            )
-    for name in state:
-        value = shard.whole(state[name])
-        state[name] = value if first else None  # whole on the rank that writes, and nowhere else
+            for leaf, value in folded(site).items():
+                state[name if site.spec.form.stacked else f"{name}.{leaf}"] = value.cpu() if first else None
+    for name, value in state.items():
+        if value is not None:
+            whole = shard.whole(value)
+            state[name] = whole if first else None  # whole on the rank that writes, and nowhere else
 
     def write() -> None:
         with replacing(directory, MODEL) as folder:

@@ -35,7 +35,7 @@ def take(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, dict[str, Any]
 
 def compare(model: nn.Module, taken: Mapping[str, Mapping[str, Any]], where: object) -> None:
     """Raise WrongBase naming the first weight of ``model`` that is not the one whose fingerprint was taken."""
-    here = {name: p for name, p, _ in base_parameters(model)}
+    here = dict(model.named_parameters(remove_duplicate=False))  # what was untied there may be tied here
     for name, print_ in taken.items():
         if name not in here:
             raise WrongBase(
