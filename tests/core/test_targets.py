@@ -256,19 +256,20 @@ def test_a_layer_under_two_names():
 class SharedBlock(nn.Module):
     def __init__(self):
         super().__init__()
-        self.one = nn.Sequential(nn.Linear(4, 4))
-        self.two = self.one
+        block = nn.Sequential(nn.Linear(4, 4))
+        self.one, self.two = nn.ModuleDict({"block": block}), nn.ModuleDict({"block": block})
 
     def forward(self, x):
-        return self.two(self.one(x))
+        return self.two["block"](self.one["block"](x))
 
 
-def test_a_block_under_two_names_is_adapted_once():
+@pytest.mark.parametrize("targets", ["all-linear", "one.block.0", "two.block.0"])
+def test_a_block_under_two_names_is_adapted_once(targets: str):
     """Both uses see the same adapter, before and after merging."""
     model, x = SharedBlock().double(), torch.randn(3, 4, dtype=torch.float64)
-    run = rs.attach(model, rs.LoRA(rank=1))
-    assert list(run.sites) == ["one.0"]
-    nn.init.normal_(run.adapter()["one.0"].B)
+    run = rs.attach(model, rs.LoRA(rank=1, targets=targets))
+    assert list(run.sites) == ["one.block.0"]
+    nn.init.normal_(run.adapter()["one.block.0"].B)
     adapted = model(x)
     torch.testing.assert_close(run.merge()(x), adapted, rtol=1e-12, atol=1e-12)
 

@@ -392,14 +392,17 @@ def select(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str
         if not any(matches(n, pattern) for n, _, _ in everything):
             names = {n.rpartition(".")[2] for n, _, _ in everything}
             raise UnmatchedTarget(f"exclude {pattern!r} matches no module. {nearest(pattern, names)}")
-    kept: dict[tuple[int, str], str] = {}  # by place: a block that stands under two names is adapted once
+    modules = {"": model} | {name: module for name, module, parameter in everything if parameter is None}
+    first: dict[tuple[int, str], str] = {}  # place → name: what is in a block with two names is adapted once
+    kept: dict[str, None] = {}
     for name, _, _ in everything:
+        parent, _, leaf = name.rpartition(".")
+        here = first.setdefault((id(modules[parent]), leaf), name)
         if name in chosen and not any(matches(part, e) for part in prefixes(name) for e in exclude):
-            parent, _, leaf = name.rpartition(".")
-            kept.setdefault((id(model.get_submodule(parent)), leaf), name)
+            kept[here] = None
     if not kept:
         raise UnmatchedTarget(f"exclude={tuple(exclude)} removes every layer that targets={targets!r} matched.")
-    return list(kept.values())
+    return list(kept)
 
 
 def _shared_with(model: nn.Module, spec: Spec) -> list[str]:
