@@ -707,7 +707,14 @@ class Run:
             self._link(self._active)
 
 
-def load(model: nn.Module, directory: str | Path, seed: int = 0, *, check_base: bool = True) -> Run:
+def load(
+    model: nn.Module,
+    directory: str | Path,
+    seed: int = 0,
+    *,
+    check_base: bool = True,
+    tied: Literal["refuse", "untie"] = "refuse",
+) -> Run:
     """Attach what a directory holds: a native one of :meth:`Run.save`, or else a PEFT LoRA adapter.
 
     Args:
@@ -715,6 +722,7 @@ def load(model: nn.Module, directory: str | Path, seed: int = 0, *, check_base: 
         directory: where it is.
         seed: for a PEFT directory, which names none.
         check_base: refuse a base whose values are not those it was trained on (native directories know).
+        tied: for a PEFT directory, what to do where it adapts a layer whose weight is shared; as in the methods.
 
     Raises:
         MissingFile, CorruptFile: the directory is not complete.
@@ -724,7 +732,7 @@ def load(model: nn.Module, directory: str | Path, seed: int = 0, *, check_base: 
     from rankshift.io.checkpoint import read
 
     _fresh(model, "load")
-    return restore(model, read(model, directory, seed, check_base))
+    return restore(model, read(model, directory, seed, check_base, tied))
 
 
 def restore(model: nn.Module, state: Mapping[str, Any]) -> Run:

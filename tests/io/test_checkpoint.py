@@ -316,6 +316,20 @@ def test_loading_needs_a_fresh_base(folder):
         rs.load(model, folder)
 
 
+def test_a_running_run_can_read_its_own_directory(folder):
+    """As a resume does: the model is attached already."""
+    _, run = here("llama", folder)
+    model, other = here("llama", folder)
+    models.stir(other.trainable())
+    other.load_state_dict(checkpoint.read(model, folder))
+    assert torch.equal(models.logits(model), models.logits(run.model))
+    wrong, attached = here("llama", folder)
+    with torch.no_grad():
+        wrong.model.layers[0].self_attn.v_proj.weight.mul_(2)
+    with pytest.raises(rs.errors.WrongBase, match=r"layers\.0\.self_attn\.v_proj"):
+        checkpoint.read(attached.model, folder)
+
+
 def test_a_state_that_does_not_fit_leaves_the_model_plain():
     _, run = trained(models.llama, LORA(rank=2, targets="q_proj"))
     state = run.state_dict()

@@ -257,6 +257,16 @@ def test_an_expression_that_is_none(folder, field):
         rs.load(models.llama(), folder)
 
 
+def test_a_tied_layer_is_refused_or_untied(tmp_path):
+    make = lambda seed=0: models.llama(tie=True, seed=seed)  # noqa: E731
+    wanted = write(tmp_path, make, r=4, target_modules=[Q, "lm_head"])
+    with pytest.raises(rs.errors.TiedWeights, match="untie"):
+        rs.load(make(), tmp_path)
+    model = make()
+    rs.load(model, tmp_path, tied="untie")
+    assert (models.logits(model) - wanted).abs().max() <= 1e-6
+
+
 def test_bin_file_and_nothing_but_tensors_in_it(folder, tmp_path):
     wanted = models.llama()
     rs.load(wanted, folder)

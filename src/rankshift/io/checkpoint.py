@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -79,8 +79,16 @@ def write_on_first_rank(model: nn.Module, directory: str | Path, write: Any, ten
         raise NotWritable(f"{directory} was not written.\nThe first process could not; its own error says why.")
 
 
-def read(model: nn.Module, directory: str | Path, seed: int = 0, check_base: bool = True) -> dict[str, Any]:
+def read(
+    model: nn.Module,
+    directory: str | Path,
+    seed: int = 0,
+    check_base: bool = True,
+    tied: Literal["refuse", "untie"] = "refuse",
+) -> dict[str, Any]:
     """What ``Run.state_dict`` gave when the directory was written; for a PEFT directory, what it would have given.
+
+    Args: see :func:`rankshift.load`.
 
     Raises:
         MissingFile, CorruptFile: the directory is not complete.
@@ -91,7 +99,7 @@ def read(model: nn.Module, directory: str | Path, seed: int = 0, check_base: boo
         raise MissingFile(f"There is no directory {directory}.\nCheck the path; hub names are not looked up.")
     if not (folder / MANIFEST).exists():
         if (folder / peft.CONFIG).exists():
-            return peft.read(model, folder, seed)
+            return peft.read(model, folder, seed, tied)
         raise MissingFile(
             f"{folder} holds neither {MANIFEST} nor {peft.CONFIG}.\nName a directory that run.save() or PEFT wrote."
         )

@@ -35,7 +35,8 @@ def take(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, dict[str, Any]
 
 def compare(model: nn.Module, taken: Mapping[str, Mapping[str, Any]], where: object) -> None:
     """Raise WrongBase naming the first weight of ``model`` that is not the one whose fingerprint was taken."""
-    here = dict(model.named_parameters(remove_duplicate=False))  # what was untied there may be tied here
+    here: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))  # untied there may be tied here
+    here |= {name: p for name, p, _ in base_parameters(model)}  # a run's own model knows its base by these names
     for name, print_ in taken.items():
         if name not in here:
             raise WrongBase(

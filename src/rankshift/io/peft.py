@@ -92,7 +92,9 @@ _NAMES = {
 }
 
 
-def read(model: nn.Module, directory: str | Path, seed: int = 0) -> dict[str, Any]:
+def read(
+    model: nn.Module, directory: str | Path, seed: int = 0, tied: Literal["refuse", "untie"] = "refuse"
+) -> dict[str, Any]:
     """What ``Run.state_dict`` would give for this adapter on ``model``.
 
     Raises:
@@ -141,6 +143,7 @@ def read(model: nn.Module, directory: str | Path, seed: int = 0) -> dict[str, An
         lora_bias=bool(config["lora_bias"]),
         modules_to_save=tuple(copies),
         targets=_targets(model, list(ranks)),
+        tied=tied,
     )
     base = _rest(model, rest, copies, method, ranks, folder)
     changed = [name.partition("/")[2] for name in base if name.startswith("base/")]
