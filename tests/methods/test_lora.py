@@ -720,3 +720,33 @@ def test_trainable_count_of_a_7b_llama(rank: int, count: int):
     assert len(run.sites) == 7 * 32
     assert run.summary().trainable == count
     assert run.summary().total == 6_738_415_616 + count
+
+
+@pytest.mark.parametrize("how", ["bf16 base", "autocast"])
+@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"dropout": 1e-9}, {"init": "pissa"}], ids=str)
+@pytest.mark.parametrize(("name", "layer", "x"), KINDS[:4] + KINDS[7:8], ids=[k[0] for k in KINDS[:4] + KINDS[7:8]])
+def test_narrow_compute_with_wide_factors(name: str, layer: nn.Module, x: Tensor, fields: dict, how: str):
+    """Factors and their gradients are fp32; value and gradients are those of float64 to a few roundings of bf16."""
+    if name == "embedding" and fields.keys() & {"dora", "init"}:
+        return
+
+    def pass_through(dtype: torch.dtype, autocast: bool) -> list[Tensor]:
+        model = nn.Sequential(copy.deepcopy(layer).to(dtype))
+        run = rs.attach(model, rs.LoRA(rank=2, alpha=3, targets="0", **fields))
+        gen = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for parameter in run.adapter()["0"].parameters():
+                if parameter.requires_grad:
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=gen, dtype=D).to(parameter.dtype)
+        own = x.to(dtype) if x.is_floating_point() else x
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(own)
+        (y.double() * torch.randn(y.shape, generator=gen, dtype=D)).sum().backward()
+        trained = [p for _, p in run.trainable()]
+        assert all(p.dtype == p.grad.dtype == torch.promote_types(dtype, torch.float32) for p in trained)
+        return [y, *(p.grad for p in trained)]
+
+    exact = pass_through(D, False)
+    narrow = pass_through(torch.float32, True) if how == "autocast" else pass_through(torch.bfloat16, False)
+    for got, want in zip(narrow, exact, strict=True):
+        assert (got.detach().double() - want.detach()).norm() < 0.03 * want.detach().norm()
