@@ -26,6 +26,7 @@ from rankshift.io import fingerprint, peft
 from rankshift.io.atomic import NATIVE, replacing, settle
 
 MANIFEST = "rankshift.json"
+TRAINER = "rankshift"  # the run's directory inside a checkpoint of rs.Trainer
 FORMAT = 1
 SHARD = 4 << 30  # bytes of base weights in one file
 
@@ -95,6 +96,8 @@ def read(
         WrongBase: ``model`` is not what it was trained on.
     """
     folder = settle(directory)
+    if not (folder / MANIFEST).exists() and (folder / TRAINER).is_dir():
+        folder = settle(folder / TRAINER)
     if not folder.is_dir():
         raise MissingFile(f"There is no directory {directory}.\nCheck the path; hub names are not looked up.")
     if not (folder / MANIFEST).exists():
