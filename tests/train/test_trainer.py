@@ -1,5 +1,6 @@
 """rs.Trainer: transformers' loop with a method, its phases, and checkpoints that hold no untouched base."""
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -25,6 +26,7 @@ from rankshift.core.errors import (
     MissingFile,
     NoGradient,
     NonFinite,
+    NotWritable,
     OutOfMemory,
     UnmatchedTarget,
     WrongBase,
@@ -291,7 +293,7 @@ def test_a_checkpoint_is_small_and_loads_without_pickle(tmp_path):
     state = torch.load(kept / "optimizer.pt", weights_only=True)
     assert state["param_groups"][0]["updates"] == STEPS
     model = base()
-    run = rs.load(model, kept / "rankshift")
+    run = rs.load(model, kept)
     assert same(tensors(run), tensors(t.run))
 
 
@@ -586,6 +588,41 @@ def test_other_errors_pass_unchanged(tmp_path):
 
     with pytest.raises(RuntimeError, match="something else"):
         trainer(tmp_path, callbacks=[Wrong()]).train()
+
+
+def test_an_output_directory_that_cannot_be_made_is_refused_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    model = base()
+    with pytest.raises(NotWritable, match="file"):
+        trainer(tmp_path / "file" / "out", model=model)
+    rs.attach(model, rs.LoRA(rank=2))  # it was not attached
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "space"),
+        (RuntimeError("[enforce fail at inline_container.cc:603] . PytorchStreamWriter failed writing file"), "failed"),
+    ],
+)
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, error, text):
+    save, writes = torch.save, []
+
+    def full(value, path, *rest, **more):
+        writes.append(path)
+        if "checkpoint-2" in str(path):
+            raise error
+        return save(value, path, *rest, **more)
+
+    monkeypatch.setattr(torch, "save", full)
+    whole = trainer(tmp_path)
+    with pytest.raises(NotWritable, match=text) as caught:
+        whole.train()
+    assert "checkpoint-2" in str(caught.value)
+    monkeypatch.undo()
+    began = Began()
+    trainer(tmp_path, callbacks=[began], max_steps=3).train(resume_from_checkpoint=True)
+    assert began.step == 1
 
 
 # ---- Ctrl-C

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import json
 import logging
+import os
 import signal
 import threading
 import warnings
@@ -30,13 +32,14 @@ from rankshift.core import shard
 from rankshift.core.errors import AttachError, ConfigError, MissingFile, OutOfMemory, WrongBase
 from rankshift.core.method import Method
 from rankshift.core.site import base_parameters
-from rankshift.io.checkpoint import MANIFEST, read
+from rankshift.io.atomic import explain
+from rankshift.io.checkpoint import MANIFEST, TRAINER, read
 from rankshift.run import Run, attach, restore
 
 _log = logging.getLogger(__name__)
 
-RUN = "rankshift"  # the run's directory inside a checkpoint
 _STATE = "trainer_state.json"  # transformers writes it last: a checkpoint that has it is complete
+_WRITER = ("PytorchStreamWriter", "iostream error", "unexpected pos")  # torch.save, where the disk is full
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -65,6 +68,7 @@ class Trainer(transformers.Trainer):
 
     Raises:
         ConfigError: a setting that cannot work with a method, before anything is attached.
+        NotWritable: ``args.output_dir`` cannot be written, likewise.
         OutOfMemory: while training; the text says what to lower.
     """
 
@@ -134,6 +138,13 @@ class Trainer(transformers.Trainer):
                     f"{name} has use_reentrant=True, which cuts the graph at a layer whose input needs no gradient, as "
                     "behind a frozen embedding: adapters there would learn nothing. Set use_reentrant=False."
                 )
+        out = Path(args.output_dir or ".")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if not os.access(out, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "Permission denied")
+        except OSError as error:
+            raise explain(error, out) from error
 
     def _refuse_engines(self) -> None:
         if self.is_deepspeed_enabled:
@@ -197,6 +208,8 @@ class Trainer(transformers.Trainer):
 
         Raises:
             MissingFile: there is no complete checkpoint to resume from.
+            NotWritable: a checkpoint could not be written; the earlier ones are untouched.
+            NotWritable: a checkpoint could not be written; earlier ones are untouched.
             OutOfMemory: the device is full.
             SystemExit: code 130 after Ctrl-C, with a checkpoint saved.
         """
@@ -288,7 +301,7 @@ class Trainer(transformers.Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the run, as ``rs.load`` reads it, to ``rankshift/`` in this directory; the tokenizer beside it."""
         directory = Path(output_dir) if output_dir else self._out
-        self.run.save(directory / RUN)
+        self.run.save(directory / TRAINER)
         if self.args.should_save:
             keeper = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if keeper is not None:
@@ -296,6 +309,17 @@ class Trainer(transformers.Trainer):
             torch.save(self.args, directory / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        here = self._out / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            raise explain(error, here) from error
+        except RuntimeError as error:
+            if any(text in str(error) for text in _WRITER):
+                raise explain(OSError(str(error).split("\n")[0]), here) from error
+            raise
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """transformers' own, but under FSDP without the whole model, which it would write a second time there."""
@@ -322,7 +346,7 @@ class Trainer(transformers.Trainer):
                 raise MissingFile(f"There is no complete checkpoint in {self.args.output_dir}. Train without resuming.")
             return found[-1]
         directory = Path(wish)
-        for needed in (directory, directory / _STATE, directory / RUN):
+        for needed in (directory, directory / _STATE, directory / TRAINER):
             if not needed.exists():
                 raise MissingFile(f"{needed} is not there: {directory} is no complete checkpoint of rs.Trainer.")
         return directory
@@ -330,10 +354,10 @@ class Trainer(transformers.Trainer):
     def _restore(self, directory: Path) -> None:
         """Bring the run to the state of a checkpoint, in whatever phase that is."""
         with contextlib.suppress(OSError, ValueError, LookupError):  # read() says what is wrong with the files
-            then = json.loads((directory / RUN / MANIFEST).read_text())["run"]["changed"]
+            then = json.loads((directory / TRAINER / MANIFEST).read_text())["run"]["changed"]
             if stray := self.run.changed - set(then):
                 raise WrongBase(f"{min(stray)} was changed since {directory.name}. Load the base anew to resume there.")
-        state = read(self.run.model, directory / RUN)
+        state = read(self.run.model, directory / TRAINER)
         if len(state["phases"]) == len(self.run.phases):
             self.run.load_state_dict(state)
             return
@@ -436,6 +460,6 @@ def _complete_checkpoints(directory: Path) -> list[Path]:
         number = entry.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         with contextlib.suppress(OSError, ValueError):
             json.loads((entry / _STATE).read_text())
-            if (entry / RUN).is_dir():
+            if (entry / TRAINER).is_dir():
                 found.append((int(number), entry))
     return [entry for _, entry in sorted(found)]
