@@ -184,13 +184,14 @@ def test_what_a_stack_cannot_do_is_refused(fields: dict):
         rs.attach(build(mixtral), rs.LoRA(rank=2, targets=EXPERTS, **fields), data=[{"input_ids": ids()}])
 
 
-def test_compiles():
-    """Under torch.compile the sum is formed: a tensor subclass made in a graph is beyond it."""
+@pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
+def test_compiles(way: str):
+    """The graph breaks where a part of a stack is taken, and the numbers are the same."""
     torch._dynamo.reset()
-    run = rs.attach(model := build(mixtral, "batched_mm", torch.float32), rs.LoRA(rank=2, targets=EXPERTS))
+    run = rs.attach(model := build(mixtral, way, torch.float32), rs.LoRA(rank=2, targets=EXPERTS))
     stir(run)
     want = model(ids()).logits
-    torch.testing.assert_close(torch.compile(model, backend="eager")(ids()).logits, want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(ids()).logits, want, rtol=1e-5, atol=1e-5)
 
 
 # ---- the two-part weight itself

@@ -28,7 +28,7 @@ def rows(count: int, width: int, rank: int, seed: int, decay: float = 0.6) -> Te
 def same_subspace(A: Tensor, B: Tensor) -> float:
     """Sine of the largest angle between the row spaces of two matrices with orthonormal rows."""
     cosines = torch.linalg.svdvals(A.double() @ B.double().t())
-    return float((1 - cosines.min().clamp(max=1) ** 2).sqrt())
+    return float((1 - cosines.detach().min().clamp(max=1) ** 2).sqrt())
 
 
 def record(model: nn.Module, names: list[str], batches: list[Any]) -> dict[str, list[Tensor]]:
@@ -164,7 +164,6 @@ def test_starts_at_the_inputs_principal_directions(ratio: float):
     assert sum(ranks.values()) == 4
     if ratio == 1:
         assert set(ranks.values()) == {2}
-    assert {a.scale for a in run.adapter().values()} == {32 / 2}  # alpha goes along with the rank
     assert torch.equal(model.eval()(BATCHES[0]), before)
 
 
@@ -182,6 +181,7 @@ def test_ranks_move_and_their_sum_stays():
 
     run = rs.attach(Two(), rs.LoRA(rank=4, init="eva", eva_ratio=2), data=[torch.randn(50, 16) for _ in range(3)])
     assert {n: a.rank for n, a in run.adapter().items()} == {"narrow": 1, "wide": 7}
+    assert {a.scale for a in run.adapter().values()} == {32 / 4}  # alpha goes along with the rank
     assert dict(run.describe()["adapters"]["default"]["ranks"]) == {"narrow": 1, "wide": 7}
 
 
@@ -335,7 +335,7 @@ def _process(rank: int, store: str, out: Any) -> None:
 
 
 def test_processes_agree_whatever_data_they_saw(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("fork")  # the imports are paid for already
     out = context.Queue()
     workers = [context.Process(target=_process, args=(rank, str(tmp_path / "store"), out)) for rank in (0, 1)]
     for worker in workers:

@@ -100,7 +100,7 @@ class Site(nn.Module):
         """
         weight, form, acting = self.base.weight, self.spec.form, self.acting()
         branches = [branch for branch in (adapter.branch() for adapter in acting) if branch is not None]
-        if len(branches) == len(acting) and not torch.compiler.is_compiling():
+        if len(branches) == len(acting):
             A, B = (torch.cat(parts, axis) for parts, axis in zip(zip(*branches, strict=True), (-2, -1), strict=True))
             return form.stored(LowRankSum(form.matrix(weight), A, B))
         for adapter in acting:
