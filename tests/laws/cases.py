@@ -32,7 +32,7 @@ ROUNDING = 1e-13  # a branch that starts as the difference of two equal products
 CASES: dict[str, tuple[Case, ...]] = {
     "full": (
         Case("full", Full(), kept=(1, 0, 0)),
-        Case("full-part", Full(targets=("blocks.1", "head")), kept=None, alone=True),
+        Case("full-part", Full(targets=("blocks.0", "head")), kept=None, alone=True),
     ),
     "lora": (
         Case("lora", LoRA(rank=4, alpha=8)),

@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "rankshift.run"]
+
 
 class JobFailed(AssertionError):
     """A job raised on some rank; the text holds the traceback of each that did."""
@@ -99,7 +101,9 @@ class Pool:
             self._folder = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # forked from a server that has torch loaded: a process starts in a moment, and holds nothing of this one
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self.size):
             here, there = context.Pipe()

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import rankshift as rs
 from laws.cases import CASES, Case, rows
 from laws.pulse import Pulse, registered
-from laws.world import Tiny, batch, gap, loss_of, scramble, tiny
+from laws.world import VOCAB, Tiny, batch, gap, loss_of, scramble, tiny
 from rankshift.core.method import Method
 
 PULSE = Case("pulse", Pulse(rank=3))
@@ -24,22 +24,38 @@ def cases(wanted: list[Case]) -> Any:
     return pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in wanted])
 
 
+class Small(nn.Module):
+    """Little to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, 6), nn.Linear(6, VOCAB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.up(self.embed(ids)).tanh())
+
+
+def small() -> Small:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Small().double().train()
+
+
 def gradients(model: nn.Module, run: rs.Run, call: nn.Module | None = None) -> dict[str, Tensor]:
     model.zero_grad()
     loss_of(model if call is None else call, batch(3)).backward()
     return {name: p.grad.clone() for name, p in run.trainable() if p.grad is not None}
 
 
-def started(method: Method, blocks: int = 2) -> tuple[Tiny, rs.Run]:
-    """A float64 model after two updates, so that no factor is zero."""
-    model = tiny(torch.float64, blocks=blocks).train()
+def started(method: Method, model: nn.Module) -> rs.Run:
+    """Two updates, so that no factor is zero."""
     run = rs.attach(model, method)
     optimizer = run.optimizer(lr=1e-2)
     for step in range(2):
         loss_of(model, batch(step)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model, run
+    return run
 
 
 class Checkpointed(nn.Module):
@@ -59,7 +75,8 @@ class Checkpointed(nn.Module):
 @cases(SEVERAL)
 def test_checkpointing_gives_the_same_gradients(case: Case) -> None:
     with registered(case.method):
-        model, run = started(case.method)
+        model = tiny(torch.float64).train()
+        run = started(case.method, model)
         plain = gradients(model, run)
         again = gradients(model, run, Checkpointed(model))
         assert plain.keys() == again.keys() == dict(run.trainable()).keys()
@@ -71,7 +88,8 @@ def test_checkpointing_gives_the_same_gradients(case: Case) -> None:
 def test_compiling_gives_the_same_gradients_in_one_graph(case: Case) -> None:
     torch._dynamo.reset()
     with registered(case.method):
-        model, run = started(case.method, blocks=1)
+        model = small()
+        run = started(case.method, model)
         plain = gradients(model, run)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         again = gradients(model, run, compiled)
@@ -88,7 +106,7 @@ def test_a_compiled_model_trains_as_a_plain_one() -> None:
     with registered(method):
         for compile_it in (False, True):
             scramble()
-            model = tiny(torch.float64, blocks=1).train()
+            model = small()
             run = rs.attach(model, method)
             call = torch.compile(model, backend="aot_eager") if compile_it else model
             optimizer = run.optimizer(lr=1e-2)
