@@ -31,6 +31,7 @@ from rankshift.core.errors import (
     UnmatchedTarget,
     WrongBase,
 )
+from rankshift.core.event import Moment
 
 STEPS = 8
 
@@ -215,6 +216,58 @@ def test_optimizer_of_the_user_is_carried(tmp_path):
     t.train()
     assert run.step == 3
     assert t.optimizer.optimizer is optimizer
+
+
+def test_events_fire_once_per_update_and_in_order(tmp_path):
+    diary = []
+
+    @dataclass(frozen=True)
+    class Note:
+        moment: Moment
+
+        def due(self, tick):
+            return True
+
+        def apply(self, adapter, tick):
+            clipped = None if adapter.B.grad is None else float(adapter.B.grad.norm()) <= 1e-3 + 1e-6
+            diary.append((self.moment, tick.step, tick.total, clipped if self.moment is Moment.GRADS else None))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Noted(rs.LoRA):
+        name: ClassVar[str] = ""  # not in the registry
+        targets: str = "layers.0.self_attn.q_proj"
+        rank: int = 2
+
+        def events(self):
+            return Note(Moment.UPDATED), Note(Moment.GRADS), Note(Moment.WINDOW)
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            diary.clear()  # the first window was opened, several times over, while the optimizer was prepared
+
+    more = {"save_strategy": "no", "max_grad_norm": 1e-3, "max_steps": 3}
+    trainer(tmp_path, Noted(), [Begin()], **more).train()
+    assert diary == [
+        entry
+        for k in range(3)
+        for entry in (
+            (Moment.GRADS, k, 3, True), (Moment.UPDATED, k, 3, None), (Moment.WINDOW, k + 1, 3, None),
+        )
+    ]  # fmt: skip
+
+
+def test_calibration_data_reach_the_method(tmp_path):
+    rows = data(8)
+    batches = [{key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels")}]
+    with_data = trainer(tmp_path, rs.LoRA(rank=2, init="eva"), rest={"calibration": batches}).run
+    site = with_data.adapter()["model.layers.0.self_attn.q_proj"]
+    model, seen = base().eval(), []
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(**batches[0])
+    top = torch.linalg.svd(seen[0].double(), full_matrices=False).Vh[: site.rank]
+    overlap = torch.linalg.svdvals(top @ torch.linalg.qr(site.A.detach().double().T).Q)
+    torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=0, atol=1e-3)  # the same subspace, in fp32
 
 
 def test_default_settings_suit_a_frozen_base(tmp_path):
