@@ -13,4 +13,5 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     with boundary.errors(debug):
-        app(args=[a for a in arguments if a != "--debug"], prog_name="rankshift", standalone_mode=False)
+        code = app(args=[a for a in arguments if a != "--debug"], prog_name="rankshift", standalone_mode=False)
+        boundary.leave(code)  # typer turns its own exits, and Ctrl-C, into a returned number

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+_INTERRUPTED = 130
+
 
 @contextlib.contextmanager
 def errors(debug: bool) -> Iterator[None]:
@@ -25,8 +27,8 @@ def errors(debug: bool) -> Iterator[None]:
     usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
     try:
         yield
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
     except usage as error:
         text = error.format_message()
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -35,7 +37,7 @@ def errors(debug: bool) -> Iterator[None]:
         path = error.ctx.command_path if error.ctx else "rankshift"
         _leave(2, f"{text.rstrip('.')}{'' if text.endswith(('?', '?.')) else '.'}\nSee {path} --help")
     except (KeyboardInterrupt, typer.Abort):
-        _leave(130, "Stopped.")
+        leave(_INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing to say, nowhere to
         sys.exit(1)
@@ -51,6 +53,14 @@ def errors(debug: bool) -> Iterator[None]:
         _leave(1, f"{what}\nThis was not foreseen. Run again with --debug to see where it comes from.")
 
 
+def leave(code: object) -> None:
+    """End with a number that a command returned instead of raising it."""
+    if code == _INTERRUPTED:
+        _leave(_INTERRUPTED, "Stopped.")
+    if isinstance(code, int) and code != 0:
+        sys.exit(code)
+
+
 def two_lines(text: str) -> str:
     """An error's text with what happened on the first line and what to do on the second."""
     if "\n" in text:
@@ -60,7 +70,7 @@ def two_lines(text: str) -> str:
 
 def _leave(code: int, text: str) -> None:
     what, _, rest = two_lines(text).partition("\n")
-    print(f"error: {what}" if code != 130 else what, file=sys.stderr)
+    print(what if code == _INTERRUPTED else f"error: {what}", file=sys.stderr)
     for line in rest.splitlines():
         print(f"       {line}", file=sys.stderr)
     sys.exit(code)

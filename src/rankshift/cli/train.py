@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
-import typer
 from rich.console import Console
 
 from rankshift.core.errors import ConfigError
@@ -21,19 +21,22 @@ def run(settings: list[str], resume: Path | None) -> None:
         raise ConfigError(
             f"--resume goes on with the settings of {resume}. Leave {settings[0]!r} out, or start a new run."
         )
-    from rankshift.train import config, recipe
+    from rankshift.train import config
+
+    wanted = None if resume is not None else config.read(files[0] if files else None, overrides)
+    from rankshift.train import recipe  # after the settings, whose errors need nothing of it
 
     console = Console()
     _say(console)
     try:
-        if resume is not None:
+        if wanted is not None:
+            recipe.train(wanted, console)
+        elif resume is not None:
             recipe.resume(resume, console)
-        else:
-            recipe.train(config.read(files[0] if files else None, overrides), console)
     except recipe.Interrupted as stop:
         console.print(f"\nStopped after update {stop.step}; the state is saved. Go on with:", highlight=False)
         console.print(f"  rankshift train --resume {stop.directory}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+        sys.exit(130)
 
 
 def list_keys() -> None:

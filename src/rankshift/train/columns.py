@@ -125,11 +125,11 @@ def select(rows: Dataset, columns: Columns, where: str) -> Dataset:
         count = len(next(iter(batch.values())))
         lines = ({name: batch[name][i] for name in batch} for i in range(count))
         filled = [{role: column.format_map(line) for role, column in templates.items()} for line in lines]
-        return {f"\0{role}": [row[role] for row in filled] for role in templates}
+        return {f"role {role}": [row[role] for row in filled] for role in templates}
 
     if templates:
         rows = rows.map(fill, batched=True, keep_in_memory=True, new_fingerprint=rows._fingerprint + "t")
-    source = {**plain, **{role: f"\0{role}" for role in templates}}
+    source = {**plain, **{role: f"role {role}" for role in templates}}
     rows = rows.select_columns(list(dict.fromkeys(source.values())))
     return rows.rename_columns({column: role for role, column in source.items() if column != role})
 

@@ -179,7 +179,7 @@ def read(file: str | Path | None, overrides: Iterable[str] = ()) -> TrainConfig:
     """
     problems: list[str] = []
     pairs = [pair for pair in (_pair(text, problems) for text in overrides) if pair is not None]
-    own = any(key.split(".")[0] in ("model", "data") for key, _ in pairs)
+    own = any(key in ("model", "data", "data.train") for key, _ in pairs)
     values: dict[str, Any] = {}
     if file is not None or not own:
         values = _yaml(Path(file) if file is not None else bundled.RECIPE)

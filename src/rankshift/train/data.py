@@ -367,17 +367,7 @@ class ImageBatch:
 
 def _map(rows: Dataset, work: Callable[[dict[str, list[Any]]], dict[str, list[Any]]]) -> Dataset:
     """Rows made anew, a thousand at a time. In memory: a cache on disk would outlive the code that made it."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    quiet = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        return rows.map(
-            work, batched=True, remove_columns=rows.column_names, keep_in_memory=True, new_fingerprint="0" * 16
-        )
-    finally:
-        if not quiet:
-            enable_progress_bars()
+    return rows.map(work, batched=True, remove_columns=rows.column_names, keep_in_memory=True, new_fingerprint="0" * 16)
 
 
 def _padded(rows: list[dict[str, Any]], key: str, fill: int) -> Tensor:

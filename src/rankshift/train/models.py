@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rankshift.core.errors import ConfigError, MissingFile, nearest
@@ -209,7 +210,7 @@ def load(
         raise ConfigError(
             f"{name} ({config.model_type}) cannot do {task}: {first[:200]}. Choose another task or model."
         ) from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         first = str(error).split("\n")[0].rstrip(".")

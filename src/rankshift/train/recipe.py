@@ -36,9 +36,9 @@ from rankshift.core.errors import (
 )
 from rankshift.io.atomic import explain
 from rankshift.run import Run
+from rankshift.train import bundled, data, models, report, sources
 from rankshift.train import columns as roles
 from rankshift.train import config as settings
-from rankshift.train import data, models, report, sources
 from rankshift.train.config import Task, TrainConfig
 from rankshift.train.data import Examples
 from rankshift.train.evaluation import Measure, measure, show
@@ -98,7 +98,7 @@ def preflight(config: TrainConfig, resume: bool = False) -> Any:
     with _collect(problems):
         found = models.settings(config.model)
     with _collect(problems):
-        sources.find(config.data.train, "data.train")
+        _check_source(config)
     if not isinstance(config.data.validation, float):
         with _collect(problems):
             sources.find(config.data.validation, "data.validation")
@@ -116,6 +116,11 @@ def preflight(config: TrainConfig, resume: bool = False) -> Any:
 def prepare(config: TrainConfig, console: Console, resume: bool = False) -> Job:
     """Read data and base, and settle what the config leaves open. Every error of a user's making comes from here."""
     found = preflight(config, resume)
+    with sources.quiet():
+        return _prepare(config, console, found)
+
+
+def _prepare(config: TrainConfig, console: Console, found: Any) -> Job:
     rows = sources.load(config.data.train, "data.train", config.data.split, config.data.subset)
     suited = models.suited(found)
     columns = roles.infer(rows, config.data.columns, config.task)
@@ -138,7 +143,7 @@ def prepare(config: TrainConfig, console: Console, resume: bool = False) -> Job:
         reader = models.tokenizer(config.model)
         length = models.max_length(found, reader, task, config.data.max_length)
     if task in ("sequence-classification", "image-classification"):
-        labelled = rows.select_columns(columns.of["label"]).rename_column(columns.of["label"], "label")
+        labelled = roles.select(rows, roles.Columns({"label": columns.of["label"]}), "data.train")
         classes = classes_of(labelled, config.data.labels, models.head_of(found, task))
     pad = getattr(reader, "pad_token_id", None)
     architecture = models.architecture(found, task)
@@ -184,6 +189,17 @@ def prepare(config: TrainConfig, console: Console, resume: bool = False) -> Job:
         ),
     )
     return Job(resolved, task, loaded.model, reader, examples, classes, loaded.fresh, autocast)
+
+
+def _check_source(config: TrainConfig) -> None:
+    """Refuse missing files, and settings that only data sets of the hub have."""
+    local = sources.find(config.data.train, "data.train") is not None or config.data.train in bundled.TEXTS
+    for name in ("subset", "validation_split"):
+        if local and getattr(config.data, name) is not None:
+            raise ConfigError(
+                f"data.{name} is for data sets of the hub, but data.train is a file. Set it to null"
+                + (", and name the rows to validate on in data.validation." if name != "subset" else ".")
+            )
 
 
 def _check_output(config: TrainConfig) -> None:
@@ -298,7 +314,12 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
 
     config, task = job.config, job.task
     bar = Bar(console, job.measure, "tok" if task.endswith("lm") else "examples")
-    trainer = _trainer(job, directory, bar)
+    try:
+        trainer = _trainer(job, directory, bar)
+    except BaseException:  # such as a method that does not fit: nothing has begun, so nothing stays behind
+        if not resume and _first():
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
     run = trainer.run
     if _first():
         report.write_text(directory / CONFIG, _HEADER + settings.write(config))
@@ -389,6 +410,7 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
         weight_decay=loop.weight_decay,
         max_grad_norm=loop.clip,
         bf16=job.autocast,
+        use_cpu=job.autocast and not torch.cuda.is_available(),  # transformers refuses bf16 without a word for it
         dataloader_pin_memory=torch.cuda.is_available(),
         eval_strategy="steps" if validates else "no",
         eval_steps=loop.eval_every if validates else None,
@@ -599,7 +621,7 @@ def _finish(
         commands.append((f"rankshift export {directory} served --profile portable", "a LoRA that servers take"))
     commands.append(("rankshift train model=PATH_OR_HUB_ID data=FILE.jsonl", "your model, your data"))
     for command, words in commands:
-        console.print(f"  {command:<58} {words}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {command:<68} {words}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

@@ -64,7 +64,7 @@ def plot(
     points = [(s, v) for s, v in validation if math.isfinite(v)]
     if points:
         steps, losses = (np.array(part, float) for part in zip(*points, strict=True))
-        axes.plot(steps, losses, color=_CHECK, lw=2, marker="o", ms=5, label="validation")
+        axes.plot(steps, losses, color=_CHECK, lw=2, marker="o", ms=5, label="validation", clip_on=False)
         axes.annotate(
             f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(0, 9), textcoords="offset points",
             ha="right", va="bottom", color=_CHECK, fontsize=9, fontweight="bold",
@@ -88,13 +88,13 @@ def plot(
 
 
 def _smooth(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """An exponential mean over about a twentieth of the run, not pulled to where it began."""
-    keep = 1 - 1 / max(1.0, len(values) / 20)
-    total, weight, out = 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        out.append(total / weight)
-    return np.array(out)
+    """The mean over about a tenth of the run around each point; at the ends, over what there is of it."""
+    half = len(values) // 20
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))  # as far to the left as to the right: no lag
+    smoothed: np.ndarray[Any, Any] = (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    return smoothed
 
 
 def _finite(value: Any) -> Any:

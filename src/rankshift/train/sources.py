@@ -62,7 +62,7 @@ def load(spec: str | tuple[str, ...], where: str, split: str = "train", subset: 
 
     name = spec if isinstance(spec, str) else spec[0]
     files = find(spec, where)
-    with _quiet():
+    with quiet():
         if files is None and name in bundled.TEXTS:
             rows = datasets.Dataset.from_dict({"text": [bundled.text(name)]})
         elif files is None:
@@ -163,7 +163,7 @@ def _from_hub(name: str, where: str, split: str, subset: str | None) -> Dataset:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading says nothing of its own: what matters is printed by the recipe, what fails is in the error."""
     import datasets
 

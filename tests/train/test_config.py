@@ -1,0 +1,131 @@
+"""Settings: strict, typed, all problems at once."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+import rankshift as rs
+from rankshift.core.errors import ConfigError, MissingFile
+from rankshift.train import config
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_a_bare_value_of_a_section_means_its_main_key():
+    found = config.parse({"model": "m", "data": "a.jsonl", "method": "full"})
+    assert found.data.train == "a.jsonl"
+    assert isinstance(found.method, rs.Full)
+    assert isinstance(config.parse({"model": "m", "data": "a"}).method, rs.LoRA)
+
+
+def test_overrides_are_yaml_scalars_with_dots(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ndata: {train: a.jsonl, columns: {text: body}}\nmethod: {rank: 4, alpha: 8}\n")
+    pairs = [
+        "method.rank=32",
+        "train.lr=2e-4",
+        "data=b.jsonl",
+        "method.targets=[q_proj, v_proj]",
+        "train.checkpointing=true",
+    ]
+    found = config.read(file, [*pairs, "data.validation=dev.jsonl", "name=x", "method.rank_pattern={q_proj: 8}"])
+    assert found.method == rs.LoRA(rank=32, alpha=8, targets=("q_proj", "v_proj"), rank_pattern={"q_proj": 8})
+    assert found.train.lr == 2e-4
+    assert found.train.checkpointing is True
+    assert (found.data.train, found.data.validation, found.data.columns) == ("b.jsonl", "dev.jsonl", {"text": "body"})
+
+
+def test_another_method_starts_from_its_own_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ndata: a\nmethod: {method: lora, rank: 4}\n")
+    assert config.read(file, ["method=full"]).method == rs.Full()
+    assert config.read(file, ["method=lora"]).method == rs.LoRA(rank=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("32", 32), ("2e-4", 2e-4), ("1.5", 1.5), (".5", 0.5), ("-3", -3), ("true", True), ("null", None),
+     ("[a, 1]", ["a", 1]), ("1.2.3", "1.2.3"), ("text", "text"), ("'32'", "32"), ("e5", "e5")],
+)  # fmt: skip
+def test_scalars(text, value):
+    assert config.scalar(text) == value
+    assert type(config.scalar(text)) is type(value)
+
+
+def test_all_problems_are_told_at_once_with_the_nearest_key(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text(
+        "modle: m\ndata: {trian: a, validation: 2.0}\nmethod: {method: lora, rnk: 3, rank: x, dropout: 0.1}\n"
+        "train: {lr: -1, epochs: fast}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.read(file, ["seed=1.5", "nonsense"])
+    text = str(caught.value)
+    for part in (
+        "'nonsense' is no setting", "no field 'modle'. Did you mean 'model'?",
+        "no field 'trian'. Did you mean 'train'?",
+        "data.train is not given", "model is not given", "method lora has no field 'rnk'. Did you mean 'rank'?",
+        "method.rank = 'x' is not an integer", "train.epochs = 'fast' is not a number", "seed = 1.5 is not an integer",
+    ):  # fmt: skip
+        assert part in text
+    assert text.startswith("9 problems in ")
+
+
+def test_values_that_no_run_could_have():
+    with pytest.raises(ConfigError) as caught:
+        config.parse({
+            "model": "m", "name": "a/b", "method": {"rank": 0},
+            "data": {"train": "a", "validation": 1.0, "max_length": 1, "labels": 1, "columns": {"txt": "a"}},
+            "train": {"lr": 0, "steps": 0, "warmup": 1.0, "clip": -1},
+        })  # fmt: skip
+    assert str(caught.value).startswith("9 problems")
+    assert "Did you mean 'text'?" in str(caught.value)
+    with pytest.raises(ConfigError, match="no plain directory name"):
+        config.parse({"model": "m", "data": "a", "name": "a/b"})
+
+
+def test_the_resolved_form_reads_back_as_itself(tmp_path):
+    found = config.parse({"model": "m", "data": {"train": ["a", "b"], "labels": ["no", "yes"]}, "prompt": "ROMEO:\n"})
+    found = dataclasses.replace(found, method=rs.LoRA(rank=3, modules_to_save=("score",), rank_pattern={"a": 1}))
+    (tmp_path / "c.yaml").write_text(config.write(found))
+    assert config.read(tmp_path / "c.yaml") == found
+
+
+def test_without_a_file_it_is_the_bundled_recipe_unless_model_or_data_are_given():
+    assert config.read(None).model == "babyllama"
+    assert config.read(None, ["train.steps=3"]).data.train == "tinyshakespeare"
+    with pytest.raises(ConfigError, match=r"data is not given\. Write data=FILE"):
+        config.read(None, ["model=m"])
+
+
+def test_files_that_are_no_settings(tmp_path):
+    (tmp_path / "good.yaml").write_text("model: m")
+    with pytest.raises(MissingFile, match=r"Did you mean 'good.yaml'"):
+        config.read(tmp_path / "god.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        config.read(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="holds list, not settings"):
+        config.read(tmp_path / "list.yaml")
+
+
+def test_every_setting_says_what_it_means():
+    docs = config.describe()
+    for kind, prefix in ((config.TrainConfig, ""), (config.DataConfig, "data."), (config.LoopConfig, "train.")):
+        for field in dataclasses.fields(kind):
+            assert len(docs[prefix + field.name]) > 10, field.name
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_are_strictly_right(file):
+    found = config.read(file)
+    assert len(file.read_text().splitlines()) <= 40
+    assert set(yaml.safe_load(file.read_text())) <= {f.name for f in dataclasses.fields(config.TrainConfig)}
+    assert found.model
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 3

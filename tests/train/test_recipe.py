@@ -1,0 +1,340 @@
+"""The job of `rankshift train` on every task, and what it refuses before it begins."""
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from rankshift.core.errors import ConfigError, DataError, MissingFile, NotWritable, RankshiftError
+from rankshift.run import load
+from rankshift.train import bases, config, recipe
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def glue(shared, path, name, count):
+    with gzip.open(shared(f"data/glue/{name}.jsonl.gz"), "rt") as file:
+        return jsonl(path, [json.loads(line) for line, _ in zip(file, range(count), strict=False)])
+
+
+def train(tmp_path, **values):
+    """(result, what was printed, metrics.json)."""
+    screen = io.StringIO()
+    settings = {"output": str(tmp_path / "runs"), **values}
+    result = recipe.train(config.parse(settings), Console(file=screen, width=160))
+    return result, screen.getvalue(), json.loads((result.directory / "metrics.json").read_text())
+
+
+def test_classification_trains_the_new_head_whole_and_says_so(tmp_path, tiny_bert, shared):
+    data = glue(shared, tmp_path / "sst2.jsonl", "sst2_train", 300)
+    result, screen, metrics = train(
+        tmp_path, model=str(tiny_bert), data={"train": str(data), "validation": 0.2}, method={"rank": 4},
+        train={"steps": 60, "batch": 16, "lr": 1e-2, "eval_every": 20},
+    )  # fmt: skip
+    assert "sequence-classification (from the columns of the data)" in screen
+    assert "classifier" in screen.split("new head")[1].split("\n")[0]
+    assert set(metrics["final"]) == {"loss", "accuracy", "f1", "matthews"}
+    assert result.final["loss"] < result.base["loss"]
+    resolved = yaml.safe_load((result.directory / "config.yaml").read_text())
+    assert resolved["task"] == "sequence-classification"
+    assert "classifier" in resolved["method"]["modules_to_save"]
+    assert resolved["data"]["columns"] == {"text": "text", "label": "label"}
+    assert sorted(p.name for p in result.directory.iterdir()) == [
+        "adapter", "config.yaml", "loss.png", "metrics.json", "peft"
+    ]  # fmt: skip
+
+    base = bases.load(result.directory)  # the same head is drawn again, and the trained one is put on it
+    run = load(base.model, base.adapter)
+    again = run.model.eval()
+    batch = base.reader(["a fine film", "a dull film"], return_tensors="pt", padding=True)
+    from peft import PeftModel
+
+    theirs = PeftModel.from_pretrained(bases.load(result.directory).model, result.directory / "peft").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, theirs(**batch).logits, rtol=0, atol=1e-6)
+
+
+def test_pairs_and_numbers_are_a_regression(tmp_path, tiny_bert, shared):
+    data = glue(shared, tmp_path / "stsb.jsonl", "stsb_train", 120)
+    held = glue(shared, tmp_path / "dev.jsonl", "stsb_dev", 40)
+    _, screen, metrics = train(
+        tmp_path, model=str(tiny_bert), data={"train": str(data), "validation": str(held)}, method="full",
+        train={"steps": 6, "lr": 1e-3},
+    )  # fmt: skip
+    assert "regression (from the columns of the data)" in screen
+    assert set(metrics["final"]) == {"loss", "pearson", "spearman", "mse"}
+    assert abs(metrics["final"]["loss"] - metrics["final"]["mse"]) < 1e-4 * metrics["final"]["mse"]
+    assert metrics["base"]["mse"] > metrics["final"]["mse"]
+
+
+def test_named_classes_survive_a_merge(tmp_path, tiny_bert):
+    rows = [{"text": f"a {word} film", "label": name} for word, name in (("fine", "good"), ("dull", "bad"))] * 20
+    data = jsonl(tmp_path / "named.jsonl", rows)
+    result, *_ = train(tmp_path, model=str(tiny_bert), data=str(data), method={"rank": 2}, train={"steps": 2})
+    from transformers import AutoModelForSequenceClassification
+
+    base = bases.load(result.directory)
+    load(base.model, base.adapter).export(tmp_path / "merged", format="merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_masked_lm(tmp_path, tiny_bert, shared):
+    with gzip.open(shared("data/glue/sst2_dev.jsonl.gz"), "rt") as file:
+        text = [json.loads(line)["text"] for line in file]
+    data = jsonl(tmp_path / "text.jsonl", [{"sentence": line} for line in text[:200]])
+    _, screen, metrics = train(
+        tmp_path, model=str(tiny_bert), data={"train": str(data), "validation": 0.2},
+        train={"steps": 30, "batch": 16, "lr": 1e-2, "eval_every": 15},
+    )  # fmt: skip
+    assert "masked-lm (from the model's architecture)" in screen
+    assert "text ← 'sentence'" in screen
+    assert metrics["final"]["loss"] < metrics["base"]["loss"]
+    assert metrics["final"]["perplexity"] == pytest.approx(np.exp(metrics["final"]["loss"]))
+
+
+def test_images(tmp_path, tiny_vit):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name, tone in (("dark", 40), ("light", 200)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(16):
+            pixels = (tone + rng.integers(-30, 30, (16, 16, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
+    result, screen, metrics = train(
+        tmp_path, model=str(tiny_vit), data={"train": str(tmp_path / "pictures"), "validation": 0.25},
+        method={"rank": 4}, train={"steps": 20, "batch": 8, "lr": 5e-3},
+    )  # fmt: skip
+    assert "image-classification (from the columns of the data)" in screen
+    assert metrics["final"]["accuracy"] == 1.0
+    assert yaml.safe_load((result.directory / "config.yaml").read_text())["data"]["labels"] == ["dark", "light"]
+
+
+def test_chats_with_a_template(tmp_path, tiny_llama):
+    chat = [{"role": "user", "content": "how are you ?"}, {"role": "assistant", "content": "fine thanks ."}]
+    data = jsonl(tmp_path / "chat.jsonl", [{"messages": chat}] * 30)
+    _, screen, metrics = train(
+        tmp_path, model=str(tiny_llama), data=str(data), method="full",
+        train={"steps": 30, "lr": 1e-2, "batch": 4, "eval_every": 15},
+    )  # fmt: skip
+    assert "causal-lm (from the columns of the data)" in screen
+    assert metrics["base"]["tokens"] == 2 * 4  # two validation rows of "fine thanks . [SEP]"
+    assert metrics["final"]["loss"] < 0.5 * metrics["base"]["loss"]
+
+
+def test_full_fine_tuning_leaves_a_plain_model(tmp_path, tiny_llama):
+    data = jsonl(tmp_path / "qa.jsonl", [{"question": "two and one ?", "answer": "three ."}] * 24)
+    result, screen, _ = train(
+        tmp_path, model=str(tiny_llama), data=str(data), method="full", train={"steps": 4, "lr": 1e-3, "batch": 4}
+    )
+    assert "prompt ← 'question', completion ← 'answer'" in screen
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(result.directory / "model")
+    base = bases.load(result.directory)
+    run = load(base.model, base.adapter)
+    ids = torch.tensor([[2, 7, 8, 9]])
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(input_ids=ids).logits, run.model.eval()(input_ids=ids).logits)
+
+
+def test_no_validation(tmp_path, tiny_llama):
+    (tmp_path / "a.txt").write_text("hello how are you ? " * 50)
+    data = {"train": str(tmp_path / "a.txt"), "validation": 0, "max_length": 16}
+    _, screen, metrics = train(tmp_path, model=str(tiny_llama), data=data, train={"steps": 3})
+    assert metrics["final"] == {}
+    assert "no validation" in screen
+    assert "nan" not in screen
+
+
+def test_the_next_free_number_and_a_name(tmp_path, tiny_llama):
+    (tmp_path / "a.txt").write_text("hello how are you ? " * 50)
+    settings = {"model": str(tiny_llama), "data": {"train": str(tmp_path / "a.txt"), "max_length": 16}}
+    settings |= {"train": {"steps": 1}}
+    names = [train(tmp_path, **settings)[0].directory.name for _ in range(2)]
+    assert names == ["tiny-llama-lora-1", "tiny-llama-lora-2"]
+    assert train(tmp_path, **settings, name="mine")[0].directory.name == "mine"
+    with pytest.raises(NotWritable, match="mine exists already"):
+        train(tmp_path, **settings, name="mine")
+
+
+def test_a_resolved_config_trains_the_same_again(tmp_path, tiny_llama):
+    (tmp_path / "a.txt").write_text("hello how are you ? fine thanks . " * 50)
+    settings = {"model": str(tiny_llama), "data": {"train": str(tmp_path / "a.txt"), "max_length": 16}}
+    first, _, metrics = train(tmp_path, **settings, train={"steps": 5, "lr": 1e-2})
+    again = recipe.train(config.read(first.directory / "config.yaml"), Console(file=io.StringIO()))
+    assert json.loads((again.directory / "metrics.json").read_text())["train_loss"] == metrics["train_loss"]
+
+
+def test_global_randomness_does_not_matter(tmp_path, tiny_bert):
+    rows = [{"text": f"a {word} film", "label": k} for k, word in enumerate(("fine", "dull"))] * 20
+    data = jsonl(tmp_path / "rows.jsonl", rows)
+    settings = {"model": str(tiny_bert), "data": str(data), "train": {"steps": 3}}
+    losses = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        losses.append(train(tmp_path, **settings)[2]["train_loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", ["llama-chat-lora", "bert-sst2-lora", "bert-domain-masked-lm-lora"])
+def test_recipes_run_on_small_models_and_own_data(tmp_path, name, tiny_llama, tiny_bert, shared):
+    """As written, with another model, other data and fewer updates."""
+    if name == "llama-chat-lora":
+        turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello you"}]
+        model, rows = tiny_llama, jsonl(tmp_path / "d.jsonl", [{"messages": turns}] * 60)
+        settings = [f"data={rows}", "data.max_length=48", "data.validation=0.1"]
+    elif name == "bert-sst2-lora":
+        rows = glue(shared, tmp_path / "d.jsonl", "sst2_train", 60)
+        model = tiny_bert
+        settings = [f"data={rows}", "data.subset=null", "data.validation_split=null", "data.validation=0.2"]
+        settings += ["data.columns={text: text, label: label}", "data.max_length=32"]
+    else:
+        (tmp_path / "corpus").mkdir()
+        (tmp_path / "corpus" / "a.txt").write_text("a fine film with a good story . " * 200)
+        model, settings = tiny_bert, [f"data={tmp_path / 'corpus'}", "data.max_length=32"]
+    recipe_file = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+    wanted = config.read(recipe_file, [f"model={model}", *settings, "train.steps=2", f"output={tmp_path / 'runs'}"])
+    result = recipe.train(wanted, Console(file=io.StringIO()))
+    assert result.final["loss"] > 0
+    assert (result.directory / "peft" / "adapter_config.json").is_file()
+
+
+def test_the_recipe_of_the_bundled_model_is_what_runs_by_default():
+    assert config.read(Path(__file__).parents[2] / "recipes" / "babyllama-shakespeare-lora.yaml") == config.read(None)
+
+
+def test_settings_of_hub_data_are_refused_for_files(tmp_path, tiny_llama):
+    (tmp_path / "a.txt").write_text("hello")
+    data = {"train": str(tmp_path / "a.txt"), "validation_split": "validation"}
+    refuse(tmp_path, ConfigError, "is for data sets of the hub", model=str(tiny_llama), data=data)
+
+
+def test_bf16_on_request(tmp_path, tiny_bert):
+    rows = [{"text": f"a {word} film", "label": k} for k, word in enumerate(("fine", "dull"))] * 20
+    data = jsonl(tmp_path / "rows.jsonl", rows)
+    result, _, metrics = train(
+        tmp_path, model=str(tiny_bert), data=str(data), method={"rank": 4},
+        train={"steps": 4, "precision": "bf16", "lr": 1e-3, "checkpointing": True},
+    )  # fmt: skip
+    from safetensors.torch import load_file
+
+    kept = load_file(result.directory / "adapter" / "adapter.safetensors")
+    assert all(tensor.dtype == torch.float32 for name, tensor in kept.items() if name.endswith((".A", ".B")))
+    assert all(np.isfinite(loss) for _, loss in metrics["train_loss"])
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refuse(tmp_path, kind, match, **values):
+    """The error, raised before a run directory appeared."""
+    with pytest.raises(kind, match=match) as caught:
+        train(tmp_path, **values)
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+    return str(caught.value)
+
+
+def test_all_missing_things_are_told_at_once(tmp_path, tiny_llama):
+    (tmp_path / "file").write_text("")
+    text = refuse(
+        tmp_path, ConfigError, "4 problems",
+        model=str(tmp_path / "modle"), data={"train": str(tmp_path / "trian.jsonl"), "validation": "./dev.jsonl"},
+        output=str(tmp_path / "file" / "runs"),
+    )  # fmt: skip
+    for part in ("modle is no directory", "trian.jsonl is not there", "dev.jsonl is not there", "a file is in the way"):
+        assert part in text
+
+
+def test_a_missing_file_names_the_nearest(tmp_path, tiny_llama):
+    jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
+    refuse(
+        tmp_path, DataError, r"Did you mean 'train.jsonl'\?", model=str(tiny_llama), data=str(tmp_path / "trian.jsonl")
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "extra", "match"),
+    [
+        ("", {}, "is empty"),
+        ("\n", {}, "no rows|cannot be read"),
+        ('{"txt": "a", "n": 1}\n' * 30, {"columns": {"text": "text"}}, r"no column 'text'.*Did you mean 'txt'"),
+        ('{"a": "x", "b": "y"}\n' * 30, {}, "has the columns a, b"),
+        ('{"text": 3}\n' * 30, {}, "holds integer, but text must be text"),
+        ('{"text": "a"}\n{"text": \n', {}, "cannot be read as json"),
+        ('{"text": ""}\n' * 30, {}, "no token to learn from"),
+        ('{"prompt": "a", "completion": ""}\n' * 30, {}, "row 1 of data.train has no completion"),
+        ('{"prompt": "a", "completion": "b"}\n', {"validation": 0.5}, "leaves none to train on"),
+    ],
+)
+def test_data_that_cannot_be_used(tmp_path, tiny_llama, rows, extra, match):
+    (tmp_path / "d.jsonl").write_text(rows)
+    data = {"train": str(tmp_path / "d.jsonl"), **extra}
+    refuse(tmp_path, DataError, match, model=str(tiny_llama), data=data, task="causal-lm")
+
+
+@pytest.mark.parametrize(
+    ("labels", "extra", "match"),
+    [
+        ([0, 1, -1], {}, r"row 3 of data.train has the label -1"),
+        ([0, 1, 2], {"labels": 2}, "3 classes, but data.labels = 2"),
+        ([0, 0, 0], {}, "a single class"),
+        (["a", "b", None], {}, "row 3 of data.train has no label"),
+        (["a", "b", "c"], {"labels": ["a", "b"]}, "the label 'c', which data.labels has not"),
+    ],
+)
+def test_labels_out_of_range(tmp_path, tiny_bert, labels, extra, match):
+    data = jsonl(tmp_path / "d.jsonl", [{"text": "a film", "label": label} for label in labels] * 10)
+    settings = {"train": str(data), "validation": 0, **extra}
+    refuse(tmp_path, DataError, match, model=str(tiny_bert), data=settings, task="sequence-classification")
+
+
+def test_a_label_that_only_validation_has(tmp_path, tiny_bert):
+    data = jsonl(tmp_path / "d.jsonl", [{"text": "a film", "label": k % 2} for k in range(10)])
+    held = jsonl(tmp_path / "v.jsonl", [{"text": "a film", "label": 2}])
+    settings = {"train": str(data), "validation": str(held)}
+    refuse(
+        tmp_path,
+        DataError,
+        r"row 1 of .* has the label 2, but there are 2 classes",
+        model=str(tiny_bert),
+        data=settings,
+    )
+
+
+def test_models_that_cannot_be_used(tmp_path, tiny_llama, tiny_bert):
+    data = jsonl(tmp_path / "d.jsonl", [{"text": "hello you"}] * 30)
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path, MissingFile, "without config.json", model=str(tmp_path / "empty"), data=str(data))
+    refuse(tmp_path, MissingFile, "could not be loaded", model="nobody/nothing", data=str(data))
+    refuse(tmp_path, ConfigError, "has no llama for it", model=str(tiny_llama), data=str(data), task="masked-lm")
+    refuse(
+        tmp_path, ConfigError, "exceeds the 64 positions", model=str(tiny_bert),
+        data={"train": str(data), "max_length": 100},
+    )  # fmt: skip
+    text = refuse(tmp_path, DataError, "could not be loaded", model=str(tiny_llama), data="nobody/nothing")
+    assert "Hugging Face hub" in text
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_llama.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 500 if file.suffix == ".safetensors" else None])
+    refuse(tmp_path, MissingFile, "weights of .* cannot be read", model=str(broken), data=str(data))
+
+
+def test_a_target_that_matches_nothing(tmp_path, tiny_llama):
+    data = jsonl(tmp_path / "d.jsonl", [{"text": "hello you"}] * 30)
+    refuse(
+        tmp_path, RankshiftError, "'q_porj' matches no layer", model=str(tiny_llama), data=str(data),
+        method={"targets": "q_porj"},
+    )  # fmt: skip
