@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,11 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rankshift as rs
 from laws import laws
+from laws.faults import Do
 from laws.pool import Pool
 from laws.pulse import Pulse, registered
 from laws.world import Engine, Session, batch, begin, evaluate, gap, loss_of, rank, same, tiny, world, wrap
 from rankshift.core import shard
+from rankshift.core.adapter import Adapter
 from rankshift.core.base import Dense
+from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.method import Method
 from rankshift.core.site import form_of
 from rankshift.methods import Full, LoRA
@@ -122,6 +126,9 @@ def verbs() -> None:
     assert torch.equal(evaluate(model), trained)
     with run.merged():
         assert gap(evaluate(model), trained) < 1e-5
+        model.reshard()  # type: ignore[operator]
+        assert gap(evaluate(model), trained) < 1e-5
+    model.reshard()  # type: ignore[operator]
     assert torch.equal(evaluate(model), trained)
     alone = begin("one", LoRA(rank=1, alpha=2, bias="lora_only"), check=False).run
     assert str(run.summary()) == str(alone.summary()), "counts are those of whole tensors"
@@ -131,7 +138,8 @@ def verbs() -> None:
     other = begin("fsdp2", LoRA(rank=1, alpha=2, bias="lora_only"))
     evaluate(other.model)
     other.run.load_state_dict(run.state_dict())
-    assert torch.equal(evaluate(other.model), trained), "values load into gathered parameters too"
+    other.model.reshard()  # type: ignore[operator]  # what was written to a gathered copy would be lost now
+    assert torch.equal(evaluate(other.model), trained), "after an evaluation values load into shards"
     merged = run.merge()
     assert gap(evaluate(merged), trained) < 1e-5
     loss_of(merged.train(), batch(0)).backward()
@@ -139,6 +147,34 @@ def verbs() -> None:
 
 def test_verbs_on_a_sharded_model(pool: Pool) -> None:
     pool.run(verbs)
+
+
+def _ones(adapter: Adapter, tick: Tick) -> None:
+    shard.local(adapter.B)[0].fill_(1)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(LoRA):
+    """B is one at the beginning of every update."""
+
+    def events(self) -> tuple[Event, ...]:
+        return (Do(_ones, Moment.WINDOW),)
+
+
+def event_after_evaluation() -> None:
+    session = begin("fsdp2", Setting(rank=2))
+    with torch.no_grad():
+        for adapter in session.run.adapter().values():
+            shard.local(adapter.B)[0].zero_()  # type: ignore[arg-type]
+    evaluate(session.model)  # leaves the root's parameters gathered
+    session.optimizer.load_state_dict(session.optimizer.state_dict())  # opens the window
+    session.model.reshard()  # type: ignore[operator]
+    for name, tensor in session.run.state_dict()["tensors"].items():
+        assert not name.endswith(".B") or bool((tensor == 1).all()), name
+
+
+def test_an_event_after_an_evaluation_writes_to_shards(pool: Pool) -> None:
+    pool.run(event_after_evaluation)
 
 
 def switching() -> None:
