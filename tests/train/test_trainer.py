@@ -450,6 +450,10 @@ def test_resume_refusals(tmp_path):
     with pytest.raises(MissingFile, match="is not there"):
         t.train(resume_from_checkpoint=str(tmp_path / "none"))
     t.train()
+    only = trainer(tmp_path / "only", max_steps=1, save_only_model=True)
+    only.train()
+    with pytest.raises(MissingFile, match="save_only_model"):
+        only.train(resume_from_checkpoint=True)
     with pytest.raises(WrongBase, match="rank"):
         trainer(tmp_path / "a", rs.LoRA(rank=3)).train(resume_from_checkpoint=True)
     other = base()
@@ -558,6 +562,12 @@ def test_a_phase_needs_an_optimizer_of_its_own(tmp_path, ladder):
     optimizer = torch.optim.SGD([p for _, p in run.trainable()], lr=0.1)
     t = rs.Trainer(run=run, args=arguments(tmp_path), train_dataset=data(), optimizers=(optimizer, None))
     with pytest.raises(ConfigError, match="Leave optimizers out"):
+        t.train()
+
+
+def test_a_schedule_that_follows_measurements_cannot_cross_phases(tmp_path, ladder):
+    t = trainer(tmp_path, ladder(), lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", save_strategy="no")
+    with pytest.raises(ConfigError, match=r"reduce_lr_on_plateau.*follows what it measured"):
         t.train()
 
 

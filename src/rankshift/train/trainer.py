@@ -106,7 +106,8 @@ class Trainer(transformers.Trainer):
         self.check_gradients = check_gradients
         given = self.optimizer
         self._foreign = given is not None
-        self._stop = False
+        self._stop = False  # this rank was asked to
+        self._agreed = False  # every rank stops after this update
         self._settled = True
         self._counted = False
         if run is None:
@@ -276,7 +277,12 @@ class Trainer(transformers.Trainer):
             )
         if self.is_fsdp_enabled:
             raise ConfigError("A phase cannot end inside a Trainer under FSDP2: shift() before training, or use DDP.")
-        assert self.lr_scheduler is not None
+        if not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
+            kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+            raise ConfigError(
+                f"lr_scheduler_type={kind!r} follows what it measured, not the step, so the next phase cannot go on "
+                "with it. Use a schedule such as linear, cosine or constant."
+            )
         taken = self.lr_scheduler.last_epoch
         before = self.run.method.name
         self.run = self.run.shift(method)
@@ -344,11 +350,16 @@ class Trainer(transformers.Trainer):
             found = _complete_checkpoints(self._out)
             if not found:
                 raise MissingFile(f"There is no complete checkpoint in {self.args.output_dir}. Train without resuming.")
-            return found[-1]
+            wish = found[-1]
         directory = Path(wish)
         for needed in (directory, directory / _STATE, directory / TRAINER):
             if not needed.exists():
                 raise MissingFile(f"{needed} is not there: {directory} is no complete checkpoint of rs.Trainer.")
+        if not any(directory.glob("optimizer*")):
+            raise MissingFile(
+                f"{directory} has no optimizer state (save_only_model=True), so training cannot resume there. Begin "
+                "a new run from it: rs.Trainer(run=rs.load(model, directory), …)."
+            )
         return directory
 
     def _restore(self, directory: Path) -> None:
@@ -385,7 +396,7 @@ class Trainer(transformers.Trainer):
         """Let the first SIGINT wait for the end of the update; leave a handler that somebody else set alone."""
         before = signal.getsignal(signal.SIGINT)
         here = threading.current_thread() is threading.main_thread() and before is signal.default_int_handler
-        self._stop = False
+        self._stop = self._agreed = False
 
         def wait(number: int, frame: FrameType | None) -> None:
             self._stop = True
@@ -404,9 +415,9 @@ class Trainer(transformers.Trainer):
         """Save where an interrupt came, if the state there is whole, and say how to go on."""
         step = self.state.global_step
         here = self._out / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        alone = self.args.world_size == 1 or self._stop  # a vote stopped every rank at this step
+        together = self.args.world_size == 1 or self._agreed  # saving is for all ranks or none
         found = _complete_checkpoints(self._out)
-        if here not in found and step > 0 and alone and self._settled:
+        if here not in found and step > 0 and together and self._settled:
             self._save_checkpoint(self.run.model, None)
             found.append(here)
         if not found:
@@ -435,8 +446,8 @@ class _Watch(TrainerCallback):
         if method is not None:
             trainer._shift(method)
         trainer._settled = True
-        trainer._stop = shard.any_rank(trainer._stop, args.device)
-        if trainer._stop:
+        trainer._agreed = shard.any_rank(trainer._stop, args.device)
+        if trainer._agreed:
             raise KeyboardInterrupt
 
 
