@@ -51,16 +51,16 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "old"),  # nothing is carried or swapped where nothing was
+    [(stage, old) for stage in STAGES for old in (False, True) if old or stage not in ("carry", "swap")],
+)
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "I/O error")])
 def test_a_failure_at_any_stage_leaves_the_old(runs, tmp_path, monkeypatch, stage, old, error):
     first, second = runs
     target = tmp_path / "deep" / "out"
     if old:
         first.save(target)
-    elif stage in ("carry", "swap"):
-        pytest.skip("nothing is carried or swapped where nothing was")
 
     def fail(*args, **kwargs):
         raise error
@@ -183,6 +183,7 @@ def test_without_exchange_an_interrupted_swap_is_undone(runs, tmp_path, monkeypa
     monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(rs.errors.NotWritable):
         second.save(target)
+    assert (target / "rankshift.json").exists()  # put back at once, not by the next reader
     assert torch.equal(value(target), models.logits(first.model))
 
 

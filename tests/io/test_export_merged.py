@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import io_models as models
 import pytest
 import torch
@@ -77,6 +79,7 @@ def test_a_tied_model_stays_tied_and_an_untied_one_says_so(tmp_path):
     run.export(tmp_path / "tied", format="merged")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tied").eval()
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
     assert (models.logits(plain) - models.logits(model)).abs().max() <= 2e-6
     for number, method in enumerate(
         (
@@ -89,6 +92,7 @@ def test_a_tied_model_stays_tied_and_an_untied_one_says_so(tmp_path):
         before = model.config.tie_word_embeddings
         run.export(tmp_path / str(number), format="merged")
         assert model.config.tie_word_embeddings == before
+        assert json.loads((tmp_path / str(number) / "config.json").read_text())["tie_word_embeddings"] is False
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(number)).eval()
         assert (models.logits(plain) - models.logits(model)).abs().max() <= 2e-6
         merged = run.merge()
@@ -106,6 +110,22 @@ def test_any_module(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
     plain = models.mixed(seed=5)
     plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert (models.logits(plain) - wanted).abs().max() <= 2e-6
+
+
+def test_a_model_that_saves_itself_is_plain_while_it_does(tmp_path):
+    class Own(models.Mixed):
+        def save_pretrained(self, folder, state_dict):
+            assert set(state_dict) == set(self.state_dict())
+            assert [type(m) for m in self.modules()][1:] == [type(m) for m in models.Mixed().modules()][1:]
+            torch.save(state_dict, folder / "pytorch_model.bin")
+
+    model, run = trained(lambda: models.seeded(Own), LORA(rank=2, targets=("one", "head"), modules_to_save=("norm",)))
+    wanted = models.logits(model)
+    run.export(tmp_path, format="merged")
+    assert torch.equal(models.logits(model), wanted)
+    plain = models.mixed(seed=3)
+    plain.load_state_dict(torch.load(tmp_path / "pytorch_model.bin"))
     assert (models.logits(plain) - wanted).abs().max() <= 2e-6
 
 
