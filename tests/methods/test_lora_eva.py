@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import eva_process
 import pytest
 import torch
 import transformers as tf
@@ -325,19 +326,10 @@ def test_it_learns():
     assert losses[-1] < 0.95 * losses[0]
 
 
-def _process(rank: int, store: str, out: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    batches = [rows(40, 20, LOW, seed=100 * rank + i).float() * (1 + rank * torch.arange(20)) for i in range(2)]
-    run = rs.attach(Net(), rs.LoRA(rank=2, init="eva"), data=batches)
-    out.put((rank, {n: a.A.detach().tolist() for n, a in run.adapter().items()}))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 def test_processes_agree_whatever_data_they_saw(tmp_path):
-    context = torch.multiprocessing.get_context("fork")  # the imports are paid for already
+    context = torch.multiprocessing.get_context("spawn")
     out = context.Queue()
-    workers = [context.Process(target=_process, args=(rank, str(tmp_path / "store"), out)) for rank in (0, 1)]
+    workers = [context.Process(target=eva_process.main, args=(rank, str(tmp_path / "store"), out)) for rank in (0, 1)]
     for worker in workers:
         worker.start()
     found = dict(out.get(timeout=120) for _ in workers)
