@@ -13,7 +13,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Train PyTorch models in small subspaces: LoRA and its relatives.",
-    epilog="Start with [bold]rankshift train[/bold]: it needs nothing and takes about a minute.",
+    epilog="Start with [bold]rankshift train[/bold]: it needs nothing and takes a minute or two.",
 )
 
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run, its adapter directory, or a PEFT adapter.")]
