@@ -21,6 +21,7 @@ FLOORS = {
     "io": 3,
     "plan": 3,
     "lower": 3,
+    "placement": 3,
     "summary": 3,
     "run": 4,
     "train": 5,

@@ -552,3 +552,21 @@ def test_shift_back_and_forth():
     assert [p.method["method"] for p in run.phases] == ["full", "lora", "full", "lora", "full"]
     merged = run.merge()
     assert [type(m) for m in merged.modules()] == [type(m) for m in Net().modules()]
+
+
+def test_a_shift_that_cannot_begin_ends_nothing():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)).double()
+    run = rs.attach(model, rs.LoRA(rank=2))
+    optimizer = run.optimizer(lr=0.1)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    model(x).square().sum().backward()
+    optimizer.step()
+    before = model(x)
+    for impossible in (rs.LoRA(rank=50), rs.LoRA(targets="nowhere")):
+        with pytest.raises(rs.errors.TargetError):
+            run.shift(impossible)
+    assert torch.equal(model(x), before)
+    assert run.step == 1
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert run.step == 2

@@ -1,0 +1,361 @@
+"""Placement: what of a run stands on its model. Adapters at sites, modules copied whole, tensors trained in place."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankshift.core import shard
+from rankshift.core.adapter import Adapter
+from rankshift.core.errors import AttachError, ConfigError, RankTooLarge, UnmatchedTarget, nearest
+from rankshift.core.event import Event, Needs
+from rankshift.core.method import Method
+from rankshift.core.random import Key
+from rankshift.core.site import (
+    Replica,
+    Site,
+    Spec,
+    base_parameters,
+    check_tied,
+    matches,
+    place,
+    place_replica,
+    remove,
+    running_statistics,
+    spec_of,
+    untie,
+    walk,
+)
+
+DEFAULT = "default"
+_RESERVED = ("base", "buffer", "original")  # kinds of tensors in a state, beside the adapters
+
+
+@dataclass
+class Member:
+    """One adapter of a run: its method, and the rank at each of its sites."""
+
+    method: Method
+    ranks: dict[str, int]
+    copies: tuple[str, ...]  # names of modules trained whole
+
+
+class Placement:
+    """The adapters of a model by name, which of them act, and everything that trains."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.members: dict[str, Member] = {}
+        self.active: tuple[str, ...] = ()
+        self.sites: dict[str, Site] = {}  # by the name of the layer
+        self.originals: dict[str, Tensor] = {}  # of base tensors that train in place and can be put back
+
+    # ---- placing
+
+    def plan(self, method: Method, ranks: Mapping[str, int] | None = None) -> tuple[list[Spec], tuple[str, ...]]:
+        """The layers and the whole modules a method will take. Every refusal comes here; nothing is changed."""
+        model = self.model
+        specs = [spec_of(model, site) for site in (method.sites(model) if ranks is None else ranks)]
+        copies = _copies(model, method)
+        specs = [s for s in specs if not any(s.name == c or s.name.startswith(c + ".") for c in copies)]
+        for spec in specs:
+            try:
+                method.fit(spec)
+            except RankTooLarge:
+                if ranks is None:  # what was trained elsewhere may have a rank that is merely of no use
+                    raise
+        for spec in specs:
+            if method.tied == "refuse":
+                check_tied(model, spec)
+        return specs, copies
+
+    def build(
+        self,
+        name: str,
+        method: Method,
+        seed: int,
+        data: Iterable[Any] | None = None,
+        ranks: Mapping[str, int] | None = None,
+    ) -> None:
+        """Place an adapter at its sites; with ``ranks`` its values are not filled, because they will be loaded."""
+        model, fill = self.model, ranks is None
+        refuse_sharded(model, "Placing an adapter")
+        specs, copies = self.plan(method, ranks)
+        found = method.survey(model, specs, data, seed) if fill else {}
+        for spec in specs:
+            untie(model, spec)
+        ranks = dict(ranks) if ranks is not None else {s.name: method.rank_at(s.name, found.get(s.name)) for s in specs}
+        self.members[name] = member = Member(method, {}, copies)
+        try:
+            for spec in specs:
+                site = self.sites[spec.name] = place(model, spec)
+                adapter = method.adapt(site.base, spec, ranks[spec.name])
+                if adapter is None:
+                    continue
+                adapter.site = spec.name
+                adapter.trains = frozenset(leaf for leaf, p in adapter.named_parameters() if p.requires_grad)
+                adapter.train(model.training)
+                if fill and spec.device.type != "meta":
+                    method.start(adapter, Key(seed) / name / spec.name, found.get(spec.name))
+                site.adapters[name] = adapter
+                member.ranks[spec.name] = ranks[spec.name]
+            for copied in copies:
+                replica = place_replica(model, copied)
+                replica.copies[name] = copy.deepcopy(replica.base).requires_grad_(True)
+                replica.base.requires_grad_(False)
+        except BaseException:  # out of memory, Ctrl-C: the model goes back as it came
+            self.drop(name)
+            raise
+        for site in list(self.sites.values()):
+            if not site.adapters:
+                self._remove(site)
+
+    def drop(self, name: str) -> None:
+        """Take an adapter out of every site, and out of the model what then stands empty."""
+        del self.members[name]
+        for site in list(self.sites.values()):
+            if name in site.adapters:
+                del site.adapters[name]
+            if not site.adapters:
+                self._remove(site)
+        for path, replica in self.replicas().items():
+            if name in replica.copies:
+                del replica.copies[name]
+            if not replica.copies:
+                self._put(path, replica.base)
+
+    def _remove(self, site: Site) -> None:
+        remove(self.model, site)
+        del self.sites[site.spec.name]
+
+    def strip(self) -> None:
+        """Take everything off the model: plain layers, and of whole modules the one that acts."""
+        for site in self.sites.values():
+            remove(self.model, site)
+        for name, replica in self.replicas().items():
+            self._put(name, replica.top)
+
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[None]:
+        """Whole modules as they would be after merging, for the length of a ``with`` block."""
+        replicas = self.replicas()
+        for name, replica in replicas.items():
+            self._put(name, replica.top)
+        try:
+            yield
+        finally:
+            for name, replica in replicas.items():
+                self._put(name, replica)
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, module)
+
+    def train_in_place(self, method: Method) -> set[str]:
+        """Freeze the base but for what the method trains where it is; the names of that."""
+        names = set()
+        for name, parameter, adapted in base_parameters(self.model):
+            trains = method.in_place(name, adapted)
+            parameter.requires_grad_(trains)
+            if trains:
+                names.add(name)
+                if method.reversible:
+                    self.originals[name] = parameter.detach().clone()
+        return names
+
+    # ---- switching
+
+    def use(self, *names: str) -> None:
+        """Make these adapters act and train, and no other."""
+        names = tuple(dict.fromkeys(names))
+        for name in names:
+            self.known(name)
+        if not names and self.originals:
+            raise AttachError("This run trains biases in place. For the base as it came use run.disabled().")
+        for copied, replica in self.replicas().items():
+            both = [name for name in names if name in replica.copies]
+            if len(both) > 1:
+                raise AttachError(f"adapters {both[0]!r} and {both[1]!r} each hold a whole {copied}: use one of them.")
+        self.active = names
+        for site in self.sites.values():
+            site.link(self.active)
+            for name in site.adapters:
+                for leaf, parameter in site[name].named_parameters():
+                    parameter.requires_grad_(name in self.active and leaf in site[name].trains)
+        for replica in self.replicas().values():
+            replica.link(self.active)
+            for name, module in replica.copies.items():
+                module.requires_grad_(name in self.active)
+
+    def link(self, active: Sequence[str]) -> None:
+        """Let these adapters act, and leave what trains as it is."""
+        for site in self.sites.values():
+            site.link(active)
+        for replica in self.replicas().values():
+            replica.link(active)
+
+    def free(self, name: str) -> None:
+        """Raise AttachError unless a new adapter can have this name."""
+        if name in self.members or name in _RESERVED or not name.isidentifier():
+            why = "exists" if name in self.members else "is not a free name like french_v2"
+            raise AttachError(f"adapter {name!r} {why}. Adapters here: {', '.join(self.members)}.")
+
+    def known(self, name: str) -> None:
+        """Raise AttachError unless there is an adapter of this name."""
+        if name not in self.members:
+            raise AttachError(f"There is no adapter {name!r}. {nearest(name, self.members)}")
+
+    # ---- what is here
+
+    def replicas(self) -> dict[str, Replica]:
+        """Modules trained whole, by name."""
+        return {name: m for name, m, _ in walk(self.model) if isinstance(m, Replica)}
+
+    def adapter(self, name: str) -> dict[str, Adapter]:
+        """One adapter's part at each of its sites."""
+        self.known(name)
+        return {layer: site[name] for layer, site in self.sites.items() if name in site.adapters}
+
+    @property
+    def method(self) -> Method:
+        """The method of the current phase: that of the first adapter."""
+        return self.members[DEFAULT if DEFAULT in self.members else next(iter(self.members))].method
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, tensor) of everything that trains, in a fixed order: sites, whole copies, base parameters in place."""
+        for name in self.active:
+            prefix = "" if name == DEFAULT else f"{name}:"
+            for site, adapter in self.adapter(name).items():
+                for leaf, parameter in adapter.named_parameters():
+                    if parameter.requires_grad:
+                        yield f"{prefix}{site}.{leaf}", parameter
+            for site, replica in self.replicas().items():
+                if name in replica.copies:
+                    for leaf, parameter in replica.copies[name].named_parameters():
+                        yield f"{prefix}{site}.{leaf}", parameter
+        for base_name, parameter, _ in base_parameters(self.model):
+            if parameter.requires_grad:
+                yield base_name, parameter
+
+    def required(self) -> Iterator[tuple[str, Tensor, Needs]]:
+        """(name, tensor, what its first gradient must be) of everything that trains."""
+        for name in self.active:
+            for site, adapter in self.adapter(name).items():
+                for leaf, parameter in adapter.named_parameters():
+                    if parameter.requires_grad:
+                        yield f"{site}.{leaf}", parameter, Needs.GRADIENT if leaf in adapter.silent else Needs.NONZERO
+            for site, replica in self.replicas().items():
+                if name in replica.active:
+                    for leaf, parameter in replica.copies[name].named_parameters():
+                        yield f"{site}.{leaf}", parameter, Needs.GRADIENT
+        for base_name, parameter, _ in base_parameters(self.model):
+            if parameter.requires_grad:
+                must = self.method.must_learn(base_name)
+                yield base_name, parameter, Needs.GRADIENT if must else Needs.NOTHING
+
+    def audience(self) -> Iterator[tuple[Event, Sequence[Adapter]]]:
+        """The events of the acting adapters, and where they apply."""
+        for name in self.active:
+            for event in self.members[name].method.events():
+                yield event, list(self.adapter(name).values())
+
+    def added(self) -> dict[str, Tensor]:
+        """Every tensor that the base does not have, by ``adapter/layer.tensor``, as it is held here."""
+        places: dict[str, Tensor] = {}
+        for name in self.members:
+            for site, adapter in self.adapter(name).items():
+                places.update({f"{name}/{site}.{leaf}": t for leaf, t in adapter.state_dict(keep_vars=True).items()})
+            for site, replica in self.replicas().items():
+                if name in replica.copies:
+                    state = replica.copies[name].state_dict(keep_vars=True)
+                    places.update({f"{name}/{site}.{leaf}": tensor for leaf, tensor in state.items()})
+        return places
+
+    def kept(self) -> dict[str, Tensor]:
+        """Tensors of the base that move or may be put back: ``base/…``, ``buffer/…`` and ``original/…``."""
+        tensors: dict[str, Tensor] = {f"base/{name}": p for name, p, _ in base_parameters(self.model)}
+        tensors |= {f"buffer/{name}": buffer for name, buffer in running_statistics(self.model)}
+        return tensors | {f"original/{name}": tensor for name, tensor in self.originals.items()}
+
+
+# ---- the weights of a site -------------------------------------------------------------------------------------------
+
+
+def weight_name(name: str, site: Site) -> str:
+    """The name of a site's weight in the model as it came."""
+    return name if site.spec.form.stacked else f"{name}.weight"
+
+
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raise AttachError on a sharded model: a tensor added to it would not be sharded, nor its gradient reduced."""
+    if any(shard.is_sharded(parameter) for parameter in model.parameters()):
+        raise AttachError(
+            f"{what} adds tensors, and this {type(model).__name__} is sharded already. Attach first, then fully_shard, "
+            "then run.optimizer(). In mid-run: state = run.state_dict() on every rank, then on a fresh model "
+            "run = rs.restore(model, state), run.shift(method) or run.add(name, method), fully_shard, run.optimizer()."
+        )
+
+
+def check_dtypes(sites: Mapping[str, Site]) -> None:
+    """Raise ConfigError where FSDP2 would fail in the first forward: it reduces a group of gradients in one dtype."""
+    for name, site in sites.items():
+        kinds = {p.dtype for p in site.parameters() if p.requires_grad and shard.is_sharded(p)}
+        if len(kinds) > 1:
+            both = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+            raise ConfigError(
+                f"{name} trains tensors in {both}, and FSDP2 takes one dtype: a bias trained in place has the dtype of "
+                'the base, factors are wider. Use bias="none", or load the model in fp32 and pass fully_shard a '
+                "MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
+            )
+
+
+def weights(site: Site) -> list[Tensor]:
+    """What merging changes: the weight, and the bias if there is one."""
+    return [site.base.weight] if site.base.bias is None else [site.base.weight, site.base.bias]
+
+
+def fold(site: Site) -> None:
+    """W += Σ ΔW of the active adapters, in the adapters' dtype, rounded once; the bias likewise."""
+    acting = site.acting()
+    whole = [a.whole_delta() if any(map(shard.is_sharded, a.parameters())) else None for a in acting]
+
+    def delta(rows: slice) -> Tensor:
+        parts = [a.delta(rows) if w is None else w[..., rows, :] for a, w in zip(acting, whole, strict=True)]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    biases = [b for b in (a.delta_bias() for a in acting) if b is not None]
+    site.base.add_(delta)
+    with torch.no_grad():
+        for bias in biases:
+            assert site.base.bias is not None
+            site.base.bias.copy_(site.base.bias.to(bias.dtype) + bias)
+
+
+def check_foldable(sites: Iterable[Site]) -> None:
+    """Raise before the first weight changes if an adapter's bias has no bias to be added to."""
+    for site in sites:
+        if site.base.bias is None and any(adapter.delta_bias() is not None for adapter in site.acting()):
+            raise AttachError(
+                f"{site.spec.name} has no bias to merge the adapter's bias into. Nothing was merged. Go on unmerged, "
+                "or train with lora_bias=False."
+            )
+
+
+def _copies(model: nn.Module, method: Method) -> tuple[str, ...]:
+    names = [name for name, _, parameter in walk(model) if parameter is None]
+    chosen: list[str] = []
+    for pattern in method.copies():
+        hits = [name for name in names if matches(name, pattern)]
+        if not hits:
+            raise UnmatchedTarget(
+                f"modules_to_save {pattern!r} matches no module of {type(model).__name__}. "
+                f"{nearest(pattern, {n.rpartition('.')[2] for n in names})}"
+            )
+        chosen.extend(hits)
+    return tuple(dict.fromkeys(chosen))
