@@ -13,7 +13,7 @@ train: $(VENV)/.installed
 	$(BIN)/rankshift train $(ARGS)
 
 test: $(VENV)/.tested lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

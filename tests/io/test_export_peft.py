@@ -9,6 +9,8 @@ import io_models as models
 import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 import rankshift as rs
@@ -99,6 +101,8 @@ def test_peft_gives_the_same_logits(case, tmp_path):
 @pytest.mark.parametrize("case", [c for c in CASES if CASES[c][0] is not models.mixed])
 def test_transformers_gives_the_same_logits(case, tmp_path):
     make, method = CASES[case]
+    if method.modules_to_save and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("older transformers drop the whole modules of PEFT's own files too")
     model, run = trained(make, method)
     run.export(tmp_path)
     theirs = make()
