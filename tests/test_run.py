@@ -440,7 +440,7 @@ def test_an_ended_run_says_how_it_ended():
         ):  # fmt: skip
             with pytest.raises(rs.errors.AttachError, match=rf"{name}\(\)"):
                 call()
-        with pytest.raises(rs.errors.AttachError, match="phase that has ended"):
+        with pytest.raises(rs.errors.AttachError, match="no longer drives a run"):
             optimizer.step()
 
 
@@ -570,3 +570,159 @@ def test_a_shift_that_cannot_begin_ends_nothing():
     model(x).square().sum().backward()
     optimizer.step()
     assert run.step == 2
+
+
+def two_layers(bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5, bias=bias), nn.Linear(5, 3, bias=bias)).double()
+
+
+def train(model, optimizer, x, steps=1):
+    for _ in range(steps):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 6)
+
+
+def test_the_bias_of_a_whole_copy_trains_beside_trained_biases():
+    model = two_layers()
+    run = rs.attach(model, rs.LoRA(rank=2, targets="0", bias="all", modules_to_save=("1",)))
+    names = [name for name, _ in run.trainable()]
+    assert len(names) == len(set(names)) == 5
+    before = {name: p.detach().clone() for name, p in run.trainable()}
+    train(model, run.optimizer(lr=0.1), X, 3)
+    assert not any(torch.equal(p, before[name]) for name, p in run.trainable())
+
+
+@pytest.mark.parametrize("verb", ["merge", "merged"])
+def test_an_interrupted_fold_can_be_repeated(verb, monkeypatch):
+    model = two_layers()
+    run = rs.attach(model, rs.LoRA(rank=2))
+    train(model, run.optimizer(lr=0.1), X, 2)
+    wanted, bits = model(X), [site.base.weight.clone() for site in run.sites.values()]
+    second = list(run.sites.values())[1].base
+    monkeypatch.setattr(second, "add_", lambda delta: (_ for _ in ()).throw(MemoryError()))
+
+    def fold():
+        if verb == "merge":
+            return run.merge()
+        with run.merged() as merged:
+            return merged(X)
+
+    with pytest.raises(MemoryError):
+        fold()
+    monkeypatch.undo()
+    assert (model(X) - wanted).abs().max() <= 1e-12
+    if verb == "merged":
+        assert all(torch.equal(s.base.weight, b) for s, b in zip(run.sites.values(), bits, strict=True))
+    fold()
+    assert (model(X) - wanted).abs().max() <= 1e-12
+
+
+def test_blocks_do_not_mix(tmp_path):
+    model = two_layers()
+    base = model(X).detach()
+    run = rs.attach(model, rs.LoRA(rank=2, bias="lora_only"))
+    optimizer = run.optimizer(lr=0.1)
+    train(model, optimizer, X, 2)
+    trained = model(X).detach()
+    with run.disabled():
+        with run.disabled():
+            assert torch.equal(model(X), base)
+        assert torch.equal(model(X), base)
+        verbs = (run.merge, run.state_dict, lambda: run.save(tmp_path / "a"), lambda: run.export(tmp_path / "b"))
+        for verb in (*verbs, lambda: run.use("default"), lambda: run.shift(rs.Full()), run.merged().__enter__):
+            with pytest.raises(rs.errors.AttachError, match="inside run.disabled"):
+                verb()
+    with run.merged():
+        for verb in (*verbs, run.disabled().__enter__):
+            with pytest.raises(rs.errors.AttachError, match="inside run.merged"):
+                verb()
+        assert (model(X) - trained).abs().max() <= 1e-12
+    assert torch.equal(model(X), trained)
+    train(model, optimizer, X)
+    assert run.step == 3
+
+
+def test_an_update_while_nothing_acts_is_refused():
+    model = nn.Sequential(two_layers(), nn.LayerNorm(3).double())
+    run = rs.attach(model, rs.LoRA(rank=2))
+    optimizer = run.optimizer(lr=0.1)
+    train(model, optimizer, X)
+    model(X).square().sum().backward()
+    with run.disabled(), pytest.raises(rs.errors.AttachError, match="not acting"):
+        optimizer.step()
+
+
+def test_an_optimizer_made_for_other_adapters_is_refused():
+    model = two_layers()
+    run = rs.attach(model, rs.LoRA(rank=2))
+    optimizer = run.optimizer(lr=0.1)
+    run.add("second", rs.LoRA(rank=2, lr_ratio=16))
+    run.use("second")
+    model(X).square().sum().backward()
+    with pytest.raises(rs.errors.AttachError, match=r"second:0\.\w trains now"):
+        optimizer.step()
+    ratios = {name: group["lr"] for group in run.optimizer(lr=0.1).param_groups for name in group["param_names"]}
+    assert ratios["second:0.B"] == pytest.approx(1.6)
+    assert ratios["second:0.A"] == pytest.approx(0.1)
+
+
+def test_running_statistics_go_back_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    start = model.eval()(X).detach()
+    run = rs.attach(model.train(), rs.LoRA(rank=2))
+    train(model, run.optimizer(lr=0.1), X, 3)
+    model.eval()
+    trained = model(X).detach()
+    with run.disabled():
+        assert torch.equal(model(X), start)
+    assert torch.equal(model(X), trained)
+    run.use()
+    run.use("default")
+    assert torch.equal(run.detach()(X), start)
+
+
+def test_a_refused_state_changes_nothing():
+    model = two_layers()
+    run = rs.attach(model, rs.LoRA(rank=2))
+    other = rs.attach(two_layers(), rs.LoRA(rank=2))
+    other.add("extra", rs.LoRA(rank=2))
+    state = other.state_dict()
+    del state["tensors"]["extra/0.A"]
+    before = model(X)
+    with pytest.raises(rs.errors.WrongBase, match=r"lacks extra/0\.A"):
+        run.load_state_dict(state)
+    assert run.adapters == ("default",)
+    assert torch.equal(model(X), before)
+
+
+def test_a_state_from_before_the_base_changed_is_refused():
+    run = rs.attach(two_layers(), rs.LoRA(rank=2))
+    state = run.state_dict()
+    next(iter(run.sites.values())).base.add_(lambda rows: torch.ones(5, 6, dtype=torch.float64)[rows])
+    with pytest.raises(rs.errors.WrongBase, match="was changed since"):
+        run.load_state_dict(state)
+
+
+def test_merging_says_which_adapters_it_leaves_out():
+    run = rs.attach(two_layers(), rs.LoRA(rank=2))
+    run.add("idle", rs.LoRA(rank=2))
+    with pytest.warns(UserWarning, match="idle"):
+        run.merge()
+
+
+def test_skipped_updates_are_part_of_the_state():
+    model = two_layers()
+    run = rs.attach(model, rs.LoRA(rank=2))
+    optimizer = run.optimizer(lr=0.1)
+    train(model, optimizer, X * float("nan"))
+    assert (run.step, run.skipped) == (0, 1)
+    again = rs.restore(two_layers(), run.state_dict())
+    assert again.skipped == 1
+    again.optimizer(lr=0.1)
+    assert again.skipped == 1

@@ -160,14 +160,22 @@ class Placement:
     def train_in_place(self, method: Method) -> set[str]:
         """Freeze the base but for what the method trains where it is; the names of that."""
         names = set()
+        copied = tuple(f"{name}." for name in self.replicas())  # there the copies train
         for name, parameter, adapted in base_parameters(self.model):
-            trains = method.in_place(name, adapted)
+            trains = method.in_place(name, adapted) and not name.startswith(copied)
             parameter.requires_grad_(trains)
             if trains:
                 names.add(name)
                 if method.reversible:
                     self.originals[name] = parameter.detach().clone()
+        if method.reversible:  # running statistics move in every forward, whatever trains
+            self.originals |= {name: buffer.detach().clone() for name, buffer in running_statistics(self.model)}
         return names
+
+    def movable(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what can be put back to its original."""
+        tensors = [*((name, p) for name, p, _ in base_parameters(self.model)), *running_statistics(self.model)]
+        return ((name, tensor) for name, tensor in tensors if name in self.originals)
 
     # ---- switching
 
@@ -176,7 +184,7 @@ class Placement:
         names = tuple(dict.fromkeys(names))
         for name in names:
             self.known(name)
-        if not names and self.originals:
+        if not names and any(p.requires_grad for _, p, _ in base_parameters(self.model)):
             raise AttachError("This run trains biases in place. For the base as it came use run.disabled().")
         for copied, replica in self.replicas().items():
             both = [name for name in names if name in replica.copies]
@@ -227,21 +235,21 @@ class Placement:
         """The method of the current phase: that of the first adapter."""
         return self.members[DEFAULT if DEFAULT in self.members else next(iter(self.members))].method
 
-    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, tensor) of everything that trains, in a fixed order: sites, whole copies, base parameters in place."""
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter, Method]]:
+        """(name, tensor, whose) of everything that trains: sites, whole copies, base parameters in place."""
         for name in self.active:
-            prefix = "" if name == DEFAULT else f"{name}:"
+            prefix, method = "" if name == DEFAULT else f"{name}:", self.members[name].method
             for site, adapter in self.adapter(name).items():
                 for leaf, parameter in adapter.named_parameters():
                     if parameter.requires_grad:
-                        yield f"{prefix}{site}.{leaf}", parameter
+                        yield f"{prefix}{site}.{leaf}", parameter, method
             for site, replica in self.replicas().items():
                 if name in replica.copies:
                     for leaf, parameter in replica.copies[name].named_parameters():
-                        yield f"{prefix}{site}.{leaf}", parameter
+                        yield f"{prefix}{site}.{leaf}", parameter, method
         for base_name, parameter, _ in base_parameters(self.model):
             if parameter.requires_grad:
-                yield base_name, parameter
+                yield base_name, parameter, self.method
 
     def required(self) -> Iterator[tuple[str, Tensor, Needs]]:
         """(name, tensor, what its first gradient must be) of everything that trains."""

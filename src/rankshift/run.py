@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,12 +83,11 @@ class Run:
     def __init__(self, model: nn.Module, *, seed: int = 0, total_steps: int | None = None, start: int = 0):
         self.model = model
         self.seed = seed
-        self.total_steps = total_steps
         self.phases: list[Phase] = []
         self._on = Placement(model)
         self._changed: set[str] = set()
         self._frozen = {name: p.requires_grad for name, p, _ in base_parameters(model)}
-        self._closed = ""
+        self._closed = self._suspended = ""
         self._driver = Driver(self._on.audience, seed, total_steps, self._on.required, start)
 
     # ---- building
@@ -107,6 +107,10 @@ class Run:
             self._on.strip()
             self._close("an error")
             raise ConfigError(f"{type(method).__name__} has nothing to train on this model.")
+        if method.events() and not self._on.sites:
+            self._on.strip()
+            self._close("an error")
+            raise ConfigError(f"{type(method).__name__} has events but no layer for them to apply to.")
         self.phases.append(Phase(to_dict(method), self.step))
         _ATTACHED.add(self.model)
         self._driver.open_window()
@@ -122,6 +126,15 @@ class Run:
     def step(self) -> int:
         """Updates taken so far, over all phases."""
         return self._driver.step
+
+    @property
+    def total_steps(self) -> int | None:
+        """Updates of the whole run, if the caller said; schedules of methods need it."""
+        return self._driver.total
+
+    @total_steps.setter
+    def total_steps(self, value: int | None) -> None:
+        self._driver.total = value
 
     @property
     def skipped(self) -> int:
@@ -155,7 +168,7 @@ class Run:
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, tensor) of everything that trains, in a fixed order: sites, whole copies, base parameters in place."""
-        return self._on.trainable()
+        return ((name, parameter) for name, parameter, _ in self._on.trainable())
 
     def summary(self) -> Summary:
         """Matched layers, trainable and total parameters, bytes; prints as a table."""
@@ -183,12 +196,14 @@ class Run:
             check_gradients: stop if a tensor that must learn has no gradient in the first update.
         """
         self._open()
-        tensors = dict(self.trainable())
+        owned = list(self._on.trainable())
         check_dtypes(self._on.sites)
-        factors = self.method.learning_rates(list(tensors))
+        factors: dict[str, float] = {}
+        for method in {id(method): method for _, _, method in owned}.values():
+            factors |= method.learning_rates([name for name, _, owner in owned if owner is method])
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for name, tensor in tensors.items():
-            transform: Transform = self.method.transform(name, tensor) or Adam()
+        for name, tensor, method in owned:
+            transform: Transform = method.transform(name, tensor) or Adam()
             factor, decays = factors.get(name, 1.0), decay is None or decay(name, tensor)
             group = groups.setdefault(
                 (transform, factor, decays),
@@ -198,12 +213,14 @@ class Run:
         optimizer = Optimizer(groups.values(), [key[0] for key in groups], lr, betas, eps, weight_decay)
         self._driver.check_gradients = check_gradients
         self._driver.bind(optimizer, self.model, optimizer.initial)
+        self._driver.refusal = ""
         return optimizer
 
     def carry(self, optimizer: torch.optim.Optimizer) -> None:
         """Let any other torch optimizer over ``run.trainable()`` carry the events."""
         self._open()
         self._driver.bind(optimizer, self.model)
+        self._compare()
 
     # ---- adapters
 
@@ -224,6 +241,19 @@ class Run:
         """Make these adapters act; the changes of several add up. Only they train; none of them: the base."""
         self._open()
         self._on.use(*names)
+        self._compare()
+
+    def _compare(self) -> None:
+        """An optimizer that does not hold what trains now must not be stepped."""
+        missing = self._driver.holds(self.trainable())
+        self._driver.refusal = (
+            ""
+            if missing is None
+            else (
+                f"{missing} trains now, but this optimizer does not hold it: it was made for other adapters. "
+                "Make a new one with run.optimizer()."
+            )
+        )
 
     def delete(self, name: str) -> None:
         """Remove an adapter. The base is not touched."""
@@ -233,7 +263,7 @@ class Run:
             raise AttachError(f"adapter {name!r} is the only one. End the run with run.merge(), or add another first.")
         left = tuple(other for other in self._on.active if other != name)
         self._on.drop(name)
-        self._on.use(*left)
+        self.use(*left)
 
     def combine(self, names: Sequence[str], name: str, weights: Sequence[float] | None = None) -> None:
         """A new LoRA adapter equal to the weighted sum of others: exact, by concatenation, of rank Σ r.
@@ -262,45 +292,55 @@ class Run:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """The base, bit for bit, for the length of a ``with`` block."""
-        self._open()
+        self._open("disabled()")
         if not self.method.reversible:
             raise AttachError(f"{type(self.method).__name__} trains the base itself: there is none to go back to.")
-        trained: dict[str, Tensor] = {}
-        for name, parameter, _ in base_parameters(self.model):
-            if name in self._on.originals:
-                trained[name] = shard.local(parameter)[0].clone()
-                shard.assign_(parameter, self._on.originals[name])
-        self._on.link(())
-        try:
+        if self._suspended == "disabled()":  # nested: it is the base already
             yield
-        finally:
-            self._on.link(self._on.active)
-            shard.settle(self.model)
-            for name, parameter, _ in base_parameters(self.model):
-                if name in trained:
-                    shard.local(parameter)[0].copy_(trained[name])
+            return
+        trained = {name: shard.local(tensor)[0].clone() for name, tensor in self._on.movable()}
+        with self._suspend("disabled()"):
+            try:
+                for name, tensor in self._on.movable():
+                    shard.assign_(tensor, self._on.originals[name])
+                self._on.link(())
+                yield
+            finally:
+                shard.settle(self.model)
+                for name, tensor in self._on.movable():
+                    shard.local(tensor)[0].copy_(trained[name])
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[nn.Module]:
         """The active adapters folded into the base for a ``with`` block; after it the base's own bits again."""
         self._open()
         check_foldable(self.sites.values())
-        kept = {}
-        for name, site in self.sites.items():
-            if site.active:
-                kept[name] = site.base.changed, [shard.local(p)[0].clone() for p in weights(site)]
-                fold(site)
-        for site in self.sites.values():
-            site.link(())
+        kept: dict[str, tuple[bool, list[Tensor]]] = {}
+        with self._suspend("merged()"):
+            try:
+                for name, site in self._on.sites.items():
+                    if site.active:
+                        kept[name] = site.base.changed, [shard.local(p)[0].clone() for p in weights(site)]
+                        fold(site)
+                        site.link(())
+                yield self.model
+            finally:
+                shard.settle(self.model)
+                for name, (changed, parts) in kept.items():
+                    site = self._on.sites[name]
+                    site.base.changed = changed
+                    for parameter, old in zip(weights(site), parts, strict=True):
+                        shard.local(parameter)[0].copy_(old)
+
+    @contextlib.contextmanager
+    def _suspend(self, how: str) -> Iterator[None]:
+        """Refuse verbs and updates for the length of a ``with`` block, then let the active adapters act again."""
+        before, self._suspended = self._driver.refusal, how
+        self._driver.refusal = f"An update inside run.{how} would train what is not acting. Step after the with block."
         try:
-            yield self.model
+            yield
         finally:
-            shard.settle(self.model)
-            for name, (changed, parts) in kept.items():
-                site = self._on.sites[name]
-                site.base.changed = changed
-                for parameter, old in zip(weights(site), parts, strict=True):
-                    shard.local(parameter)[0].copy_(old)
+            self._driver.refusal, self._suspended = before, ""
             self._on.link(self._on.active)
 
     # ---- ends
@@ -312,9 +352,12 @@ class Run:
         """
         self._open()
         check_foldable(self.sites.values())
+        if idle := [name for name in self._on.members if name not in self._on.active]:
+            warnings.warn(f"Not active, so not merged and gone now: {', '.join(idle)}.", stacklevel=2)
         for site in self.sites.values():
             if site.active:
                 fold(site)
+                site.link(())  # folded once, whatever interrupts the rest
         self._on.strip()
         if embeddings_untied(self.model):  # an embedding was trained as a copy: loading must not tie the two again
             self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
@@ -326,9 +369,8 @@ class Run:
         self._open()
         if not self.method.reversible:
             raise AttachError(f"{type(self.method).__name__} trains the base itself: nothing can be taken off it.")
-        for name, parameter, _ in base_parameters(self.model):
-            if name in self._on.originals:
-                shard.assign_(parameter, self._on.originals[name])
+        for name, tensor in self._on.movable():
+            shard.assign_(tensor, self._on.originals[name])
         self._on.link(())
         self._on.strip()
         self._close("detach()")
@@ -375,7 +417,9 @@ class Run:
         self._closed = how
         _ATTACHED.discard(self.model)
 
-    def _open(self) -> None:
+    def _open(self, within: str = "") -> None:
+        if self._suspended and self._suspended != within:
+            raise AttachError(f"This cannot be done inside run.{self._suspended}. Leave the with block first.")
         if self._closed:
             raise AttachError(
                 f"This run ended with {self._closed}. Attach again, or use the run that shift() returned."
@@ -418,6 +462,7 @@ class Run:
             "seed": self.seed,
             "total_steps": self.total_steps,
             "step": self.step,
+            "skipped": self.skipped,
             "phases": [phase.to_mapping() for phase in self.phases],
             "changed": sorted(self.changed),
         }
@@ -438,33 +483,45 @@ class Run:
             if name in mine and mine[name] != entry["ranks"]:
                 odd = sorted(set(mine[name].items()) ^ set(entry["ranks"].items()))[0]
                 raise WrongBase(f"adapter {name!r} has other layers or ranks than the one attached, e.g. {odd}.")
-        for name in wanted:
-            if name not in self._on.members:
+        if stray := self.changed - set(state["changed"]):
+            raise WrongBase(f"{min(stray)} was changed since that state. Load the base anew, and the state onto it.")
+        new = [name for name in wanted if name not in self._on.members]
+        try:
+            for name in new:
                 self._on.build(name, wanted[name], self.seed, ranks=state["adapters"][name]["ranks"])
+            self._take(state["tensors"], wanted)
+        except BaseException:
+            for name in new:
+                if name in self._on.members:
+                    self._on.drop(name)
+            raise
+        for name in [name for name in self._on.members if name not in wanted]:
+            self._on.drop(name)
+        self.seed = self._driver.seed = int(state["seed"])
+        self.total_steps = state["total_steps"]
+        self.phases = [Phase.from_mapping(phase) for phase in state["phases"]]
+        self._changed = set(state["changed"])
+        self.use(*state["active"])
+        self._driver.step, self._driver.skipped = int(state["step"]), int(state.get("skipped", 0))
+        self._driver.open_window()
+
+    def _take(self, tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> None:
+        """Copy saved tensors to their places; every refusal comes before the first."""
         places = self._on.added()
         base = self._on.kept()
-        for name, tensor in state["tensors"].items():
+        for name, tensor in tensors.items():
             target = places.get(name, base.get(name))
             if target is None:
                 raise WrongBase(f"the saved run has {name}, which this model does not. It belongs to another base.")
             if target.shape != tensor.shape:
                 raise WrongBase(f"{name} is {tuple(tensor.shape)} in the saved run and {tuple(target.shape)} here.")
-        missing = [name for name in places if name not in state["tensors"] and name.partition("/")[0] in wanted]
+        missing = [name for name in places if name not in tensors and name.partition("/")[0] in wanted]
         if missing:
             raise WrongBase(f"the saved run lacks {missing[0]}. It belongs to another base or method.")
-        for name, tensor in state["tensors"].items():
+        for name, tensor in tensors.items():
             target = places.get(name, base.get(name))
             assert target is not None
             shard.assign_(target, tensor.to(target.device))
-        for name in [name for name in self._on.members if name not in wanted]:
-            self.delete(name)
-        self.seed = self._driver.seed = int(state["seed"])
-        self.total_steps = self._driver.total = state["total_steps"]
-        self.phases = [Phase.from_mapping(phase) for phase in state["phases"]]
-        self._changed = set(state["changed"])
-        self.use(*state["active"])
-        self._driver.step = int(state["step"])
-        self._driver.open_window()
 
     def save(self, directory: str | Path) -> Path:
         """Write the run as a native directory, atomically; :func:`load` reads it. Every rank may call; one writes."""

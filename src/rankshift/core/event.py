@@ -110,6 +110,7 @@ class Driver:
     start: int = 0  # updates taken, while no optimizer counts
     skips: int = 0  # updates skipped, likewise
     check_gradients: bool = True
+    refusal: str = ""  # why no update can be taken now
 
     _optimizer: torch.optim.Optimizer | None = None
     _model: nn.Module | None = None
@@ -139,6 +140,19 @@ class Driver:
         """Updates skipped because a gradient was not finite."""
         return self.skips if self._optimizer is None else self._optimizer.param_groups[0]["skipped"]
 
+    @skipped.setter
+    def skipped(self, value: int) -> None:
+        self.skips = value
+        if self._optimizer is not None:
+            self._optimizer.param_groups[0]["skipped"] = value
+
+    def holds(self, tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+        """The name of the first of these that the optimizer does not hold; None if it holds all, or there is none."""
+        if self._optimizer is None:
+            return None
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        return next((name for name, tensor in tensors if id(tensor) not in held), None)
+
     # ---- binding
 
     def bind(
@@ -148,6 +162,8 @@ class Driver:
         initial: Callable[[Tensor], dict[str, Tensor]] | None = None,
     ) -> None:
         """Ride this optimizer's steps; see forwards of this model. ``initial``: a parameter's state before any step."""
+        if optimizer is not self._optimizer:
+            self.close()
         self.release()
         self._model, self._initial = model, initial
         self._optimizer = optimizer
@@ -168,7 +184,7 @@ class Driver:
         self._hooks, self._optimizer = [], None
 
     def close(self) -> None:
-        """End of the phase: the optimizer that was ridden must not be stepped again."""
+        """Part with the optimizer that was ridden: it must not be stepped again."""
         optimizer = self._optimizer
         self.release()
         if optimizer is not None:
@@ -212,6 +228,8 @@ class Driver:
                 )
             self._fresh = [p for p in tensors if not optimizer.state.get(p)]
             return
+        if self.refusal:
+            raise AttachError(self.refusal)
         if not _finite(gradients):
             self._skip = True
             for p in tensors:
@@ -296,8 +314,8 @@ class Driver:
 
 def _refuse(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     raise AttachError(
-        "This optimizer belongs to a phase that has ended. Make a new one: run.optimizer() of the run that shift() "
-        "returned."
+        "This optimizer no longer drives a run: a newer one was made, or its phase has ended. Step the newest one, "
+        "made by run.optimizer() of the run that is open (after shift(), of the run that it returned)."
     )
 
 
