@@ -108,7 +108,7 @@ def test_a_phase_that_is_none_is_refused() -> None:
 def test_an_optimizer_of_an_ended_phase_refuses_to_step() -> None:
     session = begin("one", LoRA(rank=2)).steps(1)
     run = session.run.shift(Full())
-    with pytest.raises(rs.errors.AttachError, match="phase that has ended"):
+    with pytest.raises(rs.errors.AttachError, match="no longer drives a run"):
         session.optimizer.step()
     with pytest.raises(rs.errors.AttachError, match="ended with shift"):
         session.run.optimizer()

@@ -122,6 +122,17 @@ def ladder():
 # ---- the thin subclass
 
 
+def test_a_given_or_resumed_run_learns_the_length_of_the_schedule(tmp_path):
+    model = base()
+    run = rs.attach(model, rs.LoRA(rank=2))
+    t = rs.Trainer(run=run, args=arguments(tmp_path, max_steps=2), train_dataset=data())
+    assert run.total_steps == 2
+    t.train()
+    longer = trainer(tmp_path, method=rs.LoRA(rank=2), max_steps=4)
+    longer.train(resume_from_checkpoint="last")
+    assert (longer.run.step, longer.run.total_steps) == (4, 4)
+
+
 def test_attaches_knows_the_schedule_and_trains(tmp_path):
     model = base()
     t = trainer(tmp_path, model=model, max_steps=-1, num_train_epochs=2, save_strategy="no")

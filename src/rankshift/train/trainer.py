@@ -110,11 +110,14 @@ class Trainer(transformers.Trainer):
         self._agreed = False  # every rank stops after this update
         self._settled = True
         self._counted = False
+        planned = self._planned_updates()
         if run is None:
             assert method is not None
             batches = None if calibration is None else (self._prepare_inputs(batch) for batch in calibration)
-            run = attach(model, method, seed=args.seed, total_steps=self._planned_updates(), data=batches)
+            run = attach(model, method, seed=args.seed, total_steps=planned, data=batches)
         self.run = run
+        self._planned = run.total_steps if planned is None else planned
+        run.total_steps = self._planned
         if given is not None:
             self._carry(given)
 
@@ -217,6 +220,7 @@ class Trainer(transformers.Trainer):
         directory = self._checkpoint(resume_from_checkpoint)
         if directory is not None:
             self._restore(directory)
+            self.run.total_steps = self._planned or self.run.total_steps  # a resumed run may be planned longer
         try:
             with self._interruptible():
                 return super().train(None if directory is None else str(directory), *args, **kwargs)
