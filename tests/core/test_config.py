@@ -158,10 +158,11 @@ def test_every_method_says_what_it_is(name: str):
 def test_every_value_round_trips():
     method = rs.LoRA(
         rank=4, alpha=8, targets=("q_proj", "v_proj"), exclude=("layers.0",), rank_pattern={"q_proj": 2},
-        alpha_pattern={"v_proj": 3}, scaling="rslora", init="pissa", dora=True, lr_ratio=16, dropout=0.1,
+        alpha_pattern={"v_proj": 3}, scaling="rslora", init="pissa", dora=True, lr_ratio=16,
         bias="lora_only", modules_to_save=("score",), tied="untie", forward_order="f1", backward_order="b5",
     )  # fmt: skip
-    assert rs.from_dict(json.loads(json.dumps(rs.to_dict(method)))) == method
+    for one in (method, rs.LoRA(dropout=0.1)):
+        assert rs.from_dict(json.loads(json.dumps(rs.to_dict(one)))) == one
 
 
 def test_the_callers_containers_are_not_kept():
@@ -192,6 +193,8 @@ def test_the_callers_containers_are_not_kept():
         ({"dora": True, "lora_bias": True}, "no bias on B"),
         ({"init": "orthogonal", "rank": 3}, "must be even"),
         ({"train": "B", "backward_order": "b1"}, "keeps the layer's input"),
+        ({"dropout": 0.1, "forward_order": "f1"}, "dropout composes the layer"),
+        ({"dropout": 0.1, "backward_order": "b1"}, "dropout composes the layer"),
         ({"targets": 3}, "LoRA.targets = 3 is not text or a list"),
         ({"tied": "maybe"}, "is not one of 'refuse', 'untie'"),
     ],

@@ -310,3 +310,45 @@ def test_exports_fail_as_softly(runs, tmp_path, monkeypatch, format):
         runs[1].export(tmp_path / "out", format=format)
     assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_model_of_the_user_is_not_replaced(runs, tmp_path):
+    """Neither the base, nor any other plain model, nor its config alone: only what rankshift wrote."""
+    base = tmp_path / "base"
+    models.llama().save_pretrained(base)
+    runs[0].save(tmp_path / "half")
+    (tmp_path / "half" / "config.json").write_text("{}")
+    for theirs in (base, tmp_path / "half"):
+        before = {f.name: f.read_bytes() for f in theirs.iterdir()}
+        with pytest.raises(rs.errors.NotWritable, match="that rankshift did not write") as error:
+            runs[0].export(theirs, format="merged")
+        assert len(str(error.value).splitlines()) == 2
+        assert {f.name: f.read_bytes() for f in theirs.iterdir()} == before
+    for run in runs:
+        run.export(tmp_path / "ours", format="merged")
+    assert torch.equal(models.logits(type(runs[1].model).from_pretrained(tmp_path / "ours").eval()),
+                       models.logits(runs[1].merge()))  # fmt: skip
+
+
+def test_a_merged_model_that_became_a_base_is_not_replaced_by_what_stands_on_it(runs, tmp_path):
+    runs[0].export(tmp_path / "base", format="merged")
+    run = rs.attach(type(runs[0].model).from_pretrained(tmp_path / "base"), LORA(rank=2, targets="q_proj"))
+    (tmp_path / "link").symlink_to("base")
+    for name in ("base", "link"):
+        with pytest.raises(rs.errors.NotWritable, match="is the base model itself"):
+            run.export(tmp_path / name, format="merged")
+    run.export(tmp_path / "new", format="merged")
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_others_may_read_what_the_umask_lets_them(runs, tmp_path, mask, mode):
+    old = os.umask(mask)
+    try:
+        runs[0].save(tmp_path / "native")
+        runs[0].export(tmp_path / "peft")
+        runs[0].export(tmp_path / "merged", format="merged")
+    finally:
+        os.umask(old)
+    written = [file for folder in tmp_path.iterdir() for file in folder.iterdir()]
+    assert {file.name for file in written} >= {"adapter.safetensors", "adapter_model.safetensors", "model.safetensors"}
+    assert {file.name: file.stat().st_mode & 0o777 for file in written} == {file.name: mode for file in written}

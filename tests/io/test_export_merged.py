@@ -107,7 +107,7 @@ def test_any_module(tmp_path):
     wanted = models.logits(model)
     run.export(tmp_path, format="merged")
     assert torch.equal(models.logits(model), wanted)
-    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.safetensors", "rankshift-merged.json"]
     plain = models.mixed(seed=5)
     plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert (models.logits(plain) - wanted).abs().max() <= 2e-6

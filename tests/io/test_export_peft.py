@@ -12,6 +12,7 @@ import torch
 import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
+from torch import nn
 
 import rankshift as rs
 
@@ -206,3 +207,39 @@ def test_config_tells_base_and_task(tmp_path):
         _, run = trained(models.bert, LORA(rank=2, targets="q_lin", modules_to_save=copies))
         run.export(tmp_path / "cls")
         assert json.loads((tmp_path / "cls" / "adapter_config.json").read_text())["task_type"] == task
+
+
+def conv(**options):
+    return nn.Sequential(nn.Conv2d(3, 4, **options))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"kernel_size": (3, 1), "padding": 1, "padding_mode": "reflect"}, "padding_mode='reflect'"),
+        ({"kernel_size": 3, "padding": "same", "padding_mode": "circular"}, "padding_mode='circular'"),
+        ({"kernel_size": 3, "dilation": 2, "padding": 2}, r"dilation=\(2, 2\)"),
+        ({"kernel_size": (1, 2), "dilation": (1, 3)}, r"dilation=\(1, 3\)"),
+        ({"kernel_size": 3, "padding_mode": "reflect"}, None),  # nothing is padded
+        ({"kernel_size": (1, 3), "dilation": (2, 1)}, None),  # and nothing is spread
+    ],
+)
+def test_convolutions_that_peft_computes_otherwise(options, reason, dora, tmp_path):
+    """PEFT gives lora_A neither dilation nor padding_mode. Where that matters the layer is refused by name."""
+    method, x = LORA(rank=2, targets="0", dora=dora), torch.randn(2, 3, 8, 8)
+    model, run = trained(lambda: models.seeded(lambda: conv(**options)), method)
+    fresh = models.seeded(lambda: conv(**options))
+    if reason is None:
+        run.export(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
+        assert (theirs(x) - model(x)).abs().max() <= 1e-6
+        rs.load(again := models.seeded(lambda: conv(**options)), tmp_path)
+        assert (again(x) - model(x)).abs().max() <= 1e-6
+        return
+    with pytest.raises(rs.errors.ExportError, match=rf"0 is a convolution with {reason}.*merged"):
+        run.export(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    run.export(tmp_path / "merged", format="merged")
+    fresh.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
+    torch.testing.assert_close(fresh(x), model(x), rtol=1e-5, atol=1e-5)

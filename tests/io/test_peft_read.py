@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import rankshift as rs
 
@@ -317,3 +318,17 @@ def test_loaded_adapter_trains_on(tmp_path):
     first.backward()
     optimizer.step()
     assert model(input_ids=ids, labels=ids).loss < first
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"padding": 1, "padding_mode": "reflect"}, "padding_mode='reflect'"), ({"dilation": 2}, r"dilation=\(2,\)")],
+)
+def test_convolutions_that_peft_computes_otherwise(options, reason, tmp_path):
+    """PEFT trains them with a branch of plain padding and no dilation, for which there is no equal here."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 3, **options))
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
+    fresh = nn.Sequential(nn.Conv1d(3, 4, 3, **options))
+    with pytest.raises(rs.errors.ConfigError, match=f"adapts 0, a convolution with {reason}"):
+        rs.load(fresh, tmp_path)
+    assert type(fresh[0]) is nn.Conv1d

@@ -334,6 +334,25 @@ def test_seeds():
     assert not torch.equal(starts[0]["0"].A[:, :10], starts[0]["2"].A[:, :10])
 
 
+def test_layers_and_adapters_of_one_shape_start_apart():
+    run = rs.attach(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), rs.LoRA(rank=2, targets=("0", "1")))
+    run.add("second", rs.LoRA(rank=2, targets=("0", "1")))
+    starts = [adapter.A for name in ("default", "second") for adapter in run.adapter(name).values()]
+    assert len(starts) == 4
+    for one, other in itertools.combinations(starts, 2):
+        assert not torch.equal(one, other)
+
+
+def test_a_model_in_eval_gets_adapters_in_eval():
+    """Dropout stays off until model.train(), as it does in the model's own layers."""
+    model, x = mlp().eval(), inputs(4, 10)
+    run = rs.attach(model, rs.LoRA(rank=2, dropout=0.5))
+    stir(run)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
 def _three():
     models = [mlp(), mlp(), mlp()]
     before = torch.get_rng_state()
@@ -387,6 +406,30 @@ def test_biases(bias: str):
     assert not torch.equal(model(x), before)
     moved = {n for n, p in run.detach().named_parameters() if not torch.equal(p, bits[n])}
     assert moved == set()
+
+
+def test_biases_that_a_task_never_reaches():
+    """With bias="all" they may stay without a gradient; a bias of an adapted layer must have one."""
+
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(10, 8), nn.Linear(10, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    def one_step(method: rs.LoRA) -> rs.Run:
+        run = rs.attach(model := Partly(), method)
+        opt = run.optimizer(lr=0.1)
+        model(torch.randn(5, 10)).square().sum().backward()
+        opt.step()
+        assert opt.param_groups[0]["updates"] == 1
+        return run
+
+    run = one_step(rs.LoRA(rank=2, targets="used", bias="all"))
+    assert {"used.bias", "unused.bias"} <= dict(run.trainable()).keys()
+    assert rs.LoRA(bias="lora_only").must_learn("unused.bias")
 
 
 def test_bias_gradient():
@@ -458,6 +501,22 @@ def test_modules_to_save():
         rs.attach(merged, rs.LoRA(rank=2, modules_to_save=("clasifier",)))
 
 
+def test_a_whole_module_answers_for_itself():
+    """Model code asks the embedding that it is given for its sizes."""
+    model = llama()
+    rs.attach(model, rs.LoRA(rank=2, modules_to_save=("embed_tokens",)))
+    table = model.get_input_embeddings()
+    assert (table.num_embeddings, table.embedding_dim) == (30, 16)
+    with pytest.raises(AttributeError, match=r"no_such_thing"):
+        _ = table.no_such_thing
+    assert copy.deepcopy(table).num_embeddings == 30
+
+
+def test_full_says_that_it_takes_names():
+    with pytest.raises(rs.errors.ConfigError, match=r'Full\(targets="all-linear"\).*Use "all", or name'):
+        rs.Full(targets="all-linear")
+
+
 # ---- LoRA-FA
 
 
@@ -492,6 +551,26 @@ def test_lora_fa_precondition(scaling: str):
     torch.testing.assert_close(adapter.B.grad, g @ torch.linalg.inv(A @ A.t()) / s**2, rtol=1e-6, atol=1e-9)
     projector = A.t() @ torch.linalg.inv(A @ A.t()) @ A
     torch.testing.assert_close(adapter.delta(), -0.1 * free.weight.grad @ projector, rtol=1e-6, atol=1e-9)
+
+
+def test_lora_fa_precondition_of_sharded_experts(monkeypatch: pytest.MonkeyPatch):
+    """A rank that holds experts 1 and 2 of 4 corrects their gradients with their own A Aᵀ."""
+    from types import SimpleNamespace
+
+    from rankshift.core import shard
+    from rankshift.methods.lora import Precondition
+
+    whole = inputs(4, 6, 2)
+    run = rs.attach(mlp(), rs.LoRA(rank=2, alpha=3, targets="0", train="B", precondition=True))
+    adapter = run.adapter()["0"]
+    A = inputs(4, 2, 10)
+    adapter.A, adapter.B = nn.Parameter(A, False), nn.Parameter(torch.zeros_like(whole))
+    adapter.B.grad = whole.clone()
+    monkeypatch.setattr(shard, "local", lambda tensor: (tensor[1:3], slice(1, 3)))
+    Precondition().apply(adapter, SimpleNamespace())  # type: ignore[arg-type]
+    want = whole[1:3] @ torch.linalg.inv(A[1:3] @ A[1:3].mT) / 1.5**2
+    torch.testing.assert_close(adapter.B.grad[1:3], want, rtol=1e-5, atol=1e-9)
+    assert torch.equal(adapter.B.grad[[0, 3]], whole[[0, 3]])
 
 
 # ---- layer kinds
@@ -643,6 +722,55 @@ def test_dora_is_pefts(name: str):
         (adapter.magnitude, wrapped.lora_magnitude_vector["default"].weight),
     ):
         torch.testing.assert_close(mine.grad.flatten(), other.grad.flatten(), rtol=1e-4, atol=1e-5)
+
+
+def test_dora_leaves_a_row_of_zeros_alone():
+    """Its norm is 0: the row stays, its gradients are numbers, B's is LoRA's, and once it has a norm μ acts."""
+    layer = nn.Linear(6, 5, dtype=D)
+    with torch.no_grad():
+        layer.weight[2] = 0
+    model, x = nn.Sequential(copy.deepcopy(layer)), inputs(4, 6)
+    run = rs.attach(model, rs.LoRA(rank=2, alpha=4, targets="0", dora=True))
+    adapter = run.adapter()["0"]
+    torch.testing.assert_close(model(x), layer(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(adapter.delta(), torch.zeros(5, 6, dtype=D), rtol=0, atol=1e-12)
+    model(x).sum().backward()
+    assert all(p.grad.isfinite().all() for _, p in run.trainable())
+    torch.testing.assert_close(adapter.B.grad[2], 2 * x.sum(0) @ adapter.A.t(), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        adapter.B[2], adapter.magnitude[2] = 1.0, 3.0
+    assert (adapter.delta()[2]).norm().item() == pytest.approx(3.0)
+    y = model(x).detach()
+    torch.testing.assert_close(run.merge()(x), y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("below", [{"lora_bias": True}, {"dora": True}, {}], ids=str)
+@pytest.mark.parametrize("dtype", [D, torch.bfloat16])
+def test_dora_on_another_adapter(below: dict, dtype: torch.dtype):
+    """Only the weight below is rescaled, not the biases; and none is added first and subtracted after."""
+    layer, x = nn.Linear(10, 6, dtype=dtype), inputs(5, 10, dtype=dtype)
+    with torch.no_grad():
+        layer.bias += 300  # in bf16 its step is 2: what is added to it and taken off again is lost
+    model = nn.Sequential(layer)
+    run = rs.attach(model, rs.LoRA(rank=2, alpha=3, targets="0", **below))
+    run.add("second", rs.LoRA(rank=2, alpha=3, targets="0", dora=True))
+    stir(run), stir(run, "second")
+    run.use("default", "second")
+    one, two = run.adapter()["0"], run.adapter("second")["0"]
+    W, x64 = layer.weight.detach().double(), x.double()
+    W = W + 1.5 * one.B.double() @ one.A.double()
+    if "dora" in below:
+        W = (one.magnitude.double() / W.norm(dim=1))[:, None] * W
+    V = W + 1.5 * two.B.double() @ two.A.double()
+    want = x64 @ ((two.magnitude.double() / V.norm(dim=1))[:, None] * V).t()
+    bias = layer.bias.double() + (1.5 * one.b.double() if one.b is not None else 0)
+    if dtype is D:
+        torch.testing.assert_close(model(x), want + bias, rtol=1e-10, atol=1e-10)
+        y = model(x).detach()
+        torch.testing.assert_close(run.merge()(x), y, rtol=1e-10, atol=1e-10)
+    else:
+        product = two.product(x).double()
+        assert (product - want).norm() < 0.03 * want.norm()  # a few roundings of 8 bits
 
 
 def test_dora_row_norm_without_forming_the_product():

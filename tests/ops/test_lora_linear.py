@@ -137,6 +137,32 @@ def test_the_order_that_is_named_is_the_one_that_runs(b: int):
     assert len(others) > 3
 
 
+@pytest.mark.parametrize(("forward", "backward"), [("f1", "b4"), ("f2", None), (None, "b5s"), (None, None)])
+def test_orders_reports_the_order_that_was_asked_for(forward: str | None, backward: str | None):
+    method = rs.LoRA(rank=2, targets="0", forward_order=forward, backward_order=backward)  # type: ignore[arg-type]
+    adapter = rs.attach(nn.Sequential(nn.Linear(24, 12)), method).adapter()["0"]
+    for tokens in (1, 2, 9, 40, 1000):
+        f, w = adapter.orders(tokens)
+        assert f == (forward or f)
+        assert w == (backward or w)
+        with FlopCounterMode(display=False) as counter:
+            adapter(torch.randn(tokens, 24, requires_grad=True)).sum().backward()
+        want = forward_flops(f, tokens, 24, 12, 2, w in ("b1s", "b5s")) + backward_flops(w, tokens, 24, 12, 2)
+        assert counter.get_total_flops() == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_on_the_meta_device(dtype: torch.dtype):
+    """A model without values tells its shapes, forward and backward."""
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(24, 12, dtype=dtype)), torch.empty(3, 5, 24, dtype=dtype)
+    run = rs.attach(model, rs.LoRA(rank=2, targets="0"))
+    y = model(x)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (3, 5, 12), dtype)
+    y.sum().backward()
+    assert run.adapter()["0"].B.grad.shape == (12, 2)
+
+
 # ---- precision
 
 

@@ -15,8 +15,9 @@ from rankshift.core.base import Base
 class Adapter(Base):
     """Stands on a base and is itself one, so adapters stack: the sum of two is one standing on the other.
 
-    Subclasses define ``forward`` and ``delta``; a law ties the two together. Parameters that train require a gradient;
-    frozen ones (a shared projection, an anchor) do not. The set of both is fixed from the first step to the last.
+    Subclasses define ``forward``, ``product`` (the same without biases) and ``delta``; a law ties forward and delta
+    together. Parameters that train require a gradient; frozen ones (a shared projection, an anchor) do not. The set of
+    both is fixed from the first step to the last.
     """
 
     storage: ClassVar[bool] = False
@@ -59,6 +60,14 @@ class Adapter(Base):
 
     def linear(self, x: Tensor) -> Tensor:
         return self.forward(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        raise NotImplementedError  # not forward minus its bias: what was added and rounded does not come off again
+
+    @property
+    def total_bias(self) -> Tensor | None:
+        below, own = self.base.total_bias, self.delta_bias()
+        return own if below is None else below if own is None else below + own
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -62,6 +62,15 @@ class Base(nn.Module):
         """The layer as it came, bias included. Keeps no activation."""
         raise NotImplementedError
 
+    def product(self, x: Tensor) -> Tensor:
+        """The layer without its bias."""
+        return self.form.apply(x, self.dense(*self.packed))
+
+    @property
+    def total_bias(self) -> Tensor | None:
+        """What :meth:`linear` adds to :meth:`product`, (out,), differentiable; None if that is nothing."""
+        return self.bias
+
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
 

@@ -166,6 +166,16 @@ class Replica(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> object:
         return self.top(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """What model code asks of the module besides calling it (num_embeddings) is answered by the one that acts."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            top = self.__dict__.get("top")
+            if name.startswith("_") or top is None:
+                raise
+            return getattr(top, name)
+
     @property
     def weight(self) -> Tensor:
         """The acting module's weight."""

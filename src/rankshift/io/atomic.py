@@ -2,7 +2,7 @@
 
 At every instant the target is the old directory or the new one, complete; a crash leaves the old one. What is replaced
 are the files of one kind of directory; anything else that a user keeps beside them stays. A directory of no known kind
-is never written to.
+is never written to, and a plain model only replaces one that bears the sign of this library.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Kind:
     name: str
     markers: tuple[str, ...]  # one of these is there
     files: tuple[str, ...]  # what a new one replaces
+    sign: str | None = None  # the file without which these files are someone else's
 
     def at(self, directory: Path) -> bool:
         """Whether the directory is of this kind, perhaps among others."""
@@ -48,7 +49,8 @@ PEFT = Kind(
     "PEFT adapter", ("adapter_config.json",), ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 )
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
-MODEL = Kind("plain model", _WEIGHTS, (*_WEIGHTS, "config.json", "generation_config.json"))
+SIGN = "rankshift-merged.json"
+MODEL = Kind("plain model", _WEIGHTS, (*_WEIGHTS, "config.json", "generation_config.json", SIGN), SIGN)
 _KINDS = (NATIVE, PEFT, MODEL)
 _APART = frozenset({PEFT.name, MODEL.name})  # in one directory, transformers loads the model and then the adapter on it
 
@@ -69,6 +71,13 @@ def check(directory: str | Path, kind: Kind) -> None:
                 f"{target} holds {entries[0]!r} and is no checkpoint, adapter or model: it is left alone.\n"
                 "Name a new or an empty directory."
             )
+        if kind.sign is not None and kind.sign not in entries:
+            theirs = next((name for name in entries if _matches(name, kind.files)), None)
+            if theirs is not None:
+                raise NotWritable(
+                    f"{target} holds a {kind.name} that rankshift did not write ({theirs}): it is left alone.\n"
+                    "Name a new or an empty directory."
+                )
         rival = (kinds | {kind.name}) & _APART
         if kind.name in _APART and len(rival) > 1:
             raise NotWritable(
@@ -102,6 +111,7 @@ def replacing(directory: str | Path, kind: Kind) -> Iterator[Path]:
         _discard(fresh)  # what a killed writer left
         fresh.mkdir()
         yield fresh
+        _open_up(fresh)
         _sync(fresh)
         if target.exists():
             _carry(target, fresh, kind)
@@ -177,6 +187,14 @@ def _carry(old: Path, fresh: Path, kind: Kind) -> None:
             shutil.copytree(entry, fresh / entry.name, symlinks=True, copy_function=link)
         else:
             link(str(entry), str(fresh / entry.name))
+
+
+def _open_up(folder: Path) -> None:
+    """Every file as readable as the umask, seen in the new folder, says; safetensors writes for the owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def _sync(folder: Path) -> None:

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.base import blocks
-from rankshift.core.errors import ConfigError, ExportError, nearest
+from rankshift.core.errors import ConfigError, ExportError, NotWritable, nearest
 from rankshift.core.form import ConvForm, EmbeddingForm, Form, TransposedForm
 from rankshift.core.method import Method, from_dict
 from rankshift.core.site import Replica, Site, bare, base_parameters, embeddings_untied, walk
 from rankshift.io import peft
-from rankshift.io.atomic import MODEL, PEFT, replacing
-from rankshift.io.checkpoint import packed, write_on_first_rank
+from rankshift.io.atomic import MODEL, PEFT, SIGN, replacing
+from rankshift.io.checkpoint import packed, version, write_on_first_rank
 from rankshift.methods.lora import DoRALayer, LoRA, LoRALayer
 
 _TASKS = {  # the end of a transformers class name → PEFT's task_type, and the heads that PEFT then wants in the file
@@ -111,6 +111,13 @@ def _peft(run: Source, directory: str | Path, portable: bool, adapter: str | Non
     parts = {site: _part(site, layer, name) for site, layer in run.adapter(name).items()}
     if not parts:
         raise ExportError(f'{type(method).__name__} makes no low-rank change. Use format="merged" for a plain model.')
+    for site, part in parts.items():
+        why = peft.unlike(part.form)
+        if why:
+            raise ExportError(
+                f"{site} is a convolution with {why}, which PEFT leaves out of its branch: it would compute something "
+                'else, or fail. Use format="merged" for a plain model, or exclude the layer.'
+            )
     if portable:
         _check_portable(method, parts, replicas, biases)
         rank = max(part.rank for part in parts.values())
@@ -350,7 +357,9 @@ def _merged(run: Source, directory: str | Path) -> Callable[[], None]:
             state[name] = whole if first else None  # whole on the rank that writes, and nowhere else
 
     def write() -> None:
+        _check_not_base(model, Path(directory))
         with replacing(directory, MODEL) as folder:
+            (folder / SIGN).write_text(json.dumps({"rankshift": version()}) + "\n")
             own = getattr(model, "save_pretrained", None)
             if own is None:
                 save_file(packed(state), folder / "model.safetensors")
@@ -359,6 +368,13 @@ def _merged(run: Source, directory: str | Path) -> Callable[[], None]:
                 own(folder, state_dict=state)
 
     return write
+
+
+def _check_not_base(model: nn.Module, directory: Path) -> None:
+    """Raise NotWritable if the model itself was read from there: every adapter on it needs it as it was."""
+    base = getattr(getattr(model, "config", None), "name_or_path", None)
+    if base and directory.exists() and Path(base).exists() and directory.samefile(base):
+        raise NotWritable(f"{directory} is the base model itself, which its adapters need.\nName another directory.")
 
 
 @contextlib.contextmanager

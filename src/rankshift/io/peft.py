@@ -118,6 +118,12 @@ def read(
     tensors: dict[str, Tensor] = {}
     for name, group in sites.items():
         spec = spec_of(model, name)
+        why = unlike(spec.form)
+        if why:
+            raise ConfigError(
+                f"{folder} adapts {name}, a convolution with {why}, which PEFT's branch of it leaves out: here the "
+                "adapter would not compute what it was trained to.\nUse PEFT for it."
+            )
         group = _ours(group, spec, folder)
         _complete(name, group, config, folder)
         rank = ranks[name] = group["A"].shape[-2]
@@ -322,6 +328,17 @@ def _copies(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
     wanted = tuple(config["modules_to_save"] or ())
     hits = [name for name, _, parameter in walk(model) if parameter is None and wanted and name.endswith(wanted)]
     return [name for name in hits if not any(name.startswith(f"{other}.") for other in hits)]
+
+
+def unlike(form: Form) -> str | None:
+    """What of a convolution PEFT does not give to lora_A, which then computes something else; None if nothing."""
+    if not isinstance(form, ConvForm):
+        return None
+    if any(step != 1 for step, size in zip(form.dilation, form.kernel, strict=True) if size > 1):
+        return f"dilation={form.dilation}"
+    if form.padding_mode != "zeros" and any(form.padding_pairs):
+        return f"padding_mode={form.padding_mode!r}"
+    return None
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from rankshift.core.errors import UnmatchedTarget, nearest
+from rankshift.core.errors import ConfigError, UnmatchedTarget, nearest
 from rankshift.core.method import Method
-from rankshift.core.site import matches
+from rankshift.core.site import matches, prefixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,18 @@ class Full(Method):
     reversible: ClassVar[bool] = False
 
     targets: str | tuple[str, ...] = "all"
-    """What to train: "all", or names of modules or parameters, as in other methods."""
+    """What to train: "all", or names of modules or parameters, matched as in other methods. "all-linear" is no name."""
+
+    def check(self) -> None:
+        if "all-linear" in self._patterns():
+            raise ConfigError(
+                'Full(targets="all-linear"): Full takes names of modules and parameters. Use "all", or name the '
+                'layers, e.g. ("q_proj", "v_proj").'
+            )
 
     def sites(self, model: nn.Module) -> list[str]:
         names = [name for name, _ in model.named_parameters()]
-        parts = {prefix for name in names for prefix in _prefixes(name)}
+        parts = {prefix for name in names for prefix in prefixes(name)}
         for pattern in (*self._patterns(), *self.exclude):
             if not any(matches(part, pattern) for part in parts):
                 known = {part.rpartition(".")[2] for part in parts}
@@ -37,8 +44,8 @@ class Full(Method):
         return []
 
     def in_place(self, name: str, adapted: bool) -> bool:
-        named = [[matches(part, p) for part in _prefixes(name)] for p in self._patterns()]
-        out = [matches(part, p) for part in _prefixes(name) for p in self.exclude]
+        named = [[matches(part, p) for part in prefixes(name)] for p in self._patterns()]
+        out = [matches(part, p) for part in prefixes(name) for p in self.exclude]
         return (self.targets == "all" or any(map(any, named))) and not any(out)
 
     def must_learn(self, name: str) -> bool:
@@ -48,9 +55,3 @@ class Full(Method):
         if self.targets == "all":
             return ()
         return (self.targets,) if isinstance(self.targets, str) else self.targets
-
-
-def _prefixes(name: str) -> list[str]:
-    """ "a.b.weight" → ["a", "a.b", "a.b.weight"]."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -38,6 +38,8 @@ class LoRALayer(Adapter):
 
     ``form.apply`` takes the product with A as the layer takes its own (a convolution, a look-up), ``form.expand`` the
     one with B at every place. Linear layers, the bulk, run the same equation as one autograd node, ops/lora_linear.
+    With dropout, or standing on another adapter, ordinary operations compose it, and autograd keeps what those keep:
+    the dropped input and its mask where there is dropout, else x by reference; A x; and the factors as multiplied.
     """
 
     slots: ClassVar[dict[str, int]] = {"A": 0, "B": 1}
@@ -75,6 +77,9 @@ class LoRALayer(Adapter):
         y = self.add_branch(x)
         return y if self.b is None else self.form.shift(y, (self.scale * self.b).to(y.dtype))
 
+    def product(self, x: Tensor) -> Tensor:
+        return self.add_branch(x, bias=False)
+
     def add_branch(self, x: Tensor, bias: bool = True) -> Tensor:
         """W x + s·B(A x), with the base's bias or without."""
         A, B = self.factors()
@@ -85,12 +90,7 @@ class LoRALayer(Adapter):
                 x, A, B, self.scale, base.bias if bias else None, base.dense, base.packed,
                 config.forward_order, config.backward_order,
             )  # fmt: skip
-        if bias or base.bias is None:
-            y = base.linear(x)
-        elif base.storage:
-            y = form.apply(x, base.dense(*base.packed))
-        else:
-            y = form.shift(base.linear(x), -base.bias)
+        y = base.linear(x) if bias else base.product(x)
         z = form.apply(F.dropout(x, p) if p else x, A.to(y.dtype))
         return y + form.expand(z, (self.scale * B).to(y.dtype))
 
@@ -122,7 +122,7 @@ class LoRALayer(Adapter):
 
 
 class DoRALayer(LoRALayer):
-    """y = μ ⊙ (W x + s·B(A x)) / ‖W + s·BA‖_row + bias."""
+    """y = μ ⊙ (W x + s·B(A x)) / ‖W + s·BA‖_row + bias. A row of zeros has nothing to rescale and stays."""
 
     def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA):
         super().__init__(base, spec, rank, scale, config)
@@ -139,21 +139,30 @@ class DoRALayer(LoRALayer):
             return (square + ((2 * cross + B @ (A @ A.t())) * B).sum(1)).clamp_min_(0).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
+        y, bias = self.product(x), self.base.total_bias
+        return y if bias is None else self.form.shift(y, bias.to(y.dtype))
+
+    def product(self, x: Tensor) -> Tensor:
         y = self.add_branch(x, bias=False)
-        y = self.form.scale(y, (self.magnitude / self.row_norm()).to(y.dtype))
-        return y if self.base.bias is None else self.form.shift(y, self.base.bias)
+        return self.form.scale(y, _gain(self.magnitude, self.row_norm()).to(y.dtype))
 
     def delta(self, rows: slice = slice(None)) -> Tensor:
         W = self.base.rows(rows).to(self.B.dtype)
         V = W + super().delta(rows)
         norm: Tensor = torch.linalg.vector_norm(V, dim=1).detach()
-        return (self.magnitude[rows] / norm)[:, None] * V - W
+        return _gain(self.magnitude[rows], norm)[:, None] * V - W
 
     def branch(self) -> None:
         return None
 
     def low_rank(self) -> None:
         return None
+
+
+def _gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """μ / ‖V‖, (out,); 1 where the detached norm is 0, so that B can move there and no gradient is 0/0."""
+    zero = norm == 0
+    return magnitude / norm.masked_fill(zero, torch.inf) + zero
 
 
 @dataclass(frozen=True)
@@ -171,8 +180,10 @@ class Precondition:
             return
         A = shard.whole(adapter.A).to(torch.float64)
         gram = adapter.scale**2 * (A @ A.mT)
-        gradient, _ = shard.local(adapter.B.grad)
+        gradient, held = shard.local(adapter.B.grad)
         ridge = 1e-8 * gram.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(gram.shape[-1], device=gram.device)
+        if gram.dim() == 3:  # sharded along the experts: each has a gram of its own
+            gram = gram[held]
         gradient.copy_(torch.linalg.solve(gram + ridge, gradient.to(torch.float64), left=False))
 
 
@@ -206,13 +217,14 @@ class LoRA(Method):
     lr_ratio: float = 1.0
     """LoRA+: the learning rate of B is this many times lr. Its paper recommends about 16 with a smaller lr."""
     dropout: float = 0.0
-    """Probability of dropping an input of the branch while training; the base path is not touched."""
+    """Probability of dropping an input of the branch while training; the base path is not touched. No fused op then."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases trained in place: none, all of the model, or those of adapted layers."""
     lora_bias: bool = False
     """A trained bias on B."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules trained whole, as copies saved with the adapter: a new head, an embedding after adding tokens."""
+    """Modules trained whole, as copies saved with the adapter: a new head, an embedding after adding tokens. They
+    keep the base's dtype: in bf16 without an fp32 master, so small steps are lost. Load the base in fp32 and use autocast."""
     eva_ratio: float = 2.0
     """EVA's ρ: after redistribution no layer has more than ρ·rank. 1 keeps all ranks equal."""
     eva_tau: float = 0.99
@@ -248,6 +260,11 @@ class LoRA(Method):
             raise ConfigError(
                 f'LoRA(train="B", backward_order={self.backward_order!r}): that order keeps the layer\'s input, which '
                 'LoRA-FA is there to free. Use "b1s" or "b5s", or leave the order open.'
+            )
+        if self.dropout and (self.forward_order or self.backward_order):
+            raise ConfigError(
+                "LoRA.forward_order and LoRA.backward_order are orders of the fused op, and dropout composes the layer "
+                "of ordinary operations instead. Leave the orders open, or set dropout=0."
             )
         if self.dora and self.lora_bias:
             raise ConfigError("LoRA(dora=True, lora_bias=True): DoRA's equation has no bias on B. Drop one of the two.")

@@ -2,7 +2,7 @@
 
     kaiming      A ~ U(±1/√in), B = 0                        loralib's and PEFT's form of Hu et al. 2021
     gaussian     A ~ N(0, 1/r²), B = 0                       Hu et al. 2021, with PEFT's standard deviation
-    orthogonal   A = Q₁ᵀN₁, B = N₂Q₂ with Q₂Q₁ᵀ = 0          both move in the first step and B A = 0 all the same
+    orthogonal   A = Q₁N₁, B = N₂Q₂ᵀ with Q₂ᵀQ₁ = 0          both move in the first step and B A = 0 all the same
     pissa        A = √(S/s) Vᵀ, B = U √(S/s), top r of W     Meng et al. 2024, arXiv 2404.02948
     olora        A = R[:r], B = Q[:, :r] of W = QR           Büyükakyüz 2024, arXiv 2406.01775
     eva          A = top r right singular vectors of the layer's input, B = 0    Paischer et al. 2024, arXiv 2410.07170
@@ -39,7 +39,7 @@ def embedding(key: Key, out: int, into: int, rank: int) -> tuple[Tensor, Tensor]
 
 
 def orthogonal(key: Key, out: int, into: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Even and odd rows of one orthogonal r×r matrix span complementary halves of the rank space, so B A = 0."""
+    """The two halves of the columns of one orthogonal r×r matrix span complements of the rank space, so B A = 0."""
     Q = torch.linalg.qr(normal(key / "Q", (rank, rank), dtype=torch.float64))[0]
     half = rank // 2
     A = Q[:, :half] @ normal(key / "A", (half, into), 1 / math.sqrt(into), dtype=torch.float64)

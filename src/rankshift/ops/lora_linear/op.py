@@ -10,6 +10,7 @@ gradients come back in their own dtype.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -37,13 +38,14 @@ def lora_linear(
     and ``backward`` name an order of multiplication (see :mod:`.order`); None chooses the cheapest that is safe.
     """
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    castable = torch.amp.is_autocast_available(kind)  # the meta device has no autocast, and raises when asked
+    dtype = torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else x.dtype
     b, n, m, r = x.shape[:-1].numel(), A.shape[1], B.shape[0], A.shape[0]
     graph = torch.is_grad_enabled()
     needs = (graph and x.requires_grad, graph and A.requires_grad, graph and B.requires_grad)
     forward, backward = choose(b, n, m, r, dtype, *needs, forward, backward)
     cast = dtype != x.dtype or dtype != packed[0].dtype
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext():
         y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
             x.to(dtype), A, B, bias, scale, forward, backward, needs[1], needs[2], cast, dense, *packed
         )
