@@ -224,7 +224,7 @@ class LoRA(Method):
     """A trained bias on B."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole, as copies saved with the adapter: a new head, an embedding after adding tokens. They
-    keep the base's dtype: in bf16 without an fp32 master, so small steps are lost. Load the base in fp32 and use autocast."""
+    keep the base's dtype; in bf16, without fp32 masters, small steps are lost: load the base in fp32, use autocast."""
     eva_ratio: float = 2.0
     """EVA's ρ: after redistribution no layer has more than ρ·rank. 1 keeps all ranks equal."""
     eva_tau: float = 0.99

@@ -68,7 +68,8 @@ class Optimizer(torch.optim.Optimizer):
     Groups are dictionaries with "params", optional "lr", "weight_decay", "betas", "eps" and "name", in the order of
     ``transforms``. State is made on the first step, tensors only, so ``state_dict`` loads with ``weights_only=True``;
     it has the dtype that the transform gave it, also after loading. (Adam's moments have that of their parameter, as in
-    ``torch.optim.AdamW``; the tensors that a run trains are fp32 masters, in-place training of a bf16 base excepted.)
+    ``torch.optim.AdamW``; the tensors that a run trains are fp32 masters, except those that have the dtype of a bf16
+    base: what trains in place, and modules_to_save.)
     """
 
     def __init__(
