@@ -246,6 +246,25 @@ def test_what_it_says_to_type_next_works(short, here_in, monkeypatch):
     assert "lora, rank 16" in here_in("inspect", here / "served")[1]
 
 
+def test_merge_replaces_no_model_of_the_user(short, tmp_path, refused, here_in):
+    import shutil
+
+    from rankshift.train import bundled
+
+    here, _ = short
+    run = here / "runs" / "babyllama-lora-1"
+    shutil.copytree(bundled.model_path("babyllama"), tmp_path / "base")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "base").iterdir()}
+    assert "rankshift did not write" in refused("merge", run, "base", "--model", "base", cwd=tmp_path)
+    assert "rankshift did not write" in refused("merge", run, "base", cwd=tmp_path)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "base").iterdir()} == before
+    for _ in range(2):
+        assert here_in("merge", run, "out", "--model", "base", cwd=tmp_path)[0] == 0
+    shutil.copytree(tmp_path / "base", tmp_path / "signed")
+    shutil.copy(tmp_path / "out" / "rankshift-merged.json", tmp_path / "signed")
+    assert "is the base model itself" in refused("merge", run, "signed", "--model", "signed", cwd=tmp_path)
+
+
 def test_a_damaged_file_is_seen(short, tmp_path, refused):
     import shutil
 

@@ -43,6 +43,7 @@ def test_classification_trains_the_new_head_whole_and_says_so(tmp_path, tiny_ber
     assert "sequence-classification (from the columns of the data)" in screen
     assert "classifier" in screen.split("new head")[1].split("\n")[0]
     assert set(metrics["final"]) == {"loss", "accuracy", "f1", "matthews"}
+    assert metrics["per_second"] * metrics["seconds"] == pytest.approx(60 * 16, rel=0.05)  # examples, not tokens
     assert result.final["loss"] < result.base["loss"]
     resolved = yaml.safe_load((result.directory / "config.yaml").read_text())
     assert resolved["task"] == "sequence-classification"
@@ -98,6 +99,7 @@ def test_masked_lm(tmp_path, tiny_bert, shared):
     )  # fmt: skip
     assert "masked-lm (from the model's architecture)" in screen
     assert "text ← 'sentence'" in screen
+    assert metrics["per_second"] * metrics["seconds"] > 30 * 16 * 5  # tokens of all updates, of at least 5 a text
     assert metrics["final"]["loss"] < metrics["base"]["loss"]
     assert metrics["final"]["perplexity"] == pytest.approx(np.exp(metrics["final"]["loss"]))
 

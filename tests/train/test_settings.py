@@ -86,6 +86,19 @@ def test_values_that_no_run_could_have():
         config.parse({"model": "m", "data": "a", "name": "a/b"})
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes(seed):
+    with pytest.raises(ConfigError, match=rf"seed = {seed} is not in 0 … 4294967295"):
+        config.parse({"model": "m", "data": "a", "seed": seed})
+    assert config.parse({"model": "m", "data": "a", "seed": 2**32 - 1}).seed == 2**32 - 1
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), 0.0])
+def test_a_rate_that_is_no_rate(lr):
+    with pytest.raises(ConfigError, match=r"train\.lr = .* is no positive number"):
+        config.parse({"model": "m", "data": "a", "train": {"lr": lr}})
+
+
 def test_the_resolved_form_reads_back_as_itself(tmp_path):
     found = config.parse({"model": "m", "data": {"train": ["a", "b"], "labels": ["no", "yes"]}, "prompt": "ROMEO:\n"})
     found = dataclasses.replace(found, method=rs.LoRA(rank=3, modules_to_save=("score",), rank_pattern={"a": 1}))

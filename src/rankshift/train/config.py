@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -116,8 +117,9 @@ class LoopConfig:
             if value is not None and value < 1:
                 yield f"train.{name} = {value} is below 1. Set at least 1."
         for name in ("epochs", "lr"):
-            if not getattr(self, name) > 0:
-                yield f"train.{name} = {getattr(self, name):g} is not positive. Set a value above 0."
+            value = getattr(self, name)
+            if not (0 < value < math.inf):
+                yield f"train.{name} = {value:g} is no positive number. Set a finite value above 0."
         if not 0 <= self.warmup < 1:
             yield f"train.warmup = {self.warmup:g} is not a share in [0, 1). Set for example 0.05."
         if self.weight_decay < 0 or self.clip < 0:
@@ -155,6 +157,8 @@ class TrainConfig:
             yield "model is empty. Write model=PATH_OR_HUB_ID."
         if self.name is not None and not re.fullmatch(r"[\w][\w.+-]*", self.name):
             yield f"name = {self.name!r} is no plain directory name. Put the place into output= and keep name simple."
+        if not 0 <= self.seed < 2**32:
+            yield f"seed = {self.seed} is not in 0 … {2**32 - 1}. Set a seed in that range."
 
 
 def parse(values: Mapping[str, Any], where: str = "config") -> TrainConfig:

@@ -35,8 +35,7 @@ class Bar(TrainerCallback):
 
     def count(self, batch: dict[str, Any]) -> None:
         """Told of every training batch."""
-        tensor = batch["input_ids"] if "input_ids" in batch else batch["labels"]
-        self.done += tensor.numel()
+        self.done += batch["input_ids"].numel() if self.unit == "tok" else len(batch["labels"])
 
     @property
     def speed(self) -> float:

@@ -427,21 +427,19 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
         **_recompute(loop.checkpointing),
     )
     measured = job.measure
-    collate = job.examples.collate
 
-    def counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = collate(rows)
-        if job.model.training:
-            bar.count(batch)
-        return batch
+    class Counting(Trainer):
+        def training_step(self, model: nn.Module, *arguments: Any, **named: Any) -> torch.Tensor:
+            bar.count(arguments[0])
+            return super().training_step(model, *arguments, **named)
 
-    trainer = Trainer(
+    trainer = Counting(
         model=job.model,
         method=config.method,
         args=args,
         train_dataset=job.examples.train,
         eval_dataset=job.examples.validation,
-        data_collator=counted,
+        data_collator=job.examples.collate,
         processing_class=job.reader,
         calibration=_calibration(job) if validates else None,
         compute_metrics=lambda p: {f"m_{k}": v for k, v in measured.compute(p).items()},
