@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import statistics
 from collections.abc import Callable
@@ -193,6 +194,7 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "gpu": torch.cuda.get_device_name(),
             "versions": {
+                **({"peft": importlib.metadata.version("peft")} if "peft bf16" in table else {}),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "rankshift": rs.__version__,

@@ -27,6 +27,7 @@ FLOORS = {
     "train": 5,
     "serve": 5,
     "cli": 6,
+    "__main__": 7,
 }
 HEAVY = {"transformers", "accelerate", "datasets", "peft", "trl", "matplotlib", "yaml", "rich", "typer"}
 CORE_MAY = {"torch"}  # and the standard library
