@@ -42,6 +42,7 @@ def test_classification_trains_the_new_head_whole_and_says_so(tmp_path, tiny_ber
     )  # fmt: skip
     assert "sequence-classification (from the columns of the data)" in screen
     assert "classifier" in screen.split("new head")[1].split("\n")[0]
+    assert "portable" not in screen  # the head is trained whole, which no server takes
     assert set(metrics["final"]) == {"loss", "accuracy", "f1", "matthews"}
     assert metrics["per_second"] * metrics["seconds"] == pytest.approx(60 * 16, rel=0.05)  # examples, not tokens
     assert result.final["loss"] < result.base["loss"]
@@ -332,6 +333,39 @@ def test_models_that_cannot_be_used(tmp_path, tiny_llama, tiny_bert):
     for file in tiny_llama.iterdir():
         (broken / file.name).write_bytes(file.read_bytes()[: 500 if file.suffix == ".safetensors" else None])
     refuse(tmp_path, MissingFile, "weights of .* cannot be read", model=str(broken), data=str(data))
+
+
+def test_an_encoder_is_no_causal_lm(tmp_path, tiny_bert):
+    data = jsonl(tmp_path / "d.jsonl", [{"text": "hello you"}] * 30)
+    chats = jsonl(tmp_path / "c.jsonl", [{"prompt": "hello", "completion": "you"}] * 30)
+    refuse(tmp_path, ConfigError, "an encoder", model=str(tiny_bert), data=str(data), task="causal-lm")
+    refuse(tmp_path, ConfigError, "an encoder", model=str(tiny_bert), data=str(chats))
+    from transformers import AutoConfig
+
+    from rankshift.train import models
+
+    found = AutoConfig.from_pretrained(tiny_bert)
+    found.is_decoder = True
+    assert models.architecture(found, "causal-lm").__name__ == "BertLMHeadModel"
+    for kind in ("llama", "gpt2", "bart", "mamba", "t5gemma"):
+        assert not models._sees_both_ways(AutoConfig.for_model(kind)), kind
+
+
+def test_images_and_text_are_told_apart(tmp_path, tiny_bert, tiny_vit):
+    from PIL import Image
+
+    for name in ("dark", "light"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / name / f"{i}.png")
+    text = jsonl(tmp_path / "d.jsonl", [{"text": "hello you", "label": k % 2} for k in range(30)])
+    plain = jsonl(tmp_path / "p.jsonl", [{"text": "hello you"}] * 30)
+    pictures = str(tmp_path / "pictures")
+    refuse(tmp_path, ConfigError, "vit is a model of images", model=str(tiny_vit), data=str(text))
+    refuse(tmp_path, DataError, "needs a column of images", model=str(tiny_vit), data=str(plain))
+    refuse(tmp_path, ConfigError, "bert is a model of text", model=str(tiny_bert), data=pictures)
+    for task in ("masked-lm", "sequence-classification"):
+        refuse(tmp_path, DataError, "needs a column of text", model=str(tiny_bert), data=pictures, task=task)
 
 
 def test_a_target_that_matches_nothing(tmp_path, tiny_llama):

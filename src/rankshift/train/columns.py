@@ -78,9 +78,19 @@ def infer(rows: Dataset, given: Mapping[str, str], task: str | None, where: str 
                 return Columns({role: found[role] for role in used if role in found})
     wanted = " or ".join(" + ".join(roles) for name in tasks for roles in _NEEDED[name])
     missing = [role for role in _NEEDED[tasks[0]][-1] if role not in found]
+    kinds = {"image": ("image",), "label": ("text", "integer", "float"), "messages": ("list",)}
+    able = [name for name in rows.column_names if _kind(rows, name) in kinds.get(missing[0], ("text",))]
+    if able:
+        hint = f"Say which column it is, such as data.columns.{missing[0]}={able[0]}."
+    elif missing[0] == "image":
+        hint = "An image model needs a column of images, or a directory of them. For text choose another model=."
+    elif any(_kind(rows, name) == "image" for name in rows.column_names):
+        hint = "A text model needs a column of text. For images choose another model=."
+    else:
+        hint = "Give data that has such a column."
     raise DataError(
         f"{where} has the columns {', '.join(rows.column_names)}, none of which is {' or '.join(missing)} (needed: "
-        f"{wanted}). Say which column it is, such as data.columns.{missing[0]}={rows.column_names[0]}."
+        f"{wanted}). {hint}"
     )
 
 

@@ -58,7 +58,7 @@ def settings(name: str) -> Any:
 
 
 def suited(config: Any) -> Task | None:
-    """The language-model task of an architecture."""
+    """The language-model task of an architecture, or image-classification if images are all it reads."""
     from transformers.models.auto import modeling_auto as auto
 
     names = config.architectures or ()
@@ -69,7 +69,9 @@ def suited(config: Any) -> Task | None:
             return task
     if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         return "masked-lm"
-    return "causal-lm" if config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+    if config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "causal-lm"
+    return "image-classification" if config.model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES else None
 
 
 def tokenizer(name: str) -> Any:
@@ -145,18 +147,48 @@ def architecture(config: Any, task: str) -> type[nn.Module]:
     """The class that :func:`load` will make.
 
     Raises:
-        ConfigError: this architecture cannot do the task.
+        ConfigError: this architecture cannot do the task, or would see what it is to predict.
     """
     import transformers
+    from transformers.models.auto import modeling_auto as auto
 
+    kind, images = config.model_type, task == "image-classification"
+    of_images = kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    of_text = any(kind in names for names in (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ))  # fmt: skip
+    if of_images and not of_text and not images:
+        raise ConfigError(
+            f"task = {task} reads text, but {kind} is a model of images. "
+            "Give data with a column of images (data.columns.image=…) and labels, or another model=."
+        )
+    if of_text and not of_images and images:
+        raise ConfigError(
+            f"task = {task} reads images, but {kind} is a model of text. "
+            "Give data with a column of text (data.columns.text=…), or another model=."
+        )
+    if task == "causal-lm" and _sees_both_ways(config):
+        raise ConfigError(
+            f"task = causal-lm, but {kind} is an encoder: each token sees the tokens after it, so there is nothing to "
+            "predict. Set task=masked-lm, choose another model=, or set is_decoder in its config.json."
+        )
     mapping = getattr(transformers, _AUTO[task][0])._model_mapping
     try:
-        kind = mapping[type(config)]
+        found = mapping[type(config)]
     except KeyError:
         raise ConfigError(
-            f"task = {task}: transformers has no {config.model_type} for it. Choose another task= or model=."
+            f"task = {task}: transformers has no {kind} for it. Choose another task= or model=."
         ) from None
-    return kind[0] if isinstance(kind, (tuple, list)) else kind  # type: ignore[no-any-return]
+    return found[0] if isinstance(found, (tuple, list)) else found  # type: ignore[no-any-return]
+
+
+def _sees_both_ways(config: Any) -> bool:
+    """Whether attention is not masked: what can be a masked LM, and is not told to be a decoder."""
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False) or config.is_encoder_decoder
+    return config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -34,6 +35,7 @@ from rankshift.core.errors import (
     RankshiftError,
     nearest,
 )
+from rankshift.core.form import ConvForm, EmbeddingForm
 from rankshift.io.atomic import explain
 from rankshift.run import Run
 from rankshift.train import bundled, data, models, report, sources
@@ -97,6 +99,8 @@ def preflight(config: TrainConfig, resume: bool = False) -> Any:
     found = None
     with _collect(problems):
         found = models.settings(config.model)
+        if config.task is not None:
+            models.architecture(found, config.task)
     with _collect(problems):
         _check_source(config)
     if not isinstance(config.data.validation, float):
@@ -131,6 +135,7 @@ def _prepare(config: TrainConfig, console: Console, found: Any) -> Job:
             f"what to train {config.model} ({found.model_type}) for cannot be told from its config. "
             "Write task=causal-lm, masked-lm, sequence-classification, regression or image-classification."
         )
+    architecture = models.architecture(found, task)
     columns = roles.infer(rows, config.data.columns, task)
     parts = data.split(rows, config.data, config.seed)
     dtype, autocast = precision(config)
@@ -146,7 +151,6 @@ def _prepare(config: TrainConfig, console: Console, found: Any) -> Job:
         labelled = roles.select(rows, roles.Columns({"label": columns.of["label"]}), "data.train")
         classes = classes_of(labelled, config.data.labels, models.head_of(found, task))
     pad = getattr(reader, "pad_token_id", None)
-    architecture = models.architecture(found, task)
     if task == "causal-lm":
         assert length is not None
         examples = data.language(parts, columns, config.data, reader, architecture, length)
@@ -383,7 +387,7 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         words = "loss (nats per token)" if task.endswith("lm") else "loss"
         report.plot(directory / "loss.png", title, losses, points, base.get("loss"), words)
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    _finish(console, job, directory, base, final, bar, before, after, prompt, made)
+    _finish(console, job, directory, base, final, bar, before, after, prompt, made, _portable(run, directory))
     return Result(directory, base, final, seconds)
 
 
@@ -500,6 +504,17 @@ def _write(job: Job, run: Run, directory: Path) -> dict[str, str]:
     return made
 
 
+def _portable(run: Run, directory: Path) -> bool:
+    """Whether what was written for PEFT is factors of linear layers and nothing else, as servers take it."""
+    try:
+        told = json.loads((directory / PEFT / "adapter_config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    if told["modules_to_save"] or told["use_dora"] or told.get("lora_bias") or told["bias"] != "none":
+        return False
+    return not any(site.active and isinstance(site.spec.form, (ConvForm, EmbeddingForm)) for site in run.sites.values())
+
+
 def _prompt(job: Job) -> str | None:
     """What a causal model is asked to go on from."""
     if job.task != "causal-lm":
@@ -578,6 +593,7 @@ def _finish(
     after: str | None,
     prompt: str | None,
     made: dict[str, str],
+    portable: bool,
 ) -> None:
     """The last screen: before and after, what was written, what to type next."""
     from rich.panel import Panel
@@ -615,7 +631,7 @@ def _finish(
         (f"rankshift inspect {directory}", "what is in it"),
         (f"rankshift merge {directory} merged", "a plain transformers model in merged/"),
     ]
-    if job.config.method.reversible:
+    if portable:
         commands.append((f"rankshift export {directory} served --profile portable", "a LoRA that servers take"))
     commands.append(("rankshift train model=PATH_OR_HUB_ID data=FILE.jsonl", "your model, your data"))
     for command, words in commands:
