@@ -138,6 +138,21 @@ def test_errors_are_two_lines(tmp_path, refused, arguments, match):
     assert not list(tmp_path.glob("runs/*"))
 
 
+def test_only_a_close_name_is_suggested(tmp_path, refused):
+    (tmp_path / "thesis.tex").write_text("")
+    (tmp_path / "runs").mkdir()
+    for arguments in (
+        ["train", "model=babyllama", "data=missing.jsonl"], ["train", "model=./nothing", "data=tinyshakespeare"],
+        ["train", "missing.yaml"], ["train", "--resume", "absent"], ["inspect", "absent"], ["merge", "absent", "out"],
+    ):  # fmt: skip
+        text = refused(*arguments, cwd=tmp_path)
+        assert "thesis" not in text
+        assert "Known:" not in text
+        assert len(text.splitlines()) == 2, text
+    assert "Did you mean 'runs'?" in refused("inspect", "rnus", cwd=tmp_path)
+    assert refused("export", "runs", "out", "--profile", "foo", cwd=tmp_path).count("portable") == 1
+
+
 def test_several_problems_are_told_at_once(tmp_path, here_in):
     code, _, errors = here_in("train", "model=./no", "data=no.jsonl", cwd=tmp_path)
     assert code == 2

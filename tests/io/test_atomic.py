@@ -281,6 +281,15 @@ def test_no_permission(runs, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EIO])
+def test_errors_are_told_without_numbers_and_passing_names(code):
+    error = OSError(code, os.strerror(code), "/proc/.x.rankshift-partial")
+    text = str(atomic.explain(error, Path("/proc/x")))
+    assert text.startswith("/proc/x ")
+    assert "Errno" not in text
+    assert "partial" not in text
+
+
 def test_asking_before_training(runs, tmp_path):
     atomic.check(tmp_path / "a" / "b", atomic.NATIVE)
     assert not list(tmp_path.iterdir())

@@ -71,6 +71,13 @@ def test_every_token_counts_the_same_however_rows_are_cut():
     assert found["accuracy"] == 0.9
 
 
+def test_a_line_of_metrics_fits_a_terminal():
+    names = ev.measure("sequence-classification", 2).shown
+    line = f"  {'step 10000'} validation {ev.show(dict.fromkeys(names, -0.123456), names)}"
+    assert all(name in line for name in names)
+    assert len(line.replace("-", "")) <= 80
+
+
 def test_classification_loss_is_cross_entropy():
     logits = np.random.default_rng(0).standard_normal((20, 4)) * 50
     labels = np.arange(20) % 4

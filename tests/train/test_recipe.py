@@ -42,6 +42,7 @@ def test_classification_trains_the_new_head_whole_and_says_so(tmp_path, tiny_ber
     )  # fmt: skip
     assert "sequence-classification (from the columns of the data)" in screen
     assert "classifier" in screen.split("new head")[1].split("\n")[0]
+    assert "· val accuracy 0." in screen
     assert "portable" not in screen  # the head is trained whole, which no server takes
     assert set(metrics["final"]) == {"loss", "accuracy", "f1", "matthews"}
     assert metrics["per_second"] * metrics["seconds"] == pytest.approx(60 * 16, rel=0.05)  # examples, not tokens
@@ -96,7 +97,7 @@ def test_masked_lm(tmp_path, tiny_bert, shared):
     data = jsonl(tmp_path / "text.jsonl", [{"sentence": line} for line in text[:200]])
     _, screen, metrics = train(
         tmp_path, model=str(tiny_bert), data={"train": str(data), "validation": 0.2},
-        train={"steps": 30, "batch": 16, "lr": 1e-2, "eval_every": 15},
+        train={"steps": 30, "batch": 16, "lr": 1e-2, "eval_every": 1},
     )  # fmt: skip
     assert "masked-lm (from the model's architecture)" in screen
     assert "text ← 'sentence'" in screen
@@ -141,6 +142,7 @@ def test_full_fine_tuning_leaves_a_plain_model(tmp_path, tiny_llama):
         tmp_path, model=str(tiny_llama), data=str(data), method="full", train={"steps": 4, "lr": 1e-3, "batch": 4}
     )
     assert "prompt ← 'question', completion ← 'answer'" in screen
+    assert "[CLS]" not in screen.split("before")[1]
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(result.directory / "model")
@@ -149,6 +151,23 @@ def test_full_fine_tuning_leaves_a_plain_model(tmp_path, tiny_llama):
     ids = torch.tensor([[2, 7, 8, 9]])
     with torch.no_grad():
         assert torch.equal(plain.eval()(input_ids=ids).logits, run.model.eval()(input_ids=ids).logits)
+
+
+def test_no_advice_of_transformers_between_the_lines(tmp_path, tiny_llama, monkeypatch):
+    import logging
+
+    (tmp_path / "a.txt").write_text("hello how are you ? " * 50)
+    heard = []
+    logger = logging.getLogger("transformers.trainer_utils")
+    monkeypatch.setattr(logger, "handle", lambda record: heard.append(record.getMessage()))
+    logger.warning_once.cache_clear()
+    train(
+        tmp_path, model=str(tiny_llama), data={"train": str(tmp_path / "a.txt"), "max_length": 16},
+        train={"steps": 6, "save_every": 1, "eval_every": 6},
+    )  # fmt: skip
+    assert heard == []
+    logger.warning("and after it")
+    assert heard == ["and after it"]
 
 
 def test_no_validation(tmp_path, tiny_llama):

@@ -17,7 +17,9 @@ def export_run(directory: Path, out: Path, model: str | None, format: str, profi
     """Write what other programs load, and say how they load it."""
     for what, value, known in (("format", format, FORMATS), ("profile", profile, PROFILES)):
         if value not in known:
-            raise ConfigError(f"--{what} {value!r} is none of {', '.join(known)}. {nearest(value, known)}")
+            hint = nearest(value, known)
+            hint = hint if hint.startswith("Did") else f"Write --{what} {known[0]}, say."
+            raise ConfigError(f"--{what} {value!r} is none of {', '.join(known)}. {hint}")
     if out.exists() and directory.exists() and out.samefile(directory):
         raise NotWritable(f"{out} is the run itself. Name another directory to write to.")
     check(out, MODEL if format == "merged" else PEFT)  # before minutes go into loading a base

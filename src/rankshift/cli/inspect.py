@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rankshift.core.config import plain
-from rankshift.core.errors import CorruptFile, MissingFile, nearest
+from rankshift.core.errors import CorruptFile, MissingFile, beside
 from rankshift.io import checkpoint
 from rankshift.io.checkpoint import MANIFEST
 
@@ -35,8 +35,8 @@ def rows(directory: Path) -> list[tuple[str, str]]:
         MissingFile, CorruptFile: it is none of these, or a file is not what it should be.
     """
     if not directory.is_dir():
-        beside = [p.name for p in directory.parent.iterdir() if p.is_dir()] if directory.parent.is_dir() else []
-        raise MissingFile(f"There is no directory {directory}. {nearest(directory.name, beside)}".rstrip())
+        hint = beside(directory, directories=True) or "Name a directory that is there."
+        raise MissingFile(f"There is no directory {directory}. {hint}")
     if (directory / MANIFEST).is_file():
         return _native(directory)
     if (directory / PEFT_CONFIG).is_file():

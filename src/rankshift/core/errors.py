@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class RankshiftError(Exception):
@@ -116,3 +117,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
         return f"Did you mean {close[0]!r}?"
     shown = ", ".join(options[:12]) + (", …" if len(options) > 12 else "")
     return f"Known: {shown}." if options else ""
+
+
+def beside(path: Path, directories: bool = False) -> str:
+    """A hint like that of :func:`nearest` at a file or directory beside a missing one; empty if no name is close."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or not directories]
+    except OSError:
+        return ""
+    hint = nearest(path.name, names)
+    return hint if hint.startswith("Did") else ""

@@ -153,7 +153,10 @@ def explain(error: Exception, target: Path) -> NotWritable:
         return NotWritable(f"{target} cannot be made: a file is in the way.\nName another directory.")
     if code == errno.EFBIG:
         return NotWritable(f"{target} was not written: a file exceeds the size limit here.\nRaise it (ulimit -f).")
-    return NotWritable(f"{target} was not written: {error}.\nWhat was there before is untouched.")
+    if code == errno.ENOENT:
+        return NotWritable(f"{target} cannot be made: no files can be made there.\nName another directory.")
+    why = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return NotWritable(f"{target} was not written: {why}.\nWhat was there before is untouched.")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

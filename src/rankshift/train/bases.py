@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankshift.core.errors import ConfigError, MissingFile, nearest
+from rankshift.core.errors import ConfigError, MissingFile, beside
 from rankshift.io import checkpoint
 from rankshift.io.checkpoint import MANIFEST
 from rankshift.train import bundled, models, recipe
@@ -38,8 +38,8 @@ def load(directory: Path, model: str | None = None) -> Base:
         ConfigError: the directory does not say which base it stands on.
     """
     if not directory.is_dir():
-        beside = [p.name for p in directory.parent.iterdir() if p.is_dir()] if directory.parent.is_dir() else []
-        raise MissingFile(f"There is no directory {directory}. {nearest(directory.name, beside)}".rstrip())
+        hint = beside(directory, directories=True) or "Name a directory that is there."
+        raise MissingFile(f"There is no directory {directory}. {hint}")
     for run in (directory, directory.parent):
         if (run / recipe.CONFIG).is_file() and (run / recipe.ADAPTER).is_dir():
             inner = directory if run is not directory else run / recipe.ADAPTER

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from rankshift.core.config import check_keys, conform, field_docs, hints, plain
-from rankshift.core.errors import ConfigError, MissingFile, nearest
+from rankshift.core.errors import ConfigError, MissingFile, beside, nearest
 from rankshift.methods import LoRA, Method, methods
 from rankshift.train import bundled
 
@@ -229,8 +229,7 @@ def scalar(text: str) -> Any:
 
 def _yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        raise MissingFile(f"{file} is not there. {nearest(file.name, beside)}".rstrip())
+        raise MissingFile(f"{file} is not there. {beside(file) or 'Name a YAML file that is.'}")
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -142,7 +142,8 @@ def show(metrics: Mapping[str, float], names: tuple[str, ...]) -> str:
         if name == "bits_per_byte":
             parts.append(f"{value:.3f} bits per byte")
         else:
-            parts.append(f"{name} {value:.2f}" if name == "perplexity" else f"{name} {value:.4f}")
+            digits = {"perplexity": 2, "loss": 4, "mse": 4}.get(name, 3)  # four scores fit a line of 80
+            parts.append(f"{name} {value:.{digits}f}")
     return " · ".join(parts)
 
 

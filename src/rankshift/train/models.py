@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from rankshift.core.errors import ConfigError, MissingFile, nearest
+from rankshift.core.errors import ConfigError, MissingFile, beside, nearest
 from rankshift.core.method import Method
 from rankshift.train import bundled
 from rankshift.train.config import Task
@@ -41,8 +41,8 @@ def settings(name: str) -> Any:
         hint = " It is a PEFT adapter; name the model it stands on." if (path / "adapter_config.json").exists() else ""
         raise MissingFile(f"model = {name} is a directory without config.json.{hint or ' Name a transformers model.'}")
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()):
-        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise MissingFile(f"model = {name} is no directory. {nearest(path.name, beside)}".rstrip())
+        hint = beside(path, directories=True) or "Name a transformers model."
+        raise MissingFile(f"model = {name} is no directory. {hint}")
     try:
         with quiet():
             return transformers.AutoConfig.from_pretrained(str(path) if path.is_dir() else name)

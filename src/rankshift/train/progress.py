@@ -99,7 +99,8 @@ class Bar(TrainerCallback):
     ) -> None:
         found = named(metrics or {}, self.measure)
         self.checks.append((state.global_step, found))
-        self._checked = f"val {found.get(self.measure.headline, float('nan')):.3f}"
+        name = self.measure.headline
+        self._checked = f"val {'' if name == 'loss' else f'{name} '}{found.get(name, float('nan')):.3f}"
         if self._since and state.is_world_process_zero:
             where = f"step {state.global_step}".ljust(10)
             self.console.print(f"  {where} validation {show(found, self.measure.shown)}", highlight=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -33,7 +34,7 @@ from rankshift.core.errors import (
     MissingFile,
     NotWritable,
     RankshiftError,
-    nearest,
+    beside,
 )
 from rankshift.core.form import ConvForm, EmbeddingForm
 from rankshift.io.atomic import explain
@@ -304,8 +305,8 @@ def resume(directory: Path, console: Console) -> Result:
 def load_config(directory: Path) -> TrainConfig:
     """The resolved config of a run directory."""
     if not directory.is_dir():
-        beside = [p.name for p in directory.parent.iterdir() if p.is_dir()] if directory.parent.is_dir() else []
-        raise MissingFile(f"There is no directory {directory}. {nearest(directory.name, beside)}".rstrip())
+        hint = beside(directory, directories=True) or "Name a directory that is there."
+        raise MissingFile(f"There is no directory {directory}. {hint}")
     if not (directory / CONFIG).is_file():
         raise MissingFile(
             f"{directory} has no {CONFIG}, so it is no run of rankshift train. Name a directory in runs/."
@@ -349,7 +350,7 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
     if base:
         console.print(f"  {'base'.ljust(10)} validation {show(base, job.measure.shown)}", highlight=False)
     try:
-        with _no_cache(run.model):
+        with _no_cache(run.model), _no_advice():
             trainer.train(resume_from_checkpoint=True if resume else None)
     except SystemExit as stop:
         if stop.code != 130:
@@ -484,6 +485,18 @@ def _no_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = before
 
 
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Without what transformers warns of while it trains, such as checkpoints written within one second."""
+    logger = logging.getLogger("transformers.trainer_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 # ---- after -----------------------------------------------------------------------------------------------------------
 
 
@@ -614,6 +627,7 @@ def _finish(
         console.print(table)
         console.print()
     if prompt is not None and before is not None and after is not None:
+        prompt = prompt.removeprefix(job.reader.bos_token or "")
         for title, text in (("before", before), ("after", after)):
             body = Text(prompt, style="dim").append(text, style="default")
             console.print(Panel(body, title=title, title_align="left", border_style="dim"))

@@ -88,12 +88,12 @@ def plot(
 
 
 def _smooth(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The mean over about a tenth of the run around each point; at the ends, over what there is of it."""
-    half = len(values) // 20
+    """The mean of each point and those before it, over a tenth of the run; at the start, over what there is."""
+    window = max(1, len(values) // 10)
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))  # as far to the left as to the right: no lag
-    smoothed: np.ndarray[Any, Any] = (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)  # as long at the end as in the middle, or the last points would be noise
+    smoothed: np.ndarray[Any, Any] = (sums[end] - sums[start]) / (end - start)
     return smoothed
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankshift.core.errors import DataError, nearest
+from rankshift.core.errors import DataError, beside
 from rankshift.train import bundled
 
 if TYPE_CHECKING:
@@ -124,9 +124,8 @@ def _expand(name: str, where: str) -> Iterator[Path]:
                 f"the directory {name} holds no file that can be read. Known: {', '.join(_READERS)}, images."
             )
     elif not path.exists():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, beside) if beside else f"There is no directory {path.parent} either."
-        raise DataError(f"{where} = {name} is not there. {hint}")
+        hint = "Name a file that is." if path.parent.is_dir() else f"There is no directory {path.parent} either."
+        raise DataError(f"{where} = {name} is not there. {beside(path) or hint}")
     elif _suffix(path) not in _READERS:
         raise DataError(f"{name} is of no kind that can be read. Known: {', '.join(_READERS)}, also with .gz or .xz.")
     else:
@@ -153,11 +152,9 @@ def _from_hub(name: str, where: str, split: str, subset: str | None) -> Dataset:
         return datasets.load_dataset(name, subset, split=split)
     except Exception as error:
         first = str(error).split("\n")[0].rstrip(".")
-        here = [p.name for p in Path().iterdir()]
-        close = nearest(name, here) if here else ""
         raise DataError(
             f"{where} = {name!r} is no file or directory here ({Path(name).absolute()}), and as a data set of the "
-            f"Hugging Face hub it could not be loaded: {first}. {close if 'mean' in close else ''}".rstrip()
+            f"Hugging Face hub it could not be loaded: {first}. {beside(Path(name))}".rstrip()
             + " Check the path, the id, data.subset and data.split, and the connection."
         ) from error
 
