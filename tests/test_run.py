@@ -635,11 +635,11 @@ def test_blocks_do_not_mix(tmp_path):
         assert torch.equal(model(X), base)
         verbs = (run.merge, run.state_dict, lambda: run.save(tmp_path / "a"), lambda: run.export(tmp_path / "b"))
         for verb in (*verbs, lambda: run.use("default"), lambda: run.shift(rs.Full()), run.merged().__enter__):
-            with pytest.raises(rs.errors.AttachError, match="inside run.disabled"):
+            with pytest.raises(rs.errors.AttachError, match=r"inside run.disabled"):
                 verb()
     with run.merged():
         for verb in (*verbs, run.disabled().__enter__):
-            with pytest.raises(rs.errors.AttachError, match="inside run.merged"):
+            with pytest.raises(rs.errors.AttachError, match=r"inside run.merged"):
                 verb()
         assert (model(X) - trained).abs().max() <= 1e-12
     assert torch.equal(model(X), trained)

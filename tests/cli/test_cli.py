@@ -325,3 +325,18 @@ def test_ctrl_c_saves_and_resume_goes_on_to_the_same_losses(tmp_path, tiny_llama
     weights = [(tmp_path / "runs" / name / "adapter/adapter.safetensors").read_bytes() for name in ("whole", "part")]
     assert weights[0] == weights[1]
     assert "it is finished" in refused("train", "--resume", "runs/part", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "0"), ("2,3", "2"), ("", "")])
+def test_one_process_takes_one_gpu(monkeypatch, before, after):
+    from rankshift.cli import train
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "x")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before) if before is not None else monkeypatch.delenv(
+        "CUDA_VISIBLE_DEVICES"
+    )
+    with pytest.raises(rs.RankshiftError):
+        train.run(["nothing=1"], None)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # so that undoing takes away what the command set

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def run(settings: list[str], resume: Path | None) -> None:
         raise ConfigError(
             f"--resume goes on with the settings of {resume}. Leave {settings[0]!r} out, or start a new run."
         )
+    if "LOCAL_RANK" not in os.environ:  # one process uses one GPU; several are torchrun's business
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     from rankshift.train import config
 
     wanted = None if resume is not None else config.read(files[0] if files else None, overrides)

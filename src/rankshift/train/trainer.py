@@ -243,6 +243,14 @@ class Trainer(transformers.Trainer):
         with contextlib.nullcontext() if model.require_backward_grad_sync else current.no_sync():
             return super().training_step(current, *args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> transformers.trainer_utils.EvalLoopOutput:
+        """As in transformers, and a model evaluated before training is still wrapped when training begins."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if not self.is_in_train and self.args.world_size > 1:
+            # accelerate marks what it prepared, here for evaluation and bare, and would not wrap it in DDP any more
+            vars(self.run.model).pop("_is_accelerate_prepared", None)
+        return output
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs = dict(logs)

@@ -47,16 +47,17 @@ def lora_linear(
     cast = dtype != x.dtype or dtype != packed[0].dtype
     with torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext():
         y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype), A, B, bias, scale, forward, backward, needs[1], needs[2], cast, dense, *packed
+            x.reshape(-1, n).to(dtype), A, B, bias, scale, forward, backward, needs[1], needs[2], cast, dense, *packed
         )
-    return y
+    # the node knows (b, in) and (b, out) only: a view that it returned could not be changed in place, and models do
+    return y.view(*x.shape[:-1], m)
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        x: Tensor,
+        x: Tensor,  # (b, in)
         A: Tensor,
         B: Tensor,
         bias: Tensor | None,
@@ -69,33 +70,29 @@ class _LoRALinear(torch.autograd.Function):
         dense: Callable[..., Tensor],
         *packed: Tensor,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (b, in)
         W = dense(*packed)
         if cast:  # autocast: the layer computes in another dtype than it is stored in
             W = W.to(x.dtype)
             bias = None if bias is None else bias.to(x.dtype)
         sA, Bc = (scale * A).to(x.dtype), B.to(x.dtype)
         keep_z = train_b and backward in SAVES_Z
-        z = flat @ sA.t() if forward == "f1" or keep_z else None  # (b, r)
+        z = x @ sA.t() if forward == "f1" or keep_z else None  # (b, r)
         if forward == "f1":
-            y = flat @ W.t() if bias is None else torch.addmm(bias, flat, W.t())
+            y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
             assert z is not None
-            torch.addmm(y, z, Bc.t(), out=y)  # accumulates in place; addmm_ would escape torch's FlopCounterMode
+            y = _accumulate(y, z, Bc.t())
         else:
-            y = torch.nn.functional.linear(flat, torch.addmm(W, Bc, sA), bias)
+            y = torch.nn.functional.linear(x, torch.addmm(W, Bc, sA), bias)
         keep_x = train_a or (train_b and not keep_z)
-        ctx.save_for_backward(flat if keep_x else None, z if keep_z else None, A, B, *packed)
-        ctx.scale, ctx.order, ctx.dense, ctx.shape, ctx.cast = scale, backward, dense, x.shape, cast
-        # not y.view: autograd forbids in-place changes of a view that a Function returns, and models add in place
-        shaped: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], B.shape[0]])
-        return shaped
+        ctx.save_for_backward(x if keep_x else None, z if keep_z else None, A, B, *packed)
+        ctx.scale, ctx.order, ctx.dense, ctx.cast = scale, backward, dense, cast
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, z, A, B, *packed = ctx.saved_tensors
         need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
-        dY = dy.reshape(-1, dy.shape[-1])  # (b, out)
         sA, Bc = (ctx.scale * A).to(dY.dtype), B.to(dY.dtype)
         dX = dA = dB = S = None
         if ctx.order == "b4" and (need_A or need_B):
@@ -116,12 +113,18 @@ class _LoRALinear(torch.autograd.Function):
             if ctx.order in ("b1", "b1s"):
                 dX = dY @ W
                 assert S is not None
-                torch.addmm(dX, S, sA, out=dX)
+                dX = _accumulate(dX, S, sA)
             else:
                 dX = dY @ torch.addmm(W, Bc, sA)
-            dX = dX.view(ctx.shape)
         dbias = dY.sum(0) if need_bias else None
         return (dX, dA, dB, dbias, *(None,) * (len(ctx.needs_input_grad) - 4))
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right in the memory of ``total``."""
+    if torch.compiler.is_compiling():  # the compiler reuses the memory; told to write in place, it copies first
+        return torch.addmm(total, left, right)
+    return torch.addmm(total, left, right, out=total)  # addmm_ would escape torch's FlopCounterMode
 
 
 def _into(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
