@@ -38,7 +38,7 @@ def lora_linear(
     and ``backward`` name an order of multiplication (see :mod:`.order`); None chooses the cheapest that is safe.
     """
     kind = x.device.type
-    castable = torch.amp.is_autocast_available(kind)  # the meta device has no autocast, and raises when asked
+    castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
     dtype = torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else x.dtype
     b, n, m, r = x.shape[:-1].numel(), A.shape[1], B.shape[0], A.shape[0]
     graph = torch.is_grad_enabled()
