@@ -118,3 +118,16 @@ def test_ctrl_c_on_one_stops_both_at_the_same_step(tmp_path):
     answers = on_two(tmp_path, interrupted, tmp_path / "out")
     assert answers == [{"code": 130, "handler": True}] * 2
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["checkpoint-4"]
+
+
+def evaluated_first(out):
+    t = trainer(out, method=rs.LoRA(rank=2), ddp_backend="gloo", save_strategy="no", max_steps=2)
+    t.evaluate()
+    t.train()
+    return type(t.model_wrapped).__name__, tensors(t.run)
+
+
+def test_an_evaluation_before_training_does_not_keep_ddp_away(tmp_path):
+    (wrapper, one), (_, other) = on_two(tmp_path, evaluated_first, tmp_path / "out")
+    assert wrapper == "DistributedDataParallel"
+    assert same(one, other)
