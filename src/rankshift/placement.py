@@ -330,15 +330,8 @@ def weights(site: Site) -> list[Tensor]:
 
 def fold(site: Site) -> None:
     """W += Σ ΔW of the active adapters, in the adapters' dtype, rounded once; the bias likewise."""
-    acting = site.acting()
-    whole = [a.whole_delta() if any(map(shard.is_sharded, a.parameters())) else None for a in acting]
-
-    def delta(rows: slice) -> Tensor:
-        parts = [a.delta(rows) if w is None else w[..., rows, :] for a, w in zip(acting, whole, strict=True)]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-
-    biases = [b for b in (a.delta_bias() for a in acting) if b is not None]
-    site.base.add_(delta)
+    biases = [b for b in (a.delta_bias() for a in site.acting()) if b is not None]
+    site.base.add_(site.change())
     with torch.no_grad():
         for bias in biases:
             assert site.base.bias is not None

@@ -340,3 +340,20 @@ def test_one_process_takes_one_gpu(monkeypatch, before, after):
         train.run(["nothing=1"], None)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # so that undoing takes away what the command set
+
+
+def test_two_processes_train_one_run(tmp_path):
+    """torchrun on a machine without GPU: gradients are averaged, one process writes and speaks."""
+    words = ["train", "train.steps=2", "train.batch=1", "data.validation=0.001", "data.max_length=32", "name=two"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "rankshift", *words],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("2 updates in") == 1
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"]
+    assert (tmp_path / "runs" / "two" / "peft").is_dir()

@@ -29,7 +29,7 @@ def run(settings: list[str], resume: Path | None) -> None:
     wanted = None if resume is not None else config.read(files[0] if files else None, overrides)
     from rankshift.train import recipe  # after the settings, whose errors need nothing of it
 
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first one speaks
     _say(console)
     try:
         if wanted is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.base import Base, Dense, Slab
 from rankshift.core.errors import TiedWeights, UnmatchedTarget, UnsupportedLayer, nearest
@@ -78,6 +79,17 @@ class Site(nn.Module):
     def acting(self) -> list[Adapter]:
         """The active adapters, innermost first."""
         return [self[name] for name in self.active]
+
+    def change(self) -> Callable[[slice], Tensor]:
+        """Σ ΔW of the acting adapters, asked for by rows; under sharding every rank must call this."""
+        acting = self.acting()
+        whole = [a.whole_delta() if any(map(shard.is_sharded, a.parameters())) else None for a in acting]
+
+        def delta(rows: slice) -> Tensor:
+            parts = [a.delta(rows) if w is None else w[..., rows, :] for a, w in zip(acting, whole, strict=True)]
+            return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+        return delta
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.top(x)

@@ -317,12 +317,11 @@ def folded(site: Site) -> dict[str, Tensor]:
     """
     acting, form = site.acting(), site.spec.form
     weight = site.base.rows()  # (…, out, in)
-    whole = [a.whole_delta() if any(map(shard.is_sharded, a.parameters())) else None for a in acting]
+    delta = site.change()
     with torch.no_grad():
         every = slice(0, weight.shape[-2])
         for rows in blocks(every, weight.shape[-1]) if type(form) is Form else [every]:
-            parts = [a.delta(rows) if w is None else w[..., rows, :] for a, w in zip(acting, whole, strict=True)]
-            change = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+            change = delta(rows)
             here = weight[..., rows, :]
             here.copy_(here.to(torch.promote_types(here.dtype, change.dtype)) + change)
         out = {"weight": form.stored(weight).contiguous()}

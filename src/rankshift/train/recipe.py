@@ -415,7 +415,9 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
         weight_decay=loop.weight_decay,
         max_grad_norm=loop.clip,
         bf16=job.autocast,
-        use_cpu=job.autocast and not torch.cuda.is_available(),  # transformers refuses bf16 without a word for it
+        ddp_backend=None if torch.cuda.is_available() or _world() == 1 else "gloo",
+        # transformers refuses bf16 on a CPU, and several processes on one, without a word for it
+        use_cpu=(job.autocast or _world() > 1) and not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         eval_strategy="steps" if validates else "no",
         eval_steps=loop.eval_every if validates else None,
@@ -670,5 +672,5 @@ def _agreed(directory: Path) -> Path:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState()
+    PartialState(cpu=not torch.cuda.is_available())
     return Path(broadcast_object_list([str(directory)])[0])
