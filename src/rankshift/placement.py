@@ -15,7 +15,7 @@ from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.errors import AttachError, ConfigError, RankTooLarge, UnmatchedTarget, nearest
 from rankshift.core.event import Event, Needs
-from rankshift.core.method import Method
+from rankshift.core.method import Estate, Method, Shared
 from rankshift.core.random import Key
 from rankshift.core.site import (
     Replica,
@@ -44,6 +44,7 @@ class Member:
     method: Method
     ranks: dict[str, int]
     copies: tuple[str, ...]  # names of modules trained whole
+    shared: Shared | None = None  # what its sites share
 
 
 class Placement:
@@ -82,8 +83,12 @@ class Placement:
         seed: int,
         data: Iterable[Any] | None = None,
         ranks: Mapping[str, int] | None = None,
+        saved: Mapping[str, Any] | None = None,
     ) -> None:
-        """Place an adapter at its sites; with ``ranks`` its values are not filled, because they will be loaded."""
+        """Place an adapter at its sites; with ``ranks`` its values are not filled, because they will be loaded.
+
+        ``saved``: what the run that is being loaded says of what its sites share.
+        """
         model, fill = self.model, ranks is None
         refuse_sharded(model, "Placing an adapter")
         specs, copies = self.plan(method, ranks)
@@ -91,16 +96,14 @@ class Placement:
         for spec in specs:
             untie(model, spec)
         ranks = dict(ranks) if ranks is not None else {s.name: method.rank_at(s.name, found.get(s.name)) for s in specs}
-        self.members[name] = member = Member(method, {}, copies)
+        shared = method.share(specs, ranks, saved)
+        self.members[name] = member = Member(method, {}, copies, shared)
         try:
             for spec in specs:
                 site = self.sites[spec.name] = place(model, spec)
-                adapter = method.adapt(site.base, spec, ranks[spec.name])
+                adapter = self._stand(site, method, ranks[spec.name], shared)
                 if adapter is None:
                     continue
-                adapter.site = spec.name
-                adapter.trains = frozenset(leaf for leaf, p in adapter.named_parameters() if p.requires_grad)
-                adapter.train(model.training)
                 if fill and spec.device.type != "meta":
                     method.start(adapter, Key(seed) / name / spec.name, found.get(spec.name))
                 site.adapters[name] = adapter
@@ -116,11 +119,50 @@ class Placement:
             if not site.adapters:
                 self._remove(site)
 
+    def _stand(self, site: Site, method: Method, rank: int, shared: Shared | None) -> Adapter | None:
+        """A new adapter for a site, knowing where it stands and what of it trains."""
+        adapter = method.adapt(site.base, site.spec, rank, shared)
+        if adapter is not None:
+            adapter.site = site.spec.name
+            adapter.trains = frozenset(leaf for leaf, p in adapter.named_parameters() if p.requires_grad)
+            adapter.train(self.model.training)
+        return adapter
+
+    def succeed(self, name: str, method: Method, estates: Mapping[str, Estate]) -> None:
+        """Put adapters of another method in the place of one, with the values they take over. Copies stay."""
+        member = self.members[name]
+        for site_name in estates:
+            method.fit(self.sites[site_name].spec)
+        shared = method.share(
+            [self.sites[s].spec for s in estates], {site: estate.rank for site, estate in estates.items()}
+        )
+        heirs: dict[str, Adapter] = {}
+        for site_name, estate in estates.items():
+            heir = self._stand(self.sites[site_name], method, estate.rank, shared)
+            assert heir is not None
+            heirs[site_name] = heir
+            places = _saved(heir)
+            assert places.keys() == estate.tensors.keys(), (
+                f"{site_name}: {sorted(places.keys() ^ estate.tensors.keys())}"
+            )
+            for leaf, tensor in places.items():
+                shard.assign_(tensor, estate.tensors[leaf])
+        for site_name, site in list(self.sites.items()):
+            if name in site.adapters:
+                site.link(other for other in site.active if other != name)
+                del site.adapters[name]
+            if site_name in heirs:
+                site.adapters[name] = heirs[site_name]
+            if not site.adapters:
+                self._remove(site)
+        self.members[name] = Member(method, {s: e.rank for s, e in estates.items()}, member.copies, shared)
+
     def drop(self, name: str) -> None:
         """Take an adapter out of every site, and out of the model what then stands empty."""
         del self.members[name]
         for site in list(self.sites.values()):
             if name in site.adapters:
+                site.link(other for other in site.active if other != name)
                 del site.adapters[name]
             if not site.adapters:
                 self._remove(site)
@@ -137,6 +179,7 @@ class Placement:
     def strip(self) -> None:
         """Take everything off the model: plain layers, and of whole modules the one that acts."""
         for site in self.sites.values():
+            site.leave()
             remove(self.model, site)
         for name, replica in self.replicas().items():
             self._put(name, replica.top)
@@ -219,6 +262,17 @@ class Placement:
         if name not in self.members:
             raise AttachError(f"There is no adapter {name!r}. {nearest(name, self.members)}")
 
+    @contextlib.contextmanager
+    def returned(self) -> Iterator[None]:
+        """The base's own bits where acting adapters keep columns in it, for the length of a ``with`` block."""
+        for site in self.sites.values():
+            site.leave()
+        try:
+            yield
+        finally:
+            for site in self.sites.values():
+                site.enter()
+
     # ---- what is here
 
     def replicas(self) -> dict[str, Replica]:
@@ -278,7 +332,7 @@ class Placement:
         places: dict[str, Tensor] = {}
         for name in self.members:
             for site, adapter in self.adapter(name).items():
-                places.update({f"{name}/{site}.{leaf}": t for leaf, t in adapter.state_dict(keep_vars=True).items()})
+                places.update({f"{name}/{site}.{leaf}": t for leaf, t in _saved(adapter).items()})
             for site, replica in self.replicas().items():
                 if name in replica.copies:
                     state = replica.copies[name].state_dict(keep_vars=True)
@@ -346,6 +400,11 @@ def check_foldable(sites: Iterable[Site]) -> None:
                 f"{site.spec.name} has no bias to merge the adapter's bias into. Nothing was merged. Go on unmerged, "
                 "or train with lora_bias=False."
             )
+
+
+def _saved(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors of an adapter that do not follow from others."""
+    return {leaf: t for leaf, t in adapter.state_dict(keep_vars=True).items() if leaf not in adapter.derived}
 
 
 def _copies(model: nn.Module, method: Method) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.errors import AttachError, ConfigError, ExportError, WrongBase
 from rankshift.core.event import Driver
-from rankshift.core.method import Method, from_dict, to_dict
+from rankshift.core.method import Estate, Method, from_dict, to_dict
 from rankshift.core.phase import Phase
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, separate
 from rankshift.optim import Adam, Optimizer, Transform
@@ -98,9 +98,10 @@ class Run:
         data: Iterable[Any] | None = None,
         name: str = DEFAULT,
         ranks: Mapping[str, int] | None = None,
+        saved: Mapping[str, Any] | None = None,
     ) -> None:
         """The first adapter; with ``ranks`` its values are not filled, because they will be loaded."""
-        self._on.build(name, method, self.seed, data, ranks)
+        self._on.build(name, method, self.seed, data, ranks, saved)
         self._changed |= self._on.train_in_place(method)
         self._on.use(name)
         if not any(True for _ in self.trainable()):
@@ -192,10 +193,11 @@ class Run:
         Make it after the model is on its device, wrapped and sharded. Making another one releases the first.
 
         Args:
-            decay: which tensors weight decay applies to, by name; all of them by default.
+            decay: which tensors weight decay applies to, by name; by default all that the method lets decay.
             check_gradients: stop if a tensor that must learn has no gradient in the first update.
         """
         self._open()
+        self._check_total()
         owned = list(self._on.trainable())
         check_dtypes(self._on.sites)
         factors: dict[str, float] = {}
@@ -204,7 +206,8 @@ class Run:
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for name, tensor, method in owned:
             transform: Transform = method.transform(name, tensor) or Adam()
-            factor, decays = factors.get(name, 1.0), decay is None or decay(name, tensor)
+            decays = method.decays(name, tensor) and (decay is None or decay(name, tensor))
+            factor = factors.get(name, 1.0)
             group = groups.setdefault(
                 (transform, factor, decays),
                 {"params": [], "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0},
@@ -216,9 +219,19 @@ class Run:
         self._driver.refusal = ""
         return optimizer
 
+    def _check_total(self) -> None:
+        for name in self._on.active:
+            if self._on.members[name].method.needs_total and self.total_steps is None:
+                kind = type(self._on.members[name].method).__name__
+                raise ConfigError(
+                    f"{kind} as configured follows a schedule over the whole run, whose length is not known. Pass "
+                    "total_steps= to attach(), or set run.total_steps: the number of optimizer steps."
+                )
+
     def carry(self, optimizer: torch.optim.Optimizer) -> None:
         """Let any other torch optimizer over ``run.trainable()`` carry the events."""
         self._open()
+        self._check_total()
         self._driver.bind(optimizer, self.model)
         self._compare()
 
@@ -320,6 +333,7 @@ class Run:
             try:
                 for name, site in self._on.sites.items():
                     if site.active:
+                        site.leave()
                         kept[name] = site.base.changed, [shard.local(p)[0].clone() for p in weights(site)]
                         fold(site)
                         site.link(())
@@ -356,6 +370,7 @@ class Run:
             warnings.warn(f"Not active, so not merged and gone now: {', '.join(idle)}.", stacklevel=2)
         for site in self.sites.values():
             if site.active:
+                site.leave()
                 fold(site)
                 site.link(())  # folded once, whatever interrupts the rest
         self._on.strip()
@@ -379,12 +394,18 @@ class Run:
     def shift(self, method: Method, *, data: Iterable[Any] | None = None) -> Run:
         """End this phase and begin the next with another method, in mid-run. The function stays; moments start anew.
 
+        What was trained is folded into the base, unless the next method goes on with its tensors (see
+        :meth:`Method.inherit`).
+
         Make a new optimizer from the run that is returned; this one and its optimizer are closed.
         """
         self._open()
         if not isinstance(method, Method):
             raise ConfigError(f"shift needs a method such as rs.LoRA(rank=16); got {type(method).__name__}.")
         refuse_sharded(self.model, "shift()")
+        estates = self._inherited(method)
+        if estates is not None:
+            return self._succeed(method, estates)
         with self._on.bare():
             self._on.plan(method)  # what cannot begin must not end this phase
         changed = self.changed
@@ -403,6 +424,30 @@ class Run:
         run = Run(model, seed=self.seed, total_steps=self.total_steps, start=step)
         run.phases, run._changed, run._driver.skips = phases, changed, skipped
         run._begin(method, data)
+        return run
+
+    def _inherited(self, method: Method) -> Mapping[str, Estate] | None:
+        """What the next method takes over, where it takes over anything."""
+        if len(self._on.members) > 1 or not self._on.active or method.copies() != self.method.copies():
+            return None
+        if any(method.in_place(n, a) != self.method.in_place(n, a) for n, _, a in base_parameters(self.model)):
+            return None
+        return method.inherit(self.method, self.adapter(self._on.active[0]))
+
+    def _succeed(self, method: Method, estates: Mapping[str, Estate]) -> Run:
+        """The next phase with adapters that take over this one's values; the base is not touched."""
+        self._on.succeed(self._on.active[0], method, estates)
+        run = Run(self.model, seed=self.seed, total_steps=self.total_steps, start=self.step)
+        run._on, run._changed, run._frozen = self._on, self._changed, self._frozen
+        run._driver.audience, run._driver.trainable = self._on.audience, self._on.required
+        run._driver.skips = self.skipped
+        run.phases = [*self.phases[:-1], self.phases[-1].ended(self.step), Phase(to_dict(method), self.step)]
+        for _, parameter in self.trainable():
+            parameter.grad = None
+        self._driver.close()
+        self._closed = "shift()"
+        run._on.use(*run._on.active)
+        run._driver.open_window()
         return run
 
     def due(self) -> Method | None:
@@ -446,17 +491,20 @@ class Run:
         for name, tensor in self._on.added().items():
             yield name, shard.whole(tensor)
         kept = self._on.kept()
-        for name in sorted(kept, key=lambda name: name.startswith("base/")):
-            kind, _, base_name = name.partition("/")
-            if kind != "base" or base_name in changed:
-                yield name, shard.whole(kept[name])
+        with self._on.returned():
+            for name in sorted(kept, key=lambda name: name.startswith("base/")):
+                kind, _, base_name = name.partition("/")
+                if kind != "base" or base_name in changed:
+                    yield name, shard.whole(kept[name])
 
     def describe(self) -> dict[str, Any]:
         """The plain values of :meth:`state_dict`, as JSON knows them."""
         return {
             "format": 1,
             "adapters": {
-                name: {"method": to_dict(m.method), "ranks": dict(m.ranks)} for name, m in self._on.members.items()
+                name: {"method": to_dict(m.method), "ranks": dict(m.ranks)}
+                | ({} if m.shared is None else {"shared": m.shared.describe()})
+                for name, m in self._on.members.items()
             },
             "active": list(self._on.active),
             "seed": self.seed,
@@ -483,13 +531,21 @@ class Run:
             if name in mine and mine[name] != entry["ranks"]:
                 odd = sorted(set(mine[name].items()) ^ set(entry["ranks"].items()))[0]
                 raise WrongBase(f"adapter {name!r} has other layers or ranks than the one attached, e.g. {odd}.")
+            shared = self._on.members[name].shared if name in mine else None
+            if shared is not None and shared.describe() != entry.get("shared"):
+                raise WrongBase(
+                    f"adapter {name!r} was trained with {entry.get('shared')}, but {shared.describe()} is attached. "
+                    "Load it onto a fresh base with rs.load() or rs.restore()."
+                )
         if stray := self.changed - set(state["changed"]):
             raise WrongBase(f"{min(stray)} was changed since that state. Load the base anew, and the state onto it.")
         new = [name for name in wanted if name not in self._on.members]
         try:
             for name in new:
-                self._on.build(name, wanted[name], self.seed, ranks=state["adapters"][name]["ranks"])
-            self._take(state["tensors"], wanted)
+                entry = state["adapters"][name]
+                self._on.build(name, wanted[name], self.seed, ranks=entry["ranks"], saved=entry.get("shared"))
+            with self._on.returned():
+                self._take(state["tensors"], wanted)
         except BaseException:
             for name in new:
                 if name in self._on.members:
@@ -528,7 +584,8 @@ class Run:
         from rankshift.io.checkpoint import save
 
         self._open()
-        return save(self, directory)
+        with self._on.returned():
+            return save(self, directory)
 
     def export(
         self,
@@ -556,7 +613,8 @@ class Run:
             self._on.known(adapter)
         self._on.link(self._on.active if adapter is None else (adapter,))
         try:
-            return export(self, directory, format=format, profile=profile, adapter=adapter)
+            with self._on.returned():
+                return export(self, directory, format=format, profile=profile, adapter=adapter)
         finally:
             self._on.link(self._on.active)
 
@@ -595,7 +653,7 @@ def restore(model: nn.Module, state: Mapping[str, Any]) -> Run:
     separate(model, [name.removeprefix("base/") for name in state["tensors"] if name.startswith("base/")])
     run = Run(model, seed=int(state["seed"]), total_steps=state["total_steps"])
     first, entry = next(iter(state["adapters"].items()))
-    run._begin(from_dict(entry["method"]), name=first, ranks=entry["ranks"])
+    run._begin(from_dict(entry["method"]), name=first, ranks=entry["ranks"], saved=entry.get("shared"))
     try:
         run.load_state_dict(state)
     except BaseException:  # the model goes back as it came

@@ -50,7 +50,7 @@ class Faulty(LoRA):
         what = _EVENTS.get(self.fault)
         return (Do(*what) if isinstance(what, tuple) else Do(what),) if what else ()
 
-    def adapt(self, base: Base, spec: Spec, rank: int) -> Adapter:
+    def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
         kind = _LAYERS.get(self.fault, LoRALayer)
         return kind(base, spec, rank, self.scale_at(spec.name, rank), self)
 

@@ -113,10 +113,10 @@ class Pulse(LoRA):
     reversible: ClassVar[bool] = False  # it rewrites the base
 
     amplitude: float = 0.25
-    share: float = 0.5
+    portion: float = 0.5
     every: float = 2.0
 
-    def adapt(self, base: Base, spec: Spec, rank: int) -> Adapter:
+    def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
         return PulseLayer(base, spec, rank, self.scale_at(spec.name, rank), self)
 
     def start(self, adapter: Adapter, key: Key, found: Any = None) -> None:
@@ -126,7 +126,7 @@ class Pulse(LoRA):
         adapter.folds.zero_()
 
     def events(self) -> tuple[Event, ...]:
-        return (Swell(self.amplitude), Mask(self.share), Fold(self.every))
+        return (Swell(self.amplitude), Mask(self.portion), Fold(self.every))
 
 
 _REGISTRY.pop(Pulse.name)  # defining it registered it; it is no method of the library's

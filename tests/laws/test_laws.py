@@ -20,7 +20,7 @@ PULSE = (
     Case("pulse", Pulse(rank=4, alpha=8)),
     Case(
         "pulse-off",
-        Pulse(rank=4, alpha=8, amplitude=0.0, share=0.0, every=float("inf")),
+        Pulse(rank=4, alpha=8, amplitude=0.0, portion=0.0, every=float("inf")),
         off=LoRA(rank=4, alpha=8),
     ),
 )

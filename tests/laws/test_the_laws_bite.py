@@ -80,7 +80,7 @@ def test_an_event_that_folds_and_forgets_is_found() -> None:
 
 def test_a_dose_that_is_not_zero_is_found() -> None:
     parent = LoRA(rank=4, alpha=8)
-    silent: dict[str, Any] = {"amplitude": 0.0, "share": 0.0, "every": float("inf")}
+    silent: dict[str, Any] = {"amplitude": 0.0, "portion": 0.0, "every": float("inf")}
     assert verdict(laws.off, FaultyPulse(**silent), "one", parent) == ""
     assert "differ" in verdict(laws.off, FaultyPulse(**silent, residue=1.0), "one", parent)
 

@@ -29,6 +29,8 @@ class Adapter(Base):
     """Parameters that train while the adapter is active, set when it is placed."""
     silent: frozenset[str] = frozenset()
     """Parameters whose gradient is exactly zero in the first update because another starts at zero."""
+    derived: frozenset[str] = frozenset()
+    """Tensors that follow from the base and the others: never saved, made anew by :meth:`enter`."""
 
     def __init__(self, base: Base):
         super().__init__()
@@ -40,6 +42,12 @@ class Adapter(Base):
         self.form, self.out_features, self.in_features = base.form, base.out_features, base.in_features
 
     base: Base
+
+    def enter(self) -> None:
+        """Begin to act, linked and with values: what must then stand in the base is put there. May be repeated."""
+
+    def leave(self) -> None:
+        """Give back to the base what :meth:`enter` took, bit for bit; ``forward`` goes on to hold. May be repeated."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

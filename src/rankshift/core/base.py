@@ -6,15 +6,26 @@ Dense, the format the model came in, is here; other formats are one file each in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rankshift.core import shard
-from rankshift.core.form import Form
+from rankshift.core.form import EmbeddingForm, Form, TransposedForm
 
 _BLOCK = 1 << 24  # elements of fp32 scratch per block when a delta is added
+
+
+class Tenant(Protocol):
+    """An adapter whose columns stand in the stored weight while it acts."""
+
+    columns: Tensor  # (k,) sorted indices
+    origin: Tensor  # (out, k) what stood there before
+
+    def enter(self) -> None: ...
+
+    def leave(self) -> None: ...
 
 
 class Base(nn.Module):
@@ -37,6 +48,8 @@ class Base(nn.Module):
     bias: Tensor | None  # (out,)
     changed: bool = False
     """True once ``add_`` was called: the weight no longer is what it came as, so a run must save it."""
+    tenant: Tenant | None = None
+    """Whose columns stand in the stored weight now. ``rows`` and ``add_`` mean the weight without them."""
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
@@ -82,10 +95,24 @@ class Base(nn.Module):
     def add_(self, delta: Callable[[slice], Tensor]) -> None:
         """W += delta. Asks ``delta`` for fp32 (or wider) rows of the part held here, block by block; rounds once."""
         self.changed = True
+        tenant = self.tenant
+        if tenant is not None:
+            tenant.leave()
         self._add(delta)
+        if tenant is not None:
+            tenant.enter()
 
     def _add(self, delta: Callable[[slice], Tensor]) -> None:
         """What :meth:`add_` does, in this storage."""
+        raise NotImplementedError
+
+    def columns(self, at: Tensor, rows: slice) -> Tensor:
+        """A copy of rows of the stored columns ``at``, (rows, k). Under sharding every rank must call this."""
+        raise NotImplementedError
+
+    def put_(self, at: Tensor, values: Callable[[slice], Tensor]) -> None:
+        """Write the columns ``at``: asks for the rows held here, (rows, k), and rounds once. Marks nothing as changed:
+        who writes keeps what stood there and puts it back."""
         raise NotImplementedError
 
     def restore(self) -> nn.Module:
@@ -127,7 +154,34 @@ class Dense(Base):
         return self.form.apply(x, self.form.matrix(self.weight), self.bias)
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
-        return self.form.matrix(shard.whole(self.weight))[..., rows, :].clone()
+        weight = self.form.matrix(shard.whole(self.weight))[..., rows, :].clone()
+        if self.tenant is not None:
+            weight[:, self.tenant.columns] = shard.whole(self.tenant.origin)[rows]
+        return weight
+
+    def columns(self, at: Tensor, rows: slice) -> Tensor:
+        part, held = shard.local(self.weight)
+        if held == rows and self._out_first:  # no other rank is needed
+            return self.form.matrix(part)[:, at]
+        return self.form.matrix(shard.whole(self.weight))[rows][:, at]
+
+    @torch.no_grad()
+    def put_(self, at: Tensor, values: Callable[[slice], Tensor]) -> None:
+        part, held = shard.local(self.weight)
+        if self._out_first:
+            matrix = self.form.matrix(part)
+            matrix.index_copy_(1, at, values(held).to(matrix.dtype))
+            if matrix.untyped_storage().data_ptr() != part.untyped_storage().data_ptr():
+                part.copy_(self.form.stored(matrix))  # channels_last has no (out, in) view
+        else:
+            mine = (at >= held.start) & (at < held.stop)  # the part held is some of the columns
+            every = values(slice(0, self.out_features))
+            part.index_copy_(0, at[mine] - held.start, every[:, mine].t().to(part.dtype))
+
+    @property
+    def _out_first(self) -> bool:
+        """Whether axis 0, along which weights are sharded, is that of the outputs."""
+        return not isinstance(self.form, (TransposedForm, EmbeddingForm))
 
     def _add(self, delta: Callable[[slice], Tensor]) -> None:
         part, held = shard.local(self.weight)

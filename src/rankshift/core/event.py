@@ -57,6 +57,12 @@ class Tick:
         """The optimizer's state of one parameter; empty before its first update."""
         return {} if self.optimizer is None else self.optimizer.state.get(parameter, {})
 
+    def lr(self, parameter: Tensor) -> float:
+        """The learning rate of one parameter in this update; 0 if no optimizer holds it."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        found = (float(group["lr"]) for group in groups if any(p is parameter for p in group["params"]))
+        return next(found, 0.0)
+
 
 class Event(Protocol):
     """One change, at one moment, on one adapter at a time."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from torch import nn
 
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _REGISTRY: dict[str, type[Method]] = {}
+
+
+class Shared(Protocol):
+    """What the sites of one adapter share."""
+
+    def describe(self) -> dict[str, Any]:
+        """The plain values, as JSON knows them, from which it can be made again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Estate:
+    """What one site's adapter of the next phase takes over."""
+
+    rank: int
+    tensors: Mapping[str, Tensor]  # by name in the new adapter, whole; every tensor of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +61,9 @@ class Method:
     """Names, as in targets, of layers to leave alone."""
     tied: Literal["refuse", "untie"] = "refuse"
     """What to do where a target's weight is shared with another module: refuse, or give it a copy of its own."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole, as copies saved with the adapter: a new head, an embedding after adding tokens. They
+    keep the base's dtype; in bf16, without fp32 masters, small steps are lost: load the base in fp32, use autocast."""
 
     def __init_subclass__(cls) -> None:
         if cls.__dict__.get("name"):  # an inherited name is another method's
@@ -80,7 +99,20 @@ class Method:
         """The rank at a site, the one integer from which its shapes follow; 0 if the method has none."""
         return 0
 
-    def adapt(self, base: Base, spec: Spec, rank: int) -> Adapter | None:
+    def share(
+        self, specs: Sequence[Spec], ranks: Mapping[str, int], saved: Mapping[str, Any] | None = None
+    ) -> Shared | None:
+        """What all sites of one adapter share, made before the first of them and handed to :meth:`adapt`.
+
+        Args:
+            saved: what :meth:`Shared.describe` said in the run that is to be loaded.
+
+        Raises:
+            WrongBase: it cannot be made again as it was.
+        """
+        return None
+
+    def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter | None:
         """The adapter to stand at one site, allocated and not yet filled; None to leave the layer as it is."""
         return None
 
@@ -88,8 +120,8 @@ class Method:
         """Fill a new adapter with its initial values. Not called when values are loaded."""
 
     def copies(self) -> tuple[str, ...]:
-        """Patterns of modules trained whole, as copies (``modules_to_save``)."""
-        return ()
+        """Patterns of modules trained whole, as copies."""
+        return self.modules_to_save
 
     def in_place(self, name: str, adapted: bool) -> bool:
         """Whether this parameter of the model is trained where it is. ``adapted``: it belongs to a site's base."""
@@ -98,6 +130,10 @@ class Method:
     def learning_rates(self, names: Sequence[str]) -> dict[str, float]:
         """Factors on lr by the name of a trainable tensor; 1 where none is given."""
         return {}
+
+    def decays(self, name: str, tensor: Tensor) -> bool:
+        """Whether weight decay may apply to a trainable tensor."""
+        return True
 
     def transform(self, name: str, tensor: Tensor) -> Any:
         """The optimizer transform of one trainable tensor; None for AdamW."""
@@ -111,8 +147,23 @@ class Method:
         """What changes between steps."""
         return ()
 
+    @property
+    def needs_total(self) -> bool:
+        """Whether a schedule of this method needs the number of updates of the whole run."""
+        return False
+
     def then(self, run: Any) -> Method | None:
         """The next phase, when it is due."""
+        return None
+
+    def inherit(self, before: Method, adapters: Mapping[str, Adapter]) -> Mapping[str, Estate] | None:
+        """Asked when a run shifts here: what is taken over from the adapters of ``before``, by site; sites not named
+        become plain layers. None: ``before`` is folded into the base, and this method starts."""
+        return None
+
+    def phase_end(self, start: int, total: int | None) -> int | None:
+        """The update at which a phase of this method ends that began at ``start``, if it has a learning-rate schedule
+        of its own up to there; None if the run's goes on."""
         return None
 
     # ---- as data

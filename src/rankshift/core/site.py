@@ -61,6 +61,7 @@ class Site(nn.Module):
 
     def link(self, active: Iterable[str]) -> None:
         """Make these adapters (those of them that stand here) act, their sum in the order given."""
+        self.leave()
         self.active = tuple(name for name in active if name in self.adapters)
         top: Base = self.base
         for name in self.active:
@@ -68,6 +69,17 @@ class Site(nn.Module):
             adapter.stand_on(top)
             top = adapter
         self.__dict__["top"] = top
+        self.enter()
+
+    def enter(self) -> None:
+        """Let the acting adapters put into the base what they keep there."""
+        for adapter in self.acting():
+            adapter.enter()
+
+    def leave(self) -> None:
+        """Let the acting adapters give back what they keep in the base; the function stays."""
+        for adapter in self.acting():
+            adapter.leave()
 
     top: Base
 

@@ -31,6 +31,8 @@ class Full(Method):
                 'Full(targets="all-linear"): Full takes names of modules and parameters. Use "all", or name the '
                 'layers, e.g. ("q_proj", "v_proj").'
             )
+        if self.modules_to_save:
+            raise ConfigError("Full trains modules where they are, without copies. Name them in targets instead.")
 
     def sites(self, model: nn.Module) -> list[str]:
         names = [name for name, _ in model.named_parameters()]

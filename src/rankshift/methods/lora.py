@@ -222,9 +222,6 @@ class LoRA(Method):
     """Biases trained in place: none, all of the model, or those of adapted layers."""
     lora_bias: bool = False
     """A trained bias on B."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules trained whole, as copies saved with the adapter: a new head, an embedding after adding tokens. They
-    keep the base's dtype; in bf16, without fp32 masters, small steps are lost: load the base in fp32, use autocast."""
     eva_ratio: float = 2.0
     """EVA's ρ: after redistribution no layer has more than ρ·rank. 1 keeps all ranks equal."""
     eva_tau: float = 0.99
@@ -309,7 +306,7 @@ class LoRA(Method):
                 f'Lower rank, set rank_pattern for it, or exclude "{spec.name.rpartition(".")[2]}".'
             )
 
-    def adapt(self, base: Base, spec: Spec, rank: int) -> Adapter:
+    def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
         layer = DoRALayer if self.dora else LoRALayer
         return layer(base, spec, rank, self.scale_at(spec.name, rank), self)
 
@@ -348,9 +345,6 @@ class LoRA(Method):
             return {}
         ranks = {spec.name: self.rank_at(spec.name) for spec in specs}
         return dict(lora_eva.survey(model, specs, ranks, data, self.eva_ratio, self.eva_tau, self.eva_tokens))
-
-    def copies(self) -> tuple[str, ...]:
-        return self.modules_to_save
 
     def in_place(self, name: str, adapted: bool) -> bool:
         leaf = name.rpartition(".")[2]

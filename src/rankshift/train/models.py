@@ -270,23 +270,14 @@ def _modules_of(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
 
 
 def train_whole(method: Method, fresh: tuple[str, ...]) -> Method:
-    """The method with these modules trained whole, since what they hold is random.
-
-    Raises:
-        ConfigError: the method has no field for that.
-    """
+    """The method with these modules trained whole, since what they hold is random."""
     import dataclasses
 
     if not fresh or not method.reversible:  # what trains in place trains the head too
         return method
-    if "modules_to_save" not in {f.name for f in dataclasses.fields(method)}:
-        raise ConfigError(
-            f"{', '.join(fresh)} of the model is new and must be trained whole, which {method.name} cannot. "
-            "Use a model that brings a trained head, or method=lora."
-        )
-    have = method.modules_to_save  # type: ignore[attr-defined]
+    have = method.modules_to_save
     more = tuple(name for name in fresh if name not in have)
-    return dataclasses.replace(method, modules_to_save=(*have, *more))  # type: ignore[call-arg]
+    return dataclasses.replace(method, modules_to_save=(*have, *more))
 
 
 @contextlib.contextmanager

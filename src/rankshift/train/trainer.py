@@ -185,6 +185,18 @@ class Trainer(transformers.Trainer):
             )
         return self.optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """transformers' schedule over the whole training, or over this phase where the method wants one for itself."""
+        end = self._phase_end()
+        return super().create_scheduler(
+            num_training_steps if end is None else max(1, end - self.run.phases[-1].start), optimizer
+        )
+
+    def _phase_end(self) -> int | None:
+        return self.run.method.phase_end(self.run.phases[-1].start, self.run.total_steps)
+
     def _decays(self) -> Callable[[str, Tensor], bool]:
         """transformers' rule by name for the model's own tensors; of an adapter, matrices decay and vectors do not."""
         model = self.run.model
@@ -305,13 +317,15 @@ class Trainer(transformers.Trainer):
         self.optimizer = self.lr_scheduler = None
         self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
         self.create_scheduler(num_training_steps=self.state.max_steps)
-        _advance(self.lr_scheduler, taken)
+        own = self._phase_end() is not None
+        if not own:
+            _advance(self.lr_scheduler, taken)
         for name in ("optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self._counted = False
         _log.warning(
-            "Step %d: %s ends, %s begins. The moments of the optimizer start anew; the schedule goes on.",
-            self.run.step, before, method.name,
+            "Step %d: %s ends, %s begins. The moments of the optimizer start anew; the schedule %s.",
+            self.run.step, before, method.name, "does too" if own else "goes on",
         )  # fmt: skip
 
     # ---- checkpoints
