@@ -22,6 +22,7 @@ import rankshift as rs
 from laws.cases import Case
 from laws.pulse import registered
 from laws.world import (
+    TOTAL,
     Engine,
     Session,
     batch,
@@ -206,7 +207,7 @@ def quiet(case: Case, engine: Engine) -> None:
     plain = evaluate(model)
     names = {name for name, _ in model.named_parameters()}
     with same_generators("attach"):
-        run = rs.attach(model, case.method)
+        run = rs.attach(model, case.method, total_steps=TOTAL)
     assert {name for name, _, _ in base_parameters(model)} == names, "attach renamed parameters of the model"
     session = Session(engine, run, noisy=case.noisy)
     start, parameters = bits(run), census(session.model)
@@ -303,7 +304,7 @@ def identity(case: Case, engine: Engine) -> None:
     assert case.identity is not None
     model = tiny(F64)
     plain = evaluate(model)
-    rs.attach(model, case.method)
+    rs.attach(model, case.method, total_steps=TOTAL)
     moved = gap(evaluate(model), plain)
     assert moved <= case.identity, f"attaching changes the function by {moved:.3g}"
 
@@ -341,7 +342,7 @@ def delta(case: Case, engine: Engine) -> None:
         model = nn.ModuleDict({"layer": layer.to(F64)})
         weight, bias = layer.weight.detach().clone(), getattr(layer, "bias", None)
         try:
-            run = rs.attach(model, method)
+            run = rs.attach(model, method, total_steps=TOTAL)
         except rs.errors.UnsupportedLayer:
             continue
         tried += 1
@@ -400,7 +401,7 @@ def memory(case: Case, engine: Engine) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model, x = nn.ModuleDict({"layer": nn.Linear(into, out)}), torch.randn(tokens, into)
-    run = rs.attach(model, replace(case.method, targets=("layer",)))
+    run = rs.attach(model, replace(case.method, targets=("layer",)), total_steps=TOTAL)
     r = sum(a.rank for a in run.adapter().values())
     x.requires_grad_(True)  # as in a network: the layer below wants its gradient
     mine = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -25,6 +25,7 @@ from rankshift.core.method import Method
 
 Engine = Literal["one", "ddp", "fsdp2"]
 VOCAB, WIDTH, HIDDEN, BATCH, LENGTH = 13, 12, 18, 4, 5
+TOTAL = 4  # updates that every run says it will take, for methods with a schedule; laws take so many or fewer
 
 
 class Block(nn.Module):
@@ -216,11 +217,12 @@ def begin(
     dtype: torch.dtype = torch.float32,
     base_seed: int = 0,
     blocks: int = 1,
+    total: int = TOTAL,
     **options: Any,
 ) -> Session:
     """A new session: model, attach, wrap, optimizer."""
     scramble()
-    return Session(engine, rs.attach(tiny(dtype, base_seed, blocks), method), **options)
+    return Session(engine, rs.attach(tiny(dtype, base_seed, blocks), method, total_steps=total), **options)
 
 
 def evaluate(model: nn.Module) -> Tensor:
