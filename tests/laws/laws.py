@@ -309,8 +309,31 @@ def identity(case: Case, engine: Engine) -> None:
     assert moved <= case.identity, f"attaching changes the function by {moved:.3g}"
 
 
+class Experts(nn.Module):
+    """Fused experts: one stack of matrices that the module multiplies by itself, here stored (experts, in, out)."""
+
+    is_transposed = True
+
+    def __init__(self, experts: int, into: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, into, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.weight)
+
+
+KINDS = {  # of layers, by the name that a table gives them
+    "linear": "Linear",
+    "transposed": "Conv1D",
+    "conv1d": "Conv",
+    "conv2d": "Conv",
+    "embedding": "Embedding",
+    "experts": "experts",
+}
+
+
 def _layers() -> dict[str, tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]]:
-    """A layer of each kind: (layer, input, how an (out, in) matrix is stored in its weight)."""
+    """A layer of each kind, 12 → 8: (layer, input, how an (out, in) matrix is stored in its weight)."""
     from transformers.pytorch_utils import Conv1D
 
     generator = torch.Generator().manual_seed(5)
@@ -320,37 +343,43 @@ def _layers() -> dict[str, tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]]
 
     with torch.random.fork_rng():
         torch.manual_seed(6)
-        table = nn.Embedding(11, 7)
+        table = nn.Embedding(12, 8)
         return {
-            "linear": (nn.Linear(9, 7), noise(3, 5, 9), lambda M: M),
-            "transposed": (Conv1D(7, 9), noise(3, 9), lambda M: M.T),
-            "conv1d": (nn.Conv1d(3, 7, 3, padding=1), noise(2, 3, 8), lambda M: M.reshape(7, 3, 3)),
-            "conv2d": (nn.Conv2d(3, 7, (2, 3), stride=2), noise(2, 3, 6, 7), lambda M: M.reshape(7, 3, 2, 3)),
+            "linear": (nn.Linear(12, 8), noise(3, 5, 12), lambda M: M),
+            "transposed": (Conv1D(8, 12), noise(3, 12), lambda M: M.T),
+            "conv1d": (nn.Conv1d(4, 8, 3, padding=1), noise(2, 4, 8), lambda M: M.reshape(8, 4, 3)),
+            "conv2d": (nn.Conv2d(2, 8, (2, 3), stride=2), noise(2, 2, 6, 7), lambda M: M.reshape(8, 2, 2, 3)),
             "embedding": (table, torch.tensor([[1, 4, 4, 10]]), lambda M: M.T),
+            "experts": (Experts(3, 12, 8), noise(3, 4, 12), lambda M: M.mT),
         }
 
 
-def delta(case: Case, engine: Engine) -> None:
-    """forward = the layer with the dense W + ΔW in place of its weight; low_rank() = ΔW; at every kind of layer."""
-    from dataclasses import fields, replace
+def delta(case: Case, engine: Engine) -> dict[str, str]:
+    """forward = the layer with the dense W + ΔW in place of its weight; low_rank() = ΔW; at every kind of layer.
 
-    names = {f.name for f in fields(case.method)}
-    # no restriction to layers of the model that the laws train
-    method = replace(case.method, targets=("layer",), **({"modules_to_save": ()} if "modules_to_save" in names else {}))
-    tried = 0
+    Kinds that the method refuses come back with its reason.
+    """
+    from dataclasses import replace
+
+    refused: dict[str, str] = {}
     for kind, (layer, x, stored) in _layers().items():
+        where = "layer.weight" if kind == "experts" else "layer"
+        # no restriction to layers of the model that the laws train
+        method = replace(case.method, targets=(where,), modules_to_save=())
         model = nn.ModuleDict({"layer": layer.to(F64)})
         weight, bias = layer.weight.detach().clone(), getattr(layer, "bias", None)
         try:
             run = rs.attach(model, method, total_steps=TOTAL)
-        except rs.errors.UnsupportedLayer:
+        except rs.errors.UnsupportedLayer as error:
+            refused.setdefault(KINDS[kind], str(error))
+            assert model["layer"] is layer, f"{kind}: refused, and yet replaced"
             continue
-        tried += 1
         model.eval()
         sites = run.adapter()
         if not sites:  # the method adapts no layer: it trains the weight itself
+            assert layer.weight.requires_grad, f"{kind}: nothing trains"
             continue
-        adapter = sites["layer"]
+        adapter = sites[where]
         generator = torch.Generator().manual_seed(8)
         with torch.no_grad():
             for parameter in adapter.parameters():
@@ -362,14 +391,15 @@ def delta(case: Case, engine: Engine) -> None:
                 oracle.bias.copy_(bias if shift is None else bias + shift)
             assert gap(got, oracle(x)) < 1e-12, f"{kind}: forward is not W + ΔW, off by {gap(got, oracle(x)):.3g}"
             assert change.abs().max() > 1e-3, f"{kind}: the test moved nothing"
-            part = adapter.delta(slice(2, 5))
-            assert torch.equal(part, change[2:5]) or gap(part, change[2:5]) < 1e-14, f"{kind}: rows of ΔW"
+            part, whole = adapter.delta(slice(2, 5)), change[..., 2:5, :]
+            assert torch.equal(part, whole) or gap(part, whole) < 1e-14, f"{kind}: rows of ΔW"
             factors = adapter.low_rank()
             if factors is not None:
                 assert gap(factors[1] @ factors[0], change) < 1e-13, f"{kind}: low_rank() is not ΔW"
             run.merge()
             assert gap(model["layer"](x), got) < 1e-12, f"{kind}: merge() is not forward"
-    assert tried, "the method serves no kind of layer"
+    assert "Linear" not in refused, f"the method does not serve a Linear layer: {refused['Linear']}"
+    return refused
 
 
 def _plain_layer(kind: str) -> Any:
