@@ -726,3 +726,10 @@ def test_skipped_updates_are_part_of_the_state():
     assert again.skipped == 1
     again.optimizer(lr=0.1)
     assert again.skipped == 1
+
+
+@pytest.mark.parametrize("method", [rs.LoRA(rank=2), rs.Full()], ids=lambda m: m.name)
+def test_the_learning_rate_is_the_methods_own_unless_one_is_given(method):
+    run = rs.attach(nn.Sequential(nn.Linear(4, 4)), method)
+    assert run.optimizer().param_groups[0]["lr"] == {"lora": 2e-4, "full": 2e-5}[method.name]
+    assert run.optimizer(lr=1e-3).param_groups[0]["lr"] == 1e-3

@@ -180,7 +180,7 @@ class Run:
 
     def optimizer(
         self,
-        lr: float = 2e-4,
+        lr: float | None = None,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -193,11 +193,13 @@ class Run:
         Make it after the model is on its device, wrapped and sharded. Making another one releases the first.
 
         Args:
+            lr: peak learning rate; by default the one that the method's paper recommends, ``run.method.default_lr``.
             decay: which tensors weight decay applies to, by name; by default all that the method lets decay.
             check_gradients: stop if a tensor that must learn has no gradient in the first update.
         """
         self._open()
         self._check_total()
+        lr = self.method.default_lr if lr is None else lr
         owned = list(self._on.trainable())
         check_dtypes(self._on.sites)
         factors: dict[str, float] = {}

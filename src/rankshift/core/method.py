@@ -53,6 +53,8 @@ class Method:
     """Trainable parameters of one (out, in) layer, as a formula."""
     reversible: ClassVar[bool] = True
     """False if the method trains the base itself, so that there is nothing to disable."""
+    default_lr: ClassVar[float] = 2e-4
+    """Peak learning rate where none is given: what the paper, or today's habit, recommends."""
 
     targets: str | tuple[str, ...] = "all-linear"
     """Layers to adapt: "all-linear" (every linear layer of the body, no head, no router), a name or a list of names,

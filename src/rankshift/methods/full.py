@@ -21,6 +21,7 @@ class Full(Method):
     summary: ClassVar[str] = "every weight, in place, with AdamW"
     formula: ClassVar[str] = "out·in"
     reversible: ClassVar[bool] = False
+    default_lr: ClassVar[float] = 2e-5
 
     targets: str | tuple[str, ...] = "all"
     """What to train: "all", or names of modules or parameters, matched as in other methods. "all-linear" is no name."""

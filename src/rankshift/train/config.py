@@ -91,8 +91,8 @@ class LoopConfig:
     """Examples (or packed blocks) of one forward, on each device."""
     accumulate: int = 1
     """Forwards of one update."""
-    lr: float = 2e-4
-    """Peak learning rate. 2e-4 is usual for LoRA; full fine-tuning wants about a tenth of it."""
+    lr: float | None = None
+    """Peak learning rate. None: what the method's paper recommends (rankshift methods NAME), 2e-4 for LoRA."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up: down to 0 along a cosine or a line, or constant."""
     warmup: float = 0.05
@@ -118,7 +118,7 @@ class LoopConfig:
                 yield f"train.{name} = {value} is below 1. Set at least 1."
         for name in ("epochs", "lr"):
             value = getattr(self, name)
-            if not (0 < value < math.inf):
+            if value is not None and not (0 < value < math.inf):
                 yield f"train.{name} = {value:g} is no positive number. Set a finite value above 0."
         if not 0 <= self.warmup < 1:
             yield f"train.warmup = {self.warmup:g} is not a share in [0, 1). Set for example 0.05."

@@ -409,7 +409,7 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
         per_device_train_batch_size=loop.batch,
         per_device_eval_batch_size=loop.batch * 2,
         gradient_accumulation_steps=loop.accumulate,
-        learning_rate=loop.lr,
+        learning_rate=config.method.default_lr if loop.lr is None else loop.lr,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(loop.schedule, loop.schedule),
         warmup_steps=math.ceil(loop.warmup * loop.steps),
         weight_decay=loop.weight_decay,
