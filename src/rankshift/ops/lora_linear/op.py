@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankshift.ops.lora_linear.order import SAVES_Z, Backward, Forward, choose
+from rankshift.ops.products import accumulate, into
 
 
 def lora_linear(
@@ -80,7 +81,7 @@ class _LoRALinear(torch.autograd.Function):
         if forward == "f1":
             y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
             assert z is not None
-            y = _accumulate(y, z, Bc.t())
+            y = accumulate(y, z, Bc.t())
         else:
             y = torch.nn.functional.linear(x, torch.addmm(W, Bc, sA), bias)
         keep_x = train_a or (train_b and not keep_z)
@@ -97,40 +98,24 @@ class _LoRALinear(torch.autograd.Function):
         dX = dA = dB = S = None
         if ctx.order == "b4" and (need_A or need_B):
             G = dY.t() @ x  # (out, in)
-            dA = ctx.scale * _into(Bc.t(), G, A.dtype) if need_A else None
-            dB = _into(G, sA.t(), B.dtype) if need_B else None
+            dA = ctx.scale * into(Bc.t(), G, A.dtype) if need_A else None
+            dB = into(G, sA.t(), B.dtype) if need_B else None
         else:
             if need_A or (need_x and ctx.order in ("b1", "b1s")):
                 S = dY @ Bc  # (b, r)
             if need_A:
                 assert S is not None
-                dA = ctx.scale * _into(S.t(), x, A.dtype)
+                dA = ctx.scale * into(S.t(), x, A.dtype)
             if need_B:
-                dB = _into(dY.t(), x @ sA.t() if z is None else z, B.dtype)
+                dB = into(dY.t(), x @ sA.t() if z is None else z, B.dtype)
         if need_x:
             W = ctx.dense(*packed)
             W = W.to(dY.dtype) if ctx.cast else W
             if ctx.order in ("b1", "b1s"):
                 dX = dY @ W
                 assert S is not None
-                dX = _accumulate(dX, S, sA)
+                dX = accumulate(dX, S, sA)
             else:
                 dX = dY @ torch.addmm(W, Bc, sA)
         dbias = dY.sum(0) if need_bias else None
         return (dX, dA, dB, dbias, *(None,) * (len(ctx.needs_input_grad) - 4))
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right in the memory of ``total``."""
-    if torch.compiler.is_compiling():  # the compiler reuses the memory; told to write in place, it copies first
-        return torch.addmm(total, left, right)
-    return torch.addmm(total, left, right, out=total)  # addmm_ would escape torch's FlopCounterMode
-
-
-def _into(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right, accumulated in fp32 and handed over in ``dtype`` without a stop in a narrower one where it can."""
-    if left.dtype == dtype:
-        return left @ right
-    if left.is_cuda and dtype is torch.float32:
-        return torch.mm(left, right, out_dtype=dtype)
-    return (left @ right).to(dtype)
