@@ -257,6 +257,7 @@ class Run:
         self._open()
         self._on.use(*names)
         self._compare()
+        self._driver.open_window()  # while it did not act, an adapter's windows passed it by
 
     def _compare(self) -> None:
         """An optimizer that does not hold what trains now must not be stepped."""

@@ -23,6 +23,9 @@ class Case:
     """Values kept for backward per token of a linear layer: multiples of in, out and rank. None: not claimed."""
     alone: bool = False
     """Checked in one process only: what it adds to another case of its method is nothing that engines could touch."""
+    sums: bool = True
+    """The change of an adapter is the same wherever it stands, so two together are the sum of what each is alone.
+    False where it follows from the weight below (DoRA's row norms)."""
     noisy: bool = False
     """Training forwards draw from the global generator (dropout), so no number of ranks equals another."""
 
@@ -64,7 +67,7 @@ CASES: dict[str, tuple[Case, ...]] = {
             alone=True,
             noisy=True,
         ),
-        Case("dora", LoRA(rank=4, alpha=8, dora=True), identity=ROUNDING, kept=(1, 1, 1)),
+        Case("dora", LoRA(rank=4, alpha=8, dora=True), identity=ROUNDING, kept=(1, 1, 1), sums=False),
     ),
 }
 

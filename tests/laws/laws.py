@@ -11,11 +11,13 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rankshift as rs
@@ -36,7 +38,7 @@ from laws.world import (
 )
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.event import Event, Tick
+from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.method import Method
 from rankshift.core.site import base_parameters
 
@@ -476,3 +478,127 @@ def exported(case: Case, engine: Engine) -> None:
         again = rs.load(tiny(F64), f"{folder}/peft")
     # the files hold fp32: factors of float64 lose 2⁻²⁴ of their size
     assert gap(evaluate(again.model), evaluate(session.run.model)) < 1e-5, "the exported adapter is another function"
+
+
+def portable(case: Case, engine: Engine) -> str:
+    """export(profile="portable") is a plain LoRA and the same function; or an ExportError says why it cannot be."""
+    session = begin("one", case.method, F64, noisy=case.noisy).steps(2)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            session.run.export(f"{folder}/peft", profile="portable")
+        except rs.errors.ExportError as error:
+            return str(error)
+        config = json.loads(Path(f"{folder}/peft/adapter_config.json").read_text())
+        weights = load_file(f"{folder}/peft/adapter_model.safetensors")
+    assert config["peft_type"] == "LORA", "not a LoRA"
+    assert not any(config[key] for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")), config
+    # an oracle that knows only what LoRA's two factors mean
+    model, scale = tiny(F64), config["lora_alpha"] / config["r"]
+    with torch.no_grad():
+        for name, B in weights.items():
+            layer, _, leaf = name.removeprefix("base_model.model.").partition(".lora_")
+            if leaf == "B.weight":
+                A = weights[name.replace("lora_B", "lora_A")]
+                assert A.shape[0] == B.shape[1] == config["r"], f"{name} has another rank than {config['r']}"
+                model.get_submodule(layer).weight += scale * B.double() @ A.double()
+            else:
+                assert leaf == "A.weight", f"{name} is no part of a plain LoRA"
+    # the files hold fp32: factors of float64 lose 2⁻²⁴ of their size
+    assert gap(evaluate(model), evaluate(session.run.model)) < 1e-5, "the plain LoRA is another function"
+    return ""
+
+
+# ---- 9. several adapters
+
+
+def several(case: Case, engine: Engine) -> str:
+    """A second adapter of the same method: each alone is what it is alone, to the bit; both are W + ΔW₁ + ΔW₂.
+
+    The reason comes back where the method refuses a second.
+    """
+    session = begin("one", case.method, F64, noisy=case.noisy).steps(2)
+    run, model = session.run, session.model
+    first, base = evaluate(model), _base(run)
+    try:
+        run.add("second", case.method)
+    except rs.errors.AttachError as error:
+        assert run.adapters == ("default",)
+        assert torch.equal(evaluate(model), first), "a refusal changes the function"
+        assert _base(run) == base, "a refusal changes the base"
+        return str(error)
+    assert torch.equal(evaluate(model), first), "adding changes the function"
+    assert _base(run) == base, "adding changes the base"
+    run.use("second")
+    Session("one", run, noisy=case.noisy).steps(2)
+    second = evaluate(model)
+    assert not torch.equal(first, second), "the second adapter is the first"
+    run.use("default")
+    still = _base(run) == base and not any(event.moment is Moment.WINDOW for event in case.method.events())
+    assert not still or torch.equal(evaluate(model), first), "the first adapter is not what it was"
+    first = evaluate(model)
+    run.use("second")
+    assert torch.equal(evaluate(model), second), "the second adapter is not what it was"
+    if not run._on.replicas():  # of whole modules only one can act
+        alone = {name: _changes(run, name) for name in run.adapters} if case.sums else {}
+        run.use("default", "second")
+        both = evaluate(model)
+        parts = alone or {name: _changes(run, name) for name in run.adapters}
+        assert gap(both, evaluate(_summed(run, parts))) < 1e-11, "both are not W + ΔW₁ + ΔW₂"
+        again = rs.restore(tiny(F64), run.state_dict())
+        assert torch.equal(evaluate(again.model), both), "two adapters restored are another function"
+        with run.merged():
+            assert gap(evaluate(model), both) < 1e-11, "two adapters merged are another function"
+        assert torch.equal(evaluate(model), both), "after merged() two adapters are another function"
+    if case.method.reversible:
+        with run.disabled():
+            assert torch.equal(evaluate(model), evaluate(tiny(F64))), "disabled() is not the base"
+    run.use("default")
+    assert torch.equal(evaluate(model), first), "the first adapter is not what it was before both acted"
+    run.use("second")
+    run.delete("default")
+    assert torch.equal(evaluate(model), second), "deleting one adapter changes the other"
+    assert not any(name.startswith("default/") for name in run.state_dict()["tensors"]), "a deleted adapter is saved"
+    return ""
+
+
+def _base(run: rs.Run) -> dict[str, str]:
+    """Hashes of the base, without columns that acting adapters keep in it."""
+    with run._on.returned():
+        return bits(run)
+
+
+def _changes(run: rs.Run, name: str) -> dict[str, Tensor]:
+    """ΔW of an adapter at each of its sites, where it now stands."""
+    return {site: adapter.whole_delta().clone() for site, adapter in run.adapter(name).items()}
+
+
+def _summed(run: rs.Run, parts: dict[str, dict[str, Tensor]]) -> nn.Module:
+    """A plain model with W + Σ ΔW in every weight."""
+    model = tiny(F64)
+    with torch.no_grad():
+        for name, p, _ in base_parameters(run.model):
+            model.get_parameter(name).copy_(p)
+        for site, held in run.sites.items():
+            layer: Any = model.get_submodule(site)
+            change = sum(part[site] for part in parts.values())
+            layer.weight.copy_(held.spec.form.stored(held.base.rows() + change))
+            for shift in (b for b in (adapter.delta_bias() for adapter in held.acting()) if b is not None):
+                layer.bias += shift
+    return model
+
+
+def unquantised(case: Case, engine: Engine) -> str:
+    """A base in four or eight bits is refused, with nothing touched, as long as there is no such storage."""
+    reasons = set()
+    for storage in ("nf4", "int8", "fp8"):
+        model = tiny()
+        names = [(name, id(module)) for name, module in model.named_modules()]
+        try:
+            rs.attach(model, case.method, base=storage, total_steps=TOTAL)
+        except rs.errors.ConfigError as error:
+            reasons.add(str(error).replace(storage, "…"))
+        else:
+            raise AssertionError(f"base={storage!r} is served now: put the laws on it and this cell to the test")
+        assert [(name, id(module)) for name, module in model.named_modules()] == names, "a refusal changed the model"
+    (reason,) = reasons
+    return reason

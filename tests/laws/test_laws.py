@@ -24,6 +24,7 @@ PULSE = (
         off=LoRA(rank=4, alpha=8),
     ),
 )
+SWELL = Case("pulse-swell", Pulse(rank=4, alpha=8, every=float("inf")))  # with a scale that the step says
 EVERY = [*rows(), PULSE[0]]
 FIRST = [row[0] for row in CASES.values()] + [PULSE[0]]
 
@@ -137,6 +138,21 @@ def test_a_saved_directory_is_the_run(case: Case) -> None:
 @cases(*EVERY)
 def test_an_exported_directory_is_the_function(case: Case) -> None:
     hold(laws.exported, case, "one")
+
+
+@cases(*EVERY)
+def test_an_exported_plain_lora_is_the_function(case: Case) -> None:
+    hold(laws.portable, case, "one")
+
+
+@cases(*EVERY, SWELL)
+def test_two_adapters(case: Case) -> None:
+    hold(laws.several, case, "one")
+
+
+@cases(*EVERY)
+def test_a_quantised_base(case: Case) -> None:
+    hold(laws.unquantised, case, "one")
 
 
 @cases(*[case for case in EVERY if case.kept is not None])
