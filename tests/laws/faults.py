@@ -216,7 +216,25 @@ class Unsaved(LoRALayer):
         return A, self.factor.to(B.dtype) * B
 
 
+class WrongStack(LoRALayer):
+    """delta is right only where there is one matrix."""
+
+    def delta(self, rows: slice = slice(None)) -> Tensor:
+        return (1.001 if self.form.stacked else 1) * super().delta(rows)
+
+
+class Stays(LoRALayer):
+    """Puts something into the base when it enters, and leaves it there."""
+
+    def enter(self) -> None:
+        if not self.base.storage:
+            return
+        shard.local(self.weight)[0].add_(1e-6)
+
+
 _LAYERS: dict[str, type[LoRALayer]] = {
+    "delta of a stack": WrongStack,
+    "stays in the base": Stays,
     "delta is not forward": WrongDelta,
     "rows of delta": WrongRows,
     "low_rank is not delta": WrongFactors,

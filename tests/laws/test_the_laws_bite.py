@@ -54,6 +54,11 @@ ONE: list[tuple[Callable[..., None], str, str]] = [
     (laws.delta, "delta is not forward", "forward is not W"),
     (laws.delta, "rows of delta", "rows of ΔW"),
     (laws.delta, "low_rank is not delta", "low_rank"),
+    (laws.delta, "delta of a stack", "experts: forward is not W"),
+    (laws.portable, "louder than its factors", "the plain LoRA is another function"),
+    (laws.several, "stays in the base", "changes the"),
+    (laws.several, "delta is not forward", "both are not W"),
+    (laws.several, "unsaved buffer", "two adapters restored"),
     (laws.memory, "keeps more", "bytes kept"),
     (laws.gradients, "deaf", "NoGradient"),
 ]
@@ -83,6 +88,15 @@ def test_a_dose_that_is_not_zero_is_found() -> None:
     silent: dict[str, Any] = {"amplitude": 0.0, "portion": 0.0, "every": float("inf")}
     assert verdict(laws.off, FaultyPulse(**silent), "one", parent) == ""
     assert "differ" in verdict(laws.off, FaultyPulse(**silent, residue=1.0), "one", parent)
+
+
+def test_changes_that_are_no_sum_are_found() -> None:
+    assert "both are not W" in verdict(laws.several, LoRA(rank=4, dora=True), "one")
+
+
+def test_a_quantised_base_that_is_served_untested_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rs, "attach", lambda model, method, base, **options: model)
+    assert "put the laws on it" in verdict(laws.unquantised, LoRA(rank=4), "one")
 
 
 PARALLEL: list[tuple[Callable[..., None], Method, str, tuple[Engine, ...]]] = [
