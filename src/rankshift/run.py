@@ -176,6 +176,19 @@ class Run:
         shard.settle(self.model)
         return summarise(self)
 
+    def metrics(self) -> dict[str, float]:
+        """What the active methods have to say of the training so far, such as how many of SoRA's gates are open.
+
+        Under FSDP2 every rank must call this.
+        """
+        shard.settle(self.model)
+        found: dict[str, float] = {}
+        for name in self._on.active:
+            prefix = "" if name == DEFAULT else f"{name}_"
+            values = self._on.members[name].method.metrics(self._on.adapter(name))
+            found |= {prefix + key: value for key, value in values.items()}
+        return found
+
     # ---- training
 
     def optimizer(
@@ -223,8 +236,10 @@ class Run:
 
     def _check_total(self) -> None:
         for name in self._on.active:
-            if self._on.members[name].method.needs_total and self.total_steps is None:
-                kind = type(self._on.members[name].method).__name__
+            method = self._on.members[name].method
+            method.phase_end(self.phases[-1].start, self.total_steps)  # a schedule that does not fit is refused there
+            if method.needs_total and self.total_steps is None:
+                kind = type(method).__name__
                 raise ConfigError(
                     f"{kind} as configured follows a schedule over the whole run, whose length is not known. Pass "
                     "total_steps= to attach(), or set run.total_steps: the number of optimizer steps."
@@ -439,9 +454,10 @@ class Run:
 
     def _succeed(self, method: Method, estates: Mapping[str, Estate]) -> Run:
         """The next phase with adapters that take over this one's values; the base is not touched."""
+        changed = self.changed  # what a site that goes now knows of its base too
         self._on.succeed(self._on.active[0], method, estates)
         run = Run(self.model, seed=self.seed, total_steps=self.total_steps, start=self.step)
-        run._on, run._changed, run._frozen = self._on, self._changed, self._frozen
+        run._on, run._changed, run._frozen = self._on, changed, self._frozen
         run._driver.audience, run._driver.trainable = self._on.audience, self._on.required
         run._driver.skips = self.skipped
         run.phases = [*self.phases[:-1], self.phases[-1].ended(self.step), Phase(to_dict(method), self.step)]

@@ -11,6 +11,7 @@ tensors of the adapter or of the optimizer.
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -59,9 +60,13 @@ class Tick:
 
     def lr(self, parameter: Tensor) -> float:
         """The learning rate of one parameter in this update; 0 if no optimizer holds it."""
+        return self._rates.get(id(parameter), 0.0)
+
+    @functools.cached_property
+    def _rates(self) -> dict[int, float]:
+        """Learning rates by the id of a parameter: events ask for that of every site."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
-        found = (float(group["lr"]) for group in groups if any(p is parameter for p in group["params"]))
-        return next(found, 0.0)
+        return {id(p): float(group["lr"]) for group in groups for p in group["params"]}
 
 
 class Event(Protocol):

@@ -149,6 +149,10 @@ class Method:
         """What changes between steps."""
         return ()
 
+    def metrics(self, adapters: Mapping[str, Adapter]) -> dict[str, float]:
+        """What is worth seeing while it trains, for logs. Under sharding every rank must call this."""
+        return {}
+
     @property
     def needs_total(self) -> bool:
         """Whether a schedule of this method needs the number of updates of the whole run."""

@@ -41,11 +41,16 @@ def concatenate(
                 "Add them up with run.use(…) instead, or merge one of them."
             )
         known = [(weight, pair) for weight, pair in pairs if pair is not None]
-        factors[site] = (torch.cat([w * A for w, (A, _) in known], -2), torch.cat([B for _, (_, B) in known], -1))
+        A, B = torch.cat([w * A for w, (A, _) in known], -2), torch.cat([B for _, (_, B) in known], -1)
+        if A.shape[-2] == 0:  # every rank there is closed
+            continue
+        factors[site] = A, B
         shifts = [(weight, adapter.delta_bias()) for weight, adapter in members]
         found = [weight * shard.whole(shift) for weight, shift in shifts if shift is not None]
         if found:
             biases[site] = torch.stack(found).sum(0)
+    if not factors:
+        raise ExportError("None of the adapters has a rank left at any layer: their sum is no change.")
     ranks = {site: A.shape[-2] for site, (A, _) in factors.items()}
     tensors: dict[str, Tensor] = {}
     for site, (A, B) in factors.items():

@@ -111,6 +111,12 @@ def _peft(run: Source, directory: str | Path, portable: bool, adapter: str | Non
     parts = {site: _part(site, layer, name) for site, layer in run.adapter(name).items()}
     if not parts:
         raise ExportError(f'{type(method).__name__} makes no low-rank change. Use format="merged" for a plain model.')
+    parts = {site: part for site, part in parts.items() if part.rank}
+    if not parts:
+        raise ExportError(
+            f"Adapter {name!r} has no rank left at any layer, so it changes none of them: the base is what it computes. "
+            "Use the base, or train with less sparsity."
+        )
     for site, part in parts.items():
         why = peft.unlike(part.form)
         if why:
@@ -173,7 +179,7 @@ def _biases(run: Source, method: Method, copied: tuple[str, ...]) -> dict[str, t
 
 def _part(site: str, layer: Adapter, name: str) -> _Part:
     if isinstance(layer, LoRALayer):
-        A, B = (shard.whole(factor) for factor in layer.factors())
+        A, B = layer.whole_factors()
         magnitude = shard.whole(layer.magnitude) if isinstance(layer, DoRALayer) else None
         return _Part(layer.form, A, B, layer.scale, magnitude, None if layer.b is None else shard.whole(layer.b))
     low, shift = layer.low_rank(), layer.delta_bias()

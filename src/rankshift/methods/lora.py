@@ -116,8 +116,13 @@ class LoRALayer(Adapter):
         A, B = self.factors()
         return self.scale * A, B
 
+    def whole_factors(self) -> tuple[Tensor, Tensor]:
+        """:meth:`factors`, whole and detached. Under sharding every rank must call this."""
+        A, B = self.factors()
+        return shard.whole(A), shard.whole(B)
+
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        A, B = (shard.whole(factor) for factor in self.factors())
+        A, B = self.whole_factors()
         return self.scale * A, B
 
 

@@ -190,9 +190,12 @@ class Trainer(transformers.Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """transformers' schedule over the whole training, or over this phase where the method wants one for itself."""
         end = self._phase_end()
-        return super().create_scheduler(
-            num_training_steps if end is None else max(1, end - self.run.phases[-1].start), optimizer
-        )
+        if end is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(max(1, end - self.run.phases[-1].start), optimizer)
+        if end < num_training_steps:  # another phase is to come: what it cannot be begun with is refused now
+            self._check_phases(f"{self.run.method.name} goes through phases, the next from step {end}", scheduler)
+        return scheduler
 
     def _phase_end(self) -> int | None:
         return self.run.method.phase_end(self.run.phases[-1].start, self.run.total_steps)
@@ -268,6 +271,7 @@ class Trainer(transformers.Trainer):
             logs = dict(logs)
             if self.run.skipped:
                 logs["skipped"] = self.run.skipped
+            logs |= self.run.metrics()
             if not self._counted:
                 logs["trainable_parameters"] = sum(p.numel() for _, p in self.run.trainable())
                 self._counted = True
@@ -294,21 +298,11 @@ class Trainer(transformers.Trainer):
 
     def _shift(self, method: Method) -> None:
         """Begin the next phase: new trainable tensors and moments, the schedule where it was."""
-        if self._foreign:
-            raise ConfigError(
-                f"{self.run.method.name} goes on as {method.name} at step {self.run.step}, which needs a new "
-                "optimizer, but this one was passed in optimizers=. Leave optimizers out."
-            )
-        if self.is_fsdp_enabled:
-            raise ConfigError("A phase cannot end inside a Trainer under FSDP2: shift() before training, or use DDP.")
-        if not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
-            kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
-            raise ConfigError(
-                f"lr_scheduler_type={kind!r} follows what it measured, not the step, so the next phase cannot go on "
-                "with it. Use a schedule such as linear, cosine or constant."
-            )
-        taken = self.lr_scheduler.last_epoch
         before = self.run.method.name
+        self._check_phases(f"{before} goes on as {method.name} at step {self.run.step}", self.lr_scheduler)
+        assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR)
+        # a schedule of the phase that ends counts its updates only; that of the run goes on where the run is
+        taken = self.lr_scheduler.last_epoch if self._phase_end() is None else self.state.global_step
         self.run = self.run.shift(method)
         self.accelerator.free_memory()
         if isinstance(self.model_wrapped, DistributedDataParallel):  # its reducer knows the old tensors
@@ -323,10 +317,28 @@ class Trainer(transformers.Trainer):
         for name in ("optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self._counted = False
+        what = f"{before} ends, {method.name} begins" if before != method.name else f"the next phase of {before} begins"
         _log.warning(
-            "Step %d: %s ends, %s begins. The moments of the optimizer start anew; the schedule %s.",
-            self.run.step, before, method.name, "does too" if own else "goes on",
+            "Step %d: %s. The moments of the optimizer start anew; the schedule %s.",
+            self.run.step, what, "does too" if own else "goes on",
         )  # fmt: skip
+
+    def _check_phases(self, what: str, scheduler: object) -> None:
+        """Raise ConfigError unless this training can go from one phase to the next."""
+        if self._foreign:
+            raise ConfigError(
+                f"{what}, which needs a new optimizer, but this one was passed in optimizers=. Leave optimizers out."
+            )
+        if self.is_fsdp_enabled:
+            raise ConfigError(
+                f"{what}. A phase cannot end inside a Trainer under FSDP2: shift() before training, or use DDP."
+            )
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+            raise ConfigError(
+                f"{what}. lr_scheduler_type={kind!r} follows what it measured, not the step, so the next phase cannot "
+                "go on with it. Use a schedule such as linear, cosine or constant."
+            )
 
     # ---- checkpoints
 
