@@ -23,3 +23,7 @@ def pool_of_four() -> Iterator[Pool]:
     pool = Pool(4)
     yield pool
     pool.stop()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "capability(*columns): what a test shows a method to do, in the capability table")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,14 +12,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rankshift as rs
-from laws.cases import CASES, Case, rows
+from laws.cases import Case, rows
+from laws.faults import Do
 from laws.pulse import Pulse, registered
-from laws.world import VOCAB, Tiny, batch, gap, loss_of, scramble, tiny
+from laws.world import TOTAL, VOCAB, Tiny, batch, gap, loss_of, scramble, tiny
+from rankshift.core.adapter import Adapter
+from rankshift.core.base import Base
+from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.method import Method
+from rankshift.core.site import Spec
+from rankshift.methods.lora import LoRA, LoRALayer
 
 PULSE = Case("pulse", Pulse(rank=3))
-SEVERAL = [case for case in rows() if not case.noisy] + [PULSE]
-FIRST = [row[0] for row in CASES.values()] + [PULSE]  # compiling takes seconds: one case a method
+EVERY = [*rows(), PULSE]
 
 
 def cases(wanted: list[Case]) -> Any:
@@ -43,18 +50,27 @@ def small() -> Small:
 
 def gradients(model: nn.Module, run: rs.Run, call: nn.Module | None = None) -> dict[str, Tensor]:
     model.zero_grad()
+    scramble()  # dropout draws the same numbers on every call
     loss_of(model if call is None else call, batch(3)).backward()
     return {name: p.grad.clone() for name, p in run.trainable() if p.grad is not None}
 
 
-def started(method: Method, model: nn.Module) -> rs.Run:
-    """Two updates, so that no factor is zero."""
-    run = rs.attach(model, method)
-    optimizer = run.optimizer(lr=1e-2)
-    for step in range(2):
-        loss_of(model, batch(step)).backward()
+def train(run: rs.Run, call: nn.Module, steps: int) -> list[float]:
+    """Updates from wherever the run stands; the losses."""
+    optimizer, losses = run.optimizer(lr=1e-2), []
+    for _ in range(steps):
+        loss = loss_of(call, batch(run.step))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def started(method: Method, model: nn.Module) -> rs.Run:
+    """Two updates, so that no factor is zero."""
+    run = rs.attach(model, method, total_steps=TOTAL)
+    train(run, model, 2)
     return run
 
 
@@ -72,30 +88,120 @@ class Checkpointed(nn.Module):
         return self.model.head(self.model.norm(x))
 
 
-@cases(SEVERAL)
+@pytest.mark.capability("checkpointing")
+@cases(EVERY)
 def test_checkpointing_gives_the_same_gradients(case: Case) -> None:
-    with registered(case.method):
+    checkpointing(case.method)
+
+
+def checkpointing(method: Method) -> None:
+    """Gradients where every block is recomputed in backward are those of a plain backward, bit for bit."""
+    with registered(method):
         model = tiny(torch.float64).train()
-        run = started(case.method, model)
+        run = started(method, model)
         plain = gradients(model, run)
         again = gradients(model, run, Checkpointed(model))
         assert plain.keys() == again.keys() == dict(run.trainable()).keys()
         for name in plain:
-            assert torch.equal(plain[name], again[name]), name
+            assert torch.equal(plain[name], again[name]), f"{name} has another gradient"
 
 
-@cases(FIRST)
-def test_compiling_gives_the_same_gradients_in_one_graph(case: Case) -> None:
-    torch._dynamo.reset()
-    with registered(case.method):
-        model = small()
-        run = started(case.method, model)
-        plain = gradients(model, run)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        again = gradients(model, run, compiled)
-        assert plain.keys() == again.keys()
-        for name in plain:
-            assert gap(plain[name], again[name]) < 1e-12, name
+@pytest.mark.capability("compile")
+@cases(EVERY)
+def test_compiling_gives_one_graph_for_all_steps_and_the_same_training(case: Case) -> None:
+    compiling(case.method)
+
+
+def compiling(method: Method) -> None:
+    """Updates of a compiled model are those of a plain one, to rounding; nothing breaks its graph or makes another."""
+    ends = []
+    with registered(method), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")  # of torch's own compiler
+        for compile_it in (False, True):
+            torch._dynamo.reset()
+            scramble()
+            model = tiny(torch.float64).train()
+            run = rs.attach(model, method, total_steps=TOTAL)
+            call = torch.compile(model, backend="aot_eager", fullgraph=True) if compile_it else model
+            losses = train(run, call, 1)  # compiles
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                losses += train(run, call, TOTAL - 1)
+            assert run.step == TOTAL
+            ends.append((losses, run.state_dict()["tensors"]))
+    (losses, plain), (compiled_losses, compiled) = ends
+    assert max(abs(a - b) for a, b in zip(losses, compiled_losses, strict=True)) < 1e-9, "losses differ"
+    for name in plain:
+        # AdamW divides by √v: where a gradient is nearly zero its rounding, 1e-17, is what moves the weight
+        assert gap(plain[name], compiled[name]) < 1e-9, f"{name} differs by {gap(plain[name], compiled[name]):.3g}"
+
+
+class Broken(LoRALayer):
+    """Its forward branches on a value, which a graph cannot hold."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = super().factors()
+        return A, B if A.any() else -B
+
+
+class Counted(LoRALayer):
+    """Its forward depends on a Python number that is another in every step."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = super().factors()
+        return A, B * self.__dict__.get("gain", 1.0)
+
+
+def _count(adapter: Adapter, tick: Tick) -> None:
+    adapter.__dict__["gain"] = 1.0 + 0.1 * tick.step
+
+
+class Misread(LoRALayer):
+    """Another function under the compiler."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = super().factors()
+        return A, B * (1.5 if torch.compiler.is_compiling() else 1.0)
+
+
+class Forgetful(LoRALayer):
+    """Its forward is another each time it runs, so what backward recomputes is not what ran."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = super().factors()
+        self.__dict__["calls"] = self.__dict__.get("calls", 0) + 1
+        return A, B * (1 + 0.01 * (self.__dict__["calls"] % 7))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragile(LoRA):
+    """LoRA with a layer that compiling or checkpointing finds fault with."""
+
+    layer: str = "Broken"
+
+    def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
+        kind = {k.__name__: k for k in (Broken, Counted, Misread, Forgetful)}[self.layer]
+        return kind(base, spec, rank, self.scale_at(spec.name, rank), self)
+
+    def events(self) -> tuple[Event, ...]:
+        return (Do(_count, Moment.WINDOW),) if self.layer == "Counted" else ()
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "says"),
+    [
+        ("Broken", torch._dynamo.exc.Unsupported, "[Dd]ata-dependent"),
+        ("Counted", torch._dynamo.exc.RecompileError, "[Rr]ecompil"),
+        ("Misread", AssertionError, "differ"),
+    ],
+)
+def test_a_layer_that_does_not_compile_is_found(layer: str, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        compiling(Fragile(rank=3, layer=layer))
+
+
+def test_a_layer_that_is_recomputed_wrongly_is_found() -> None:
+    with pytest.raises(AssertionError, match="another gradient"):
+        checkpointing(Fragile(rank=3, layer="Forgetful"))
 
 
 def test_a_compiled_model_trains_as_a_plain_one() -> None:
