@@ -134,7 +134,8 @@ def _words(where: Path, tree: ast.AST) -> list[tuple[int, str]]:
             if call == "torch.load" and not safe:
                 found.append((node.lineno, "torch.load without weights_only=True"))
     for name, line in names(tree):
-        if name.rpartition(".")[2] in ("manual_seed", "manual_seed_all") and line not in forked:
+        own = name.startswith("torch.Generator(")  # a generator made on the spot is nobody else's
+        if name.rpartition(".")[2] in ("manual_seed", "manual_seed_all") and line not in forked and not own:
             found.append((line, f"{name}: nothing sets the global generator"))
         if name.rpartition(".")[2] == "DTensor" and where.as_posix() != "core/shard.py":
             found.append((line, "DTensor outside core/shard.py"))
@@ -197,6 +198,7 @@ def test_a_planted_fault_is_found(file: str, text: str, says: str, tmp_path: Pat
             "import torch\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rankshift.run import Run",
         ),
         ("train/ok.py", "import torch\nwith torch.random.fork_rng():\n    torch.manual_seed(0)"),
+        ("methods/vera.py", "import torch\ngenerator = torch.Generator(device='cpu').manual_seed(0)"),
         ("core/ok.py", "import os\nimport torch\nfrom . import shard"),
         ("io/ok.py", "import torch\ntorch.load('x', weights_only=True)"),
     ],

@@ -22,6 +22,7 @@ NAMES = {
     "RankshiftError",
     "Run",
     "Trainer",
+    "VeRA",
     "__version__",
     "attach",
     "errors",

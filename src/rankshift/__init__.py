@@ -20,6 +20,7 @@ _HOME = {
     "Full": "methods",
     "LoRA": "methods",
     "Method": "methods",
+    "VeRA": "methods",
     "to_dict": "methods",
     "from_dict": "methods",
     "Trainer": "train.trainer",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from rankshift.methods import Full as Full
     from rankshift.methods import LoRA as LoRA
     from rankshift.methods import Method as Method
+    from rankshift.methods import VeRA as VeRA
     from rankshift.methods import from_dict as from_dict
     from rankshift.methods import to_dict as to_dict
     from rankshift.run import Run as Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankshift.core.method import Method
-from rankshift.methods import Full, LoRA
+from rankshift.methods import Full, LoRA, VeRA
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,23 @@ CASES: dict[str, tuple[Case, ...]] = {
             noisy=True,
         ),
         Case("dora", LoRA(rank=4, alpha=8, dora=True), identity=ROUNDING, kept=(1, 1, 1), sums=False),
+    ),
+    "vera": (
+        Case("vera", VeRA(rank=4), kept=(0, 0, 1)),
+        Case(
+            "vera-saved",
+            VeRA(
+                rank=20,
+                save_projection=True,
+                dropout=0.2,
+                modules_to_save=("head",),
+                head_lr_ratio=0.5,
+                targets=("q", "up", "down"),
+            ),
+            kept=None,
+            alone=True,
+            noisy=True,
+        ),
     ),
 }
 

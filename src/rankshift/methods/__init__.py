@@ -3,5 +3,6 @@
 from rankshift.core.method import Method, from_dict, methods, to_dict
 from rankshift.methods.full import Full
 from rankshift.methods.lora import LoRA
+from rankshift.methods.vera import VeRA
 
-__all__ = ["Full", "LoRA", "Method", "from_dict", "methods", "to_dict"]
+__all__ = ["Full", "LoRA", "Method", "VeRA", "from_dict", "methods", "to_dict"]

@@ -1,0 +1,100 @@
+"""One autograd node for a frozen linear layer with a VeRA branch.
+
+    y = x Wᵀ + Z Cᵀ + bias,   Z = x Aᵀ,   C = diag(b) B diag(d)
+
+A and B are frozen; the vectors d and b train. With G = dYᵀ Z (out, r) both their gradients follow from one product:
+
+    db = (B ⊙ G) d,   dd = bᵀ (B ⊙ G),   dX = dY W + (dY C) A
+
+Kept for backward: Z, tokens·r values. Neither x nor anything of tokens·out is kept, and C is formed anew. A and B are
+rows and columns of a pair that many layers share, usually wider than the compute dtype: they are kept by reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankshift.ops.products import accumulate, into
+
+
+def vera_linear(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    d: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    dense: Callable[..., Tensor],
+    packed: tuple[Tensor, ...],
+) -> Tensor:
+    """x (…, in), A (r, in), B (out, r), d (r,), b (out,), bias (out,) → (…, out). A and B receive no gradient.
+
+    ``dense(*packed)`` gives the frozen (out, in) weight; ``packed`` is saved, what it unpacks to is not.
+    """
+    kind = x.device.type
+    castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
+    dtype = torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else x.dtype
+    learns = torch.is_grad_enabled() and (d.requires_grad or b.requires_grad)
+    cast = dtype != x.dtype or dtype != packed[0].dtype
+    with torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext():
+        y: Tensor = _VeRALinear.apply(  # type: ignore[no-untyped-call]
+            x.reshape(-1, A.shape[1]).to(dtype), A, B, d, b, bias, learns, cast, dense, *packed
+        )
+    # the node knows (tokens, …) only: a view that it returned could not be changed in place, and models do
+    return y.view(*x.shape[:-1], B.shape[0])
+
+
+def factor(B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """diag(b) B diag(d), (…, out, r): with it VeRA is a LoRA. Experts in front, where there are any."""
+    return b[..., :, None] * B * d[..., None, :]
+
+
+class _VeRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,  # (tokens, in)
+        A: Tensor,
+        B: Tensor,
+        d: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        learns: bool,
+        cast: bool,
+        dense: Callable[..., Tensor],
+        *packed: Tensor,
+    ) -> Tensor:
+        W = dense(*packed)
+        if cast:  # autocast: the layer computes in another dtype than it is stored in
+            W = W.to(x.dtype)
+            bias = None if bias is None else bias.to(x.dtype)
+        z = x @ A.to(x.dtype).t()  # (tokens, r)
+        y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
+        y = accumulate(y, z, factor(B, d, b).to(x.dtype).t())
+        ctx.save_for_backward(z if learns else None, A, B, d, b, *packed)
+        ctx.dense, ctx.cast = dense, cast
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        z, A, B, d, b, *packed = ctx.saved_tensors
+        need_x, _, _, need_d, need_b, need_bias = ctx.needs_input_grad[:6]
+        dX = dd = db = None
+        if need_d or need_b:
+            wide = torch.promote_types(B.dtype, dY.dtype)  # not that of d: FSDP2's mixed precision narrows the vectors
+            BG = B * into(dY.t(), z, wide)  # (out, r)
+            db = (BG @ d.to(wide)).to(b.dtype) if need_b else None
+            dd = (b.to(wide) @ BG).to(d.dtype) if need_d else None
+        if need_x:
+            W = ctx.dense(*packed)
+            dX = dY @ (W.to(dY.dtype) if ctx.cast else W)
+            dX = accumulate(dX, dY @ factor(B, d, b).to(dY.dtype), A.to(dY.dtype))
+        dbias = dY.sum(0) if need_bias else None
+        return (dX, None, None, dd, db, dbias, *(None,) * (len(ctx.needs_input_grad) - 6))
