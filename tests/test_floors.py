@@ -24,6 +24,7 @@ FLOORS = {
     "placement": 3,
     "summary": 3,
     "run": 4,
+    "capability": 5,
     "train": 5,
     "serve": 5,
     "cli": 6,

@@ -1,54 +1,167 @@
-"""`rankshift methods`: the catalogue, from the registry."""
+"""`rankshift methods`: the catalogue. Names and fields come from the registry, what each can do from asking it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import rankshift
+from rankshift import capability
+from rankshift.capability import Capability
 from rankshift.core.config import describe, field_docs, hints
 from rankshift.core.errors import ConfigError, nearest
+from rankshift.core.method import Method
 from rankshift.methods import methods
 
 
 def show_all() -> None:
     """One row a method."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for title in ("method", "what trains", "parameters a layer", "paper"):
-        table.add_column(title, no_wrap=title == "method")
+    for title in ("method", "what trains", "parameters a layer", "layers", "LoRA", "needs"):
+        table.add_column(title, no_wrap=title in ("method", "LoRA"))
     for name, kind in methods().items():
-        table.add_row(name, kind.summary, kind.formula, kind.paper)
+        can = capability.probe(kind())
+        needs = [what for what, needed in (("total_steps", can.total), ("data", can.data)) if needed]
+        cells = (name, kind.summary, kind.formula, _served(can.layers), "no" if can.lora else "yes", ", ".join(needs))
+        table.add_row(*map(escape, cells))
     console = Console()
     console.print(table, highlight=False)
-    console.print("\nSettings of one: rankshift methods NAME", highlight=False)
+    kinds = ", ".join("transformers' Conv1D" if kind == "Conv1D" else kind for kind in capability.LAYERS)
+    console.print(
+        f"\nlayers: {kinds}. LoRA: whether it exports exactly as one plain LoRA.\n"
+        "Its settings, and why it does not do what it does not: rankshift methods NAME. More: docs/methods.md",
+        highlight=False,
+    )
 
 
 def show_one(name: str) -> None:
-    """The settings of a method: type, default, meaning."""
+    """The settings of a method: type, default, meaning; how it is written; what it can do and why not."""
     known = methods()
     if name not in known:
         raise ConfigError(f"There is no method {name!r}. {nearest(name, known)}")
     kind: Any = known[name]
     console = Console()
-    console.print(f"[bold]{name}[/bold]  {escape(kind.summary)}", highlight=False)
-    console.print(escape(f"{kind.paper}; {kind.formula} parameters a layer"), highlight=False)
-    console.print()
+
+    def say(text: str = "") -> None:
+        console.print(text, highlight=False)
+
+    say(f"[bold]{name}[/bold]  {escape(kind.summary)}")
+    say(escape(f"{kind.paper}. Trains {kind.formula} parameters of an (out, in) layer."))
+    say()
     docs, types = field_docs(kind), hints(kind)
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for title in ("field", "default", "meaning"):
-        table.add_column(title, no_wrap=title == "field", overflow="fold")
-    for field in dataclasses.fields(kind):
-        made = field.default_factory
-        default = made() if made is not dataclasses.MISSING else field.default
-        meaning = (
-            f"{escape(' '.join(docs.get(field.name, '').split()))} [dim]({escape(describe(types[field.name]))})[/dim]"
-        )
-        table.add_row(field.name, escape(_plain(default)), meaning)
+    table = _table("field", "default", "meaning")
+    for field in _fields(kind):
+        meaning = f"{escape(_line(docs.get(field.name, '')))} [dim]({escape(describe(types[field.name]))})[/dim]"
+        table.add_row(field.name, escape(_plain(_default(field))), meaning)
     console.print(table, highlight=False)
-    console.print(f"\nUse: rankshift train method={name}, and fields as method.FIELD=VALUE", highlight=False)
+    say()
+    table = _table("written", "")
+    for where, line in examples(kind).items():
+        table.add_row(where, escape(line))
+    console.print(table, highlight=False)
+    say()
+    table = _table("does it", "", "")
+    for what, answer, why in _answers(kind):
+        table.add_row(what, answer, escape(why))
+    console.print(table, highlight=False)
+    say("\nMore: docs/methods.md; all methods, as the tests found them: docs/capabilities.md")
+
+
+def examples(kind: type[Method]) -> dict[str, str]:
+    """How a method is written, with the settings that matter most: those that it declares first."""
+    own = [f for f in _fields(kind) if f.name not in _common() and type(_default(f)) in (int, float)][:2]
+    values = {f.name: _default(f) for f in own}
+    arguments = ", ".join(f"{name}={_plain(value)}" for name, value in values.items())
+    pairs = ", ".join([f"method: {kind.name}", *(f"{name}: {_plain(value)}" for name, value in values.items())])
+    settings = " ".join(f"method.{name}={_plain(value)}" for name, value in values.items())
+    total = ", total_steps=1000" if kind().needs_total else ""
+    return {
+        "Python": f"run = rs.attach(model, {_class(kind)}({arguments}){total})",
+        "YAML": f"method: {{{pairs}}}",
+        "command": f"rankshift train method={kind.name} {settings}".rstrip(),
+    }
+
+
+def _class(kind: type[Method]) -> str:
+    """The class as a user names it."""
+    public = getattr(rankshift, kind.__name__, None) is kind if kind.__name__ in rankshift.__all__ else False
+    return f"rs.{kind.__name__}" if public else f"{kind.__module__}.{kind.__name__}"
+
+
+def _answers(kind: type[Method]) -> Iterator[tuple[str, str, str]]:
+    """(what, yes or no, why not) with default settings, then what single settings change."""
+    can = capability.probe(kind())
+    changes = {setting: capability.probe(method) for setting, method in capability.variants(kind)}
+    for layer, why in can.layers.items():
+        yield f"adapt {layer}", *_answer(why)
+    for what, why in _verbs(can).items():
+        yield what, *_answer(why)
+    for setting, other in changes.items():
+        for what, why in {**{f"adapt {k}": v for k, v in other.layers.items()}, **_verbs(other)}.items():
+            before = {**{f"adapt {k}": v for k, v in can.layers.items()}, **_verbs(can)}[what]
+            if bool(before) != bool(why):
+                yield f"{what}, {setting}", *_answer(why)
+    total = [s for s, other in changes.items() if other.total != can.total]
+    data = [s for s, other in changes.items() if other.data != can.data]
+    yield "need total_steps", *_needs(can.total, total)
+    yield "need data", *_needs(can.data, data)
+    if can.shared is not None:
+        yield "share", "yes", "all layers: " + ", ".join(f"{k} {v}" for k, v in can.shared.items())
+    for event in can.events:
+        yield "change between steps", "yes", event
+
+
+def _verbs(can: Capability) -> dict[str, str]:
+    return {
+        "export as a plain LoRA": can.lora,
+        "merge": can.merge,
+        "go back to the base": can.disable,
+        "stand beside another": can.second,
+    }
+
+
+def _answer(why: str) -> tuple[str, str]:
+    return ("no", why) if why else ("yes", "")
+
+
+def _needs(needed: bool, other: list[str]) -> tuple[str, str]:
+    others = " or ".join(other)
+    return "yes" if needed else "no", (f"not with {others}" if needed else f"with {others}") if others else ""
+
+
+def _served(layers: Mapping[str, str]) -> str:
+    """ "all", "all but Embedding", or the kinds by name."""
+    yes, no = [k for k, why in layers.items() if not why], [k for k, why in layers.items() if why]
+    return "all" if not no else f"all but {', '.join(no)}" if len(no) < len(yes) else ", ".join(yes)
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for i, title in enumerate(titles):
+        table.add_column(title, no_wrap=i == 0, overflow="fold")
+    return table
+
+
+def _common() -> set[str]:
+    return {f.name for f in dataclasses.fields(Method)}
+
+
+def _fields(kind: type[Method]) -> list[Any]:
+    """The method's own fields, then those that all have."""
+    return sorted(dataclasses.fields(kind), key=lambda field: field.name in _common())
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _plain(value: object) -> str:
