@@ -90,18 +90,17 @@ def writes(rank: int, device: str) -> dict[str, float]:
             torch.cuda.synchronize()
             times.append(start.elapsed_time(stop))
         out[name] = 1e3 * sorted(times)[15]
-    for name, weight in (("forward product, as stored", lambda W, Wt: W.t()), ("forward product, columns first", lambda W, Wt: Wt)):
-        xs = [torch.randn(8192, W.shape[1], device=device, dtype=torch.bfloat16) for W, *_ in layers]
+    xs = [torch.randn(8192, W.shape[1], device=device, dtype=torch.bfloat16) for W, *_ in layers]
+    for name, which in (("forward product, as stored", 0), ("forward product, columns first", 1)):
         times = []
         for _ in range(12):
             start.record()
-            for x, (W, Wt, *_rest) in zip(xs, layers, strict=True):
-                torch.mm(x, weight(W, Wt))
+            for x, layer in zip(xs, layers, strict=True):
+                torch.mm(x, layer[1] if which else layer[0].t())
             stop.record()
             torch.cuda.synchronize()
             times.append(start.elapsed_time(stop))
         out[name] = 1e3 * sorted(times)[6]
-        del xs
     return out
 
 
@@ -124,10 +123,11 @@ def main() -> None:
             failed[name] = f"{type(error).__name__}: {error}"
             print(f"{name}: {failed[name]}")
     table = measure(steps, options.rounds)
-    print(f"{'arm':16} {'ms':>8} {'p10':>8} {'p90':>8} {'× frozen':>9} {'step GiB':>9}")
+    print(f"{'arm':16} {'ms':>8} {'p10':>8} {'p90':>8} {'× frozen':>8} {'step GiB':>8}")
     for name, row in table.items():
         row["x_frozen"] = row["ms"] / table["frozen"]["ms"]
-        print(f"{name:16} {row['ms']:8.1f} {row['p10']:8.1f} {row['p90']:8.1f} {row['x_frozen']:9.2f} {row['step_gib']:9.2f}")
+        cells = "".join(f" {row[key]:8.2f}" for key in ("ms", "p10", "p90", "x_frozen", "step_gib"))
+        print(f"{name:16}{cells}")
     columns: dict[str, Any] = {f"r={rank}": writes(rank, device) for rank in (16, 64)}
     for rank, times in columns.items():
         print(rank, {k: f"{v:.0f} µs" for k, v in times.items()})
@@ -135,7 +135,11 @@ def main() -> None:
         result = {
             "date": datetime.date.today().isoformat(),
             "gpu": torch.cuda.get_device_name(),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "rankshift": rs.__version__},
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "rankshift": rs.__version__,
+            },
             "shape": options.shape,
             "tokens": ids.numel(),
             "arms": table,
