@@ -18,6 +18,7 @@ from rankshift.methods import methods
 NAMES = {
     "Full",
     "LoRA",
+    "MELoRA",
     "Method",
     "RankshiftError",
     "Run",

@@ -19,6 +19,7 @@ _HOME = {
     "Run": "run",
     "Full": "methods",
     "LoRA": "methods",
+    "MELoRA": "methods",
     "Method": "methods",
     "VeRA": "methods",
     "to_dict": "methods",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from rankshift.core.errors import RankshiftError as RankshiftError
     from rankshift.methods import Full as Full
     from rankshift.methods import LoRA as LoRA
+    from rankshift.methods import MELoRA as MELoRA
     from rankshift.methods import Method as Method
     from rankshift.methods import VeRA as VeRA
     from rankshift.methods import from_dict as from_dict

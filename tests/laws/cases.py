@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankshift.core.method import Method
-from rankshift.methods import Full, LoRA, VeRA
+from rankshift.methods import Full, LoRA, MELoRA, VeRA
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,17 @@ CASES: dict[str, tuple[Case, ...]] = {
             noisy=True,
         ),
         Case("dora", LoRA(rank=4, alpha=8, dora=True), identity=ROUNDING, kept=(1, 1, 1), sums=False),
+    ),
+    "melora": (
+        Case("melora", MELoRA(rank=2, blocks=2, alpha=4, targets=("q", "k", "v", "o", "up", "down")), kept=(1, 0, 2)),
+        Case("melora-one", MELoRA(rank=4, blocks=1, alpha=8), off=LoRA(rank=4, alpha=8), alone=True),
+        Case(
+            "melora-dropout",
+            MELoRA(rank=1, blocks=2, dropout=0.3, targets=("q", "up")),
+            kept=None,
+            alone=True,
+            noisy=True,
+        ),
     ),
     "vera": (
         Case("vera", VeRA(rank=4), kept=(0, 0, 1)),

@@ -75,12 +75,13 @@ class ConvForm(Form):
     dilation: tuple[int, ...]
     padding_mode: str = "zeros"
     padding_pairs: tuple[int, ...] = ()
+    groups: int = 1  # for matrices that are block-diagonal, held without zeros: blocks one below the other, (k, in/n)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
     def stored(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(matrix.shape[0], self.channels, *self.kernel)
+        return matrix.reshape(matrix.shape[0], self.channels // self.groups, *self.kernel)
 
     def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
@@ -88,7 +89,7 @@ class ConvForm(Form):
         if self.padding_mode != "zeros":
             x = F.pad(x, self.padding_pairs, mode=self.padding_mode)
             padding = (0,) * len(self.kernel)
-        return conv(x, self.stored(matrix), bias, self.stride, padding, self.dilation)
+        return conv(x, self.stored(matrix), bias, self.stride, padding, self.dilation, self.groups)
 
     def columns(self, x: Tensor) -> Tensor:
         """The patches under the kernel, (batch, *places, in·∏kernel)."""
@@ -105,7 +106,7 @@ class ConvForm(Form):
 
     def expand(self, z: Tensor, matrix: Tensor) -> Tensor:
         conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-        return conv(z, matrix.reshape(*matrix.shape, *(1,) * len(self.kernel)))
+        return conv(z, matrix.reshape(*matrix.shape, *(1,) * len(self.kernel)), groups=self.groups)
 
     def scale(self, y: Tensor, vector: Tensor) -> Tensor:
         return y * self._channelwise(y, vector)

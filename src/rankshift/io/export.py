@@ -1,7 +1,7 @@
 """What other programs load: a PEFT adapter directory, or a plain model with the adapters folded in.
 
 PEFT, exact. Every LoRA variant that PEFT has, as itself. An anchored start (PiSSA, OLoRA) becomes a LoRA of twice the
-rank, A = [A; A₀], B = [B, −B₀], on the untouched base.
+rank, A = [A; A₀], B = [B, −B₀], on the untouched base. MELoRA's n blocks become one LoRA of rank n·r, zeros and all.
 
 PEFT, portable. One plain LoRA as servers accept it: one rank everywhere (zero rows fill up), the scale folded into A so
 that lora_alpha = r, no patterns, no options.
@@ -34,6 +34,7 @@ from rankshift.io import peft
 from rankshift.io.atomic import MODEL, PEFT, SIGN, replacing
 from rankshift.io.checkpoint import packed, version, write_on_first_rank
 from rankshift.methods.lora import DoRALayer, LoRA, LoRALayer
+from rankshift.methods.melora import MELoRALayer
 
 _TASKS = {  # the end of a transformers class name → PEFT's task_type, and the heads that PEFT then wants in the file
     "ForCausalLM": ("CAUSAL_LM", ()),
@@ -182,6 +183,8 @@ def _part(site: str, layer: Adapter, name: str) -> _Part:
         A, B = layer.whole_factors()
         magnitude = shard.whole(layer.magnitude) if isinstance(layer, DoRALayer) else None
         return _Part(layer.form, A, B, layer.scale, magnitude, None if layer.b is None else shard.whole(layer.b))
+    if isinstance(layer, MELoRALayer):
+        return _Part(layer.form, *layer.whole_factors(), layer.scale)
     low, shift = layer.low_rank(), layer.delta_bias()
     if low is None:
         raise ExportError(

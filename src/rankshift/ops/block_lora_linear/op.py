@@ -1,0 +1,121 @@
+"""One autograd node for a frozen linear layer with a block-diagonal low-rank branch.
+
+    y = x Wᵀ + [Z₁B₁ᵀ … ZₙBₙᵀ] + bias,   Zᵢ = xᵢ (sAᵢ)ᵀ,   x = [x₁ … xₙ]
+
+All blocks go through one batched product; no zero is stored or multiplied. Kept for backward: x (if A trains) and Z (if
+B trains), b·in and b·n·r values. As in lora_linear, the scale is folded into A, and A and B may be wider than the
+compute dtype; their gradients come back in their own. One block is that op itself, with the orders that it chooses;
+with more of them W + BA is never formed.
+
+    b tokens   n blocks   i = in/n   o = out/n   r rank of a block
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankshift.ops.lora_linear import lora_linear
+
+
+def block_lora_linear(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    blocks: int,
+    scale: float,
+    bias: Tensor | None,
+    dense: Callable[..., Tensor],
+    packed: tuple[Tensor, ...],
+) -> Tensor:
+    """x (…, in), A (n·r, in/n), B (out, r), bias (out,) → (…, out).
+
+    ``dense(*packed)`` gives the frozen (out, in) weight; ``packed`` is saved, what it unpacks to is not.
+    """
+    if blocks == 1:
+        return lora_linear(x, A, B, scale, bias, dense, packed)
+    kind = x.device.type
+    castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
+    dtype = torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else x.dtype
+    graph, m, (r, i) = torch.is_grad_enabled(), B.shape[0], (B.shape[1], A.shape[1])
+    cast = dtype != x.dtype or dtype != packed[0].dtype
+    with torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext():
+        y: Tensor = _BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
+            x.reshape(-1, blocks * i).to(dtype), A.view(blocks, r, i), B.view(blocks, -1, r), bias, scale,
+            graph and A.requires_grad, graph and B.requires_grad, cast, dense, *packed,
+        )  # fmt: skip
+    return y.view(*x.shape[:-1], m)  # outside the node: a view that it returned could not be changed in place
+
+
+class _BlockLoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,  # (b, n·i)
+        A: Tensor,  # (n, r, i)
+        B: Tensor,  # (n, o, r)
+        bias: Tensor | None,  # (n·o,)
+        scale: float,
+        train_a: bool,
+        train_b: bool,
+        cast: bool,
+        dense: Callable[..., Tensor],
+        *packed: Tensor,
+    ) -> Tensor:
+        W = dense(*packed)
+        if cast:  # autocast: the layer computes in another dtype than it is stored in
+            W = W.to(x.dtype)
+            bias = None if bias is None else bias.to(x.dtype)
+        z = torch.bmm(_split(x, len(A)), (scale * A).to(x.dtype).mT)  # (n, b, r)
+        y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
+        y = _accumulate(y, z, B.to(x.dtype).mT)
+        ctx.save_for_backward(x if train_a else None, z if train_b else None, A, B, *packed)
+        ctx.scale, ctx.dense, ctx.cast = scale, dense, cast
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, z, A, B, *packed = ctx.saved_tensors
+        need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
+        dX = dA = dB = S = None
+        D = _split(dY, len(B))  # (n, b, o)
+        if need_A or need_x:
+            S = torch.bmm(D, B.to(dY.dtype))  # (n, b, r)
+        if need_A:
+            assert S is not None
+            dA = ctx.scale * _into(S.mT, _split(x, len(A)), A.dtype)
+        if need_B:
+            dB = _into(D.mT, z, B.dtype)
+        if need_x:
+            assert S is not None
+            W = ctx.dense(*packed)
+            dX = _accumulate(dY @ (W.to(dY.dtype) if ctx.cast else W), S, (ctx.scale * A).to(dY.dtype))
+        dbias = dY.sum(0) if need_bias else None
+        return (dX, dA, dB, dbias, *(None,) * (len(ctx.needs_input_grad) - 4))
+
+
+def _split(x: Tensor, blocks: int) -> Tensor:
+    """(b, n·k) as (n, b, k), a view where it can be."""
+    return x.reshape(x.shape[0], blocks, x.shape[1] // blocks).transpose(0, 1)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total (b, n·k) + the batched left @ right, (n, b, k), in the memory of ``total``."""
+    here = _split(total, len(left))
+    if torch.compiler.is_compiling():  # the compiler reuses the memory; told to write in place, it copies first
+        return torch.baddbmm(here, left, right).transpose(0, 1).reshape(total.shape)
+    torch.baddbmm(here, left, right, out=here)  # strided: each block's columns of ``total``
+    return total
+
+
+def _into(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right, accumulated in fp32 and handed over in ``dtype`` without a stop in a narrower one where it can."""
+    if left.dtype != dtype and left.is_cuda and dtype is torch.float32:
+        return torch.bmm(left, right, out_dtype=dtype)
+    return torch.bmm(left, right).to(dtype)
