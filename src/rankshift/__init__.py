@@ -21,6 +21,7 @@ _HOME = {
     "LoRA": "methods",
     "MELoRA": "methods",
     "Method": "methods",
+    "PaCA": "methods",
     "VeRA": "methods",
     "to_dict": "methods",
     "from_dict": "methods",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rankshift.methods import LoRA as LoRA
     from rankshift.methods import MELoRA as MELoRA
     from rankshift.methods import Method as Method
+    from rankshift.methods import PaCA as PaCA
     from rankshift.methods import VeRA as VeRA
     from rankshift.methods import from_dict as from_dict
     from rankshift.methods import to_dict as to_dict

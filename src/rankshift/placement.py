@@ -265,12 +265,13 @@ class Placement:
     @contextlib.contextmanager
     def returned(self) -> Iterator[None]:
         """The base's own bits where acting adapters keep columns in it, for the length of a ``with`` block."""
-        for site in self.sites.values():
+        lent = [site for site in self.sites.values() if site.base.tenant is not None]  # nested: none any more
+        for site in lent:
             site.leave()
         try:
             yield
         finally:
-            for site in self.sites.values():
+            for site in lent:
                 site.enter()
 
     # ---- what is here

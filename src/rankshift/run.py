@@ -510,11 +510,14 @@ class Run:
         for name, tensor in self._on.added().items():
             yield name, shard.whole(tensor)
         kept = self._on.kept()
+        lent = {weight_name(name, site) for name, site in self._on.sites.items() if site.base.tenant is not None}
         with self._on.returned():
             for name in sorted(kept, key=lambda name: name.startswith("base/")):
                 kind, _, base_name = name.partition("/")
                 if kind != "base" or base_name in changed:
-                    yield name, shard.whole(kept[name])
+                    value = shard.whole(kept[name])
+                    # columns come back to the weight itself as soon as this ends, and must not to what was yielded
+                    yield name, value.clone() if kind == "base" and base_name in lent else value
 
     def describe(self) -> dict[str, Any]:
         """The plain values of :meth:`state_dict`, as JSON knows them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankshift.core.method import Method
-from rankshift.methods import Full, LoRA, MELoRA, VeRA
+from rankshift.methods import Full, LoRA, MELoRA, PaCA, VeRA
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Case:
     """Values kept for backward per token of a linear layer: multiples of in, out and rank. None: not claimed."""
     alone: bool = False
     """Checked in one process only: what it adds to another case of its method is nothing that engines could touch."""
+    resident: bool = False
+    """While it acts, an adapter keeps columns in the base's weight, and gives them back bit for bit."""
     sums: bool = True
     """The change of an adapter is the same wherever it stands, so two together are the sum of what each is alone.
     False where it follows from the weight below (DoRA's row norms)."""
@@ -78,6 +80,18 @@ CASES: dict[str, tuple[Case, ...]] = {
             kept=None,
             alone=True,
             noisy=True,
+        ),
+    ),
+    "paca": (
+        Case("paca", PaCA(rank=2, alpha=3), kept=(0, 0, 1), resident=True),
+        Case("paca-redraw", PaCA(rank=2, redraw_every=2), kept=(0, 0, 1), resident=True),
+        Case(
+            "paca-blocks",
+            PaCA(rank=2, select="blocks", block=2, redraw_every=1000),
+            off=PaCA(rank=2, select="blocks", block=2),
+            kept=(0, 0, 1),
+            resident=True,
+            alone=True,
         ),
     ),
     "vera": (

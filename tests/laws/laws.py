@@ -171,9 +171,9 @@ class _Watched:
         return self.event.due(tick)
 
     def apply(self, adapter: Adapter, tick: Tick) -> None:
-        base, whole = shard.whole(adapter.base.weight).clone(), adapter.rows()
+        base, whole = adapter.base.rows(), adapter.rows()  # without columns that the base lends
         self.event.apply(adapter, tick)
-        if not torch.equal(base, shard.whole(adapter.base.weight)):
+        if not torch.equal(base, adapter.base.rows()):
             assert gap(adapter.rows(), whole) <= self.tolerance, f"{self.event} changes W + ΔW at {adapter.site}"
             assert adapter.base.changed, f"{self.event} rewrote {adapter.site} and the base does not know"
 
@@ -212,7 +212,8 @@ def quiet(case: Case, engine: Engine) -> None:
         run = rs.attach(model, case.method, total_steps=TOTAL)
     assert {name for name, _, _ in base_parameters(model)} == names, "attach renamed parameters of the model"
     session = Session(engine, run, noisy=case.noisy)
-    start, parameters = bits(run), census(session.model)
+    look = returned_bits if case.resident else bits
+    start, parameters = look(run), census(session.model)
     for _ in range(length(engine)):
         if case.noisy:
             session.step()
@@ -220,7 +221,7 @@ def quiet(case: Case, engine: Engine) -> None:
             with same_generators("an update"):
                 session.step()
         assert census(session.model) == parameters, "an update changed the set of parameters or what trains"
-    moved = {name for name, value in bits(run).items() if value != start[name]}
+    moved = {name for name, value in look(run).items() if value != start[name]}
     known = run.changed
     assert moved <= known, f"{sorted(moved - known)[:3]} changed and run.changed does not say so"
     if case.method.reversible:
@@ -240,6 +241,13 @@ def quiet(case: Case, engine: Engine) -> None:
 def bits(run: rs.Run) -> dict[str, str]:
     """Hashes of the parameters of the model as it came."""
     return digest({name: shard.whole(p) for name, p, _ in base_parameters(run.model)})
+
+
+def returned_bits(run: rs.Run) -> dict[str, str]:
+    """The same without columns that acting adapters keep in the base."""
+    shard.settle(run.model)
+    with run._on.returned():
+        return bits(run)
 
 
 def census(model: nn.Module) -> dict[str, tuple[int, bool]]:
@@ -384,7 +392,9 @@ def delta(case: Case, engine: Engine) -> dict[str, str]:
         adapter = sites[where]
         generator = torch.Generator().manual_seed(8)
         with torch.no_grad():
-            for parameter in adapter.parameters():
+            for leaf, parameter in adapter.named_parameters():
+                if leaf in adapter.derived:  # it follows from the base
+                    continue
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=F64)
             got, change, shift = model["layer"](x), adapter.delta(), adapter.delta_bias()
             oracle = _plain_layer(kind)
@@ -518,22 +528,22 @@ def several(case: Case, engine: Engine) -> str:
     """
     session = begin("one", case.method, F64, noisy=case.noisy).steps(2)
     run, model = session.run, session.model
-    first, base = evaluate(model), _base(run)
+    first, base = evaluate(model), returned_bits(run)
     try:
         run.add("second", case.method)
     except rs.errors.AttachError as error:
         assert run.adapters == ("default",)
         assert torch.equal(evaluate(model), first), "a refusal changes the function"
-        assert _base(run) == base, "a refusal changes the base"
+        assert returned_bits(run) == base, "a refusal changes the base"
         return str(error)
     assert torch.equal(evaluate(model), first), "adding changes the function"
-    assert _base(run) == base, "adding changes the base"
+    assert returned_bits(run) == base, "adding changes the base"
     run.use("second")
     Session("one", run, noisy=case.noisy).steps(2)
     second = evaluate(model)
     assert not torch.equal(first, second), "the second adapter is the first"
     run.use("default")
-    still = _base(run) == base and not any(event.moment is Moment.WINDOW for event in case.method.events())
+    still = returned_bits(run) == base and not any(event.moment is Moment.WINDOW for event in case.method.events())
     assert not still or torch.equal(evaluate(model), first), "the first adapter is not what it was"
     first = evaluate(model)
     run.use("second")
@@ -559,12 +569,6 @@ def several(case: Case, engine: Engine) -> str:
     assert torch.equal(evaluate(model), second), "deleting one adapter changes the other"
     assert not any(name.startswith("default/") for name in run.state_dict()["tensors"]), "a deleted adapter is saved"
     return ""
-
-
-def _base(run: rs.Run) -> dict[str, str]:
-    """Hashes of the base, without columns that acting adapters keep in it."""
-    with run._on.returned():
-        return bits(run)
 
 
 def _changes(run: rs.Run, name: str) -> dict[str, Tensor]:

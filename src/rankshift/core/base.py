@@ -20,8 +20,12 @@ _BLOCK = 1 << 24  # elements of fp32 scratch per block when a delta is added
 class Tenant(Protocol):
     """An adapter whose columns stand in the stored weight while it acts."""
 
-    columns: Tensor  # (k,) sorted indices
-    origin: Tensor  # (out, k) what stood there before
+    @property
+    def occupied(self) -> Tensor:
+        """Which columns, (k,), sorted."""
+        ...
+
+    origin: nn.Parameter  # (out, k) what stood there before, in the weight's dtype
 
     def enter(self) -> None: ...
 
@@ -40,6 +44,9 @@ class Base(nn.Module):
 
     storage: ClassVar[bool] = True
     """True if the weight is held here; False for an adapter that stands on another base."""
+
+    hosts: ClassVar[bool] = False
+    """True if an adapter's columns may stand in the stored weight: ``columns`` and ``put_`` are served."""
 
     form: Form
     out_features: int
@@ -106,13 +113,17 @@ class Base(nn.Module):
         """What :meth:`add_` does, in this storage."""
         raise NotImplementedError
 
+    def house(self, tenant: Tenant | None) -> None:
+        """Say whose columns stand in the stored weight from now on; None: nobody's."""
+        self.__dict__["tenant"] = tenant  # a plain reference: nn.Module would take the adapter for a part of the base
+
     def columns(self, at: Tensor, rows: slice) -> Tensor:
         """A copy of rows of the stored columns ``at``, (rows, k). Under sharding every rank must call this."""
         raise NotImplementedError
 
-    def put_(self, at: Tensor, values: Callable[[slice], Tensor]) -> None:
-        """Write the columns ``at``: asks for the rows held here, (rows, k), and rounds once. Marks nothing as changed:
-        who writes keeps what stood there and puts it back."""
+    def put_(self, at: Tensor, values: Tensor) -> None:
+        """Write the columns ``at``, (out, k), sharded along out as a weight is; rounds once. Under sharding every rank
+        must call this. Marks nothing as changed: who writes keeps what stood there and puts it back."""
         raise NotImplementedError
 
     def restore(self) -> nn.Module:
@@ -122,6 +133,8 @@ class Base(nn.Module):
 
 class Dense(Base):
     """The layer's own parameters, in the dtype and layout they came in. Takes them over; copies nothing."""
+
+    hosts: ClassVar[bool] = True
 
     def __init__(self, module: nn.Module, form: Form):
         super().__init__()
@@ -156,7 +169,7 @@ class Dense(Base):
     def rows(self, rows: slice = slice(None)) -> Tensor:
         weight = self.form.matrix(shard.whole(self.weight))[..., rows, :].clone()
         if self.tenant is not None:
-            weight[:, self.tenant.columns] = shard.whole(self.tenant.origin)[rows]
+            weight[:, self.tenant.occupied] = shard.whole(self.tenant.origin)[rows]
         return weight
 
     def columns(self, at: Tensor, rows: slice) -> Tensor:
@@ -166,17 +179,16 @@ class Dense(Base):
         return self.form.matrix(shard.whole(self.weight))[rows][:, at]
 
     @torch.no_grad()
-    def put_(self, at: Tensor, values: Callable[[slice], Tensor]) -> None:
+    def put_(self, at: Tensor, values: Tensor) -> None:
         part, held = shard.local(self.weight)
-        if self._out_first:
+        if self._out_first:  # the rows held here of one are those of the other
             matrix = self.form.matrix(part)
-            matrix.index_copy_(1, at, values(held).to(matrix.dtype))
+            matrix.index_copy_(1, at, shard.local(values)[0].to(matrix.dtype))
             if matrix.untyped_storage().data_ptr() != part.untyped_storage().data_ptr():
                 part.copy_(self.form.stored(matrix))  # channels_last has no (out, in) view
         else:
             mine = (at >= held.start) & (at < held.stop)  # the part held is some of the columns
-            every = values(slice(0, self.out_features))
-            part.index_copy_(0, at[mine] - held.start, every[:, mine].t().to(part.dtype))
+            part.index_copy_(0, at[mine] - held.start, shard.whole(values)[:, mine].t().to(part.dtype))
 
     @property
     def _out_first(self) -> bool:

@@ -7,8 +7,9 @@ act on what came out (``expand``). Methods are written against these two and kno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,19 @@ class Form:
 
     pointwise: ClassVar[bool] = True  # apply(x, M) is x @ M.T on the last axis: one fused op serves it
     stacked: ClassVar[bool] = False  # the weight is a stack of matrices (experts), reached only as a tensor
+
+    @property
+    def taps(self) -> int:
+        """Columns of the matrix that belong to one channel of the input."""
+        return 1
+
+    def narrow(self, channels: int) -> Form:
+        """The same kind of layer on so many channels of input."""
+        return self
+
+    def pick(self, x: Tensor, channels: Tensor) -> Tensor:
+        """Some channels of the input, as a new tensor that does not keep the others alive."""
+        return x.index_select(-1, channels)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The stored weight as an (out, in) view."""
@@ -38,6 +52,10 @@ class Form:
     def columns(self, x: Tensor) -> Tensor:
         """The vectors that the weight multiplies in ``x``, (…, in): ``apply(x, M)`` holds ``columns(x) @ M.T``."""
         return x
+
+    def places(self, y: Tensor) -> Tensor:
+        """The vectors that came out, (…, out), in the order of :meth:`columns`."""
+        return y
 
     def expand(self, z: Tensor, matrix: Tensor) -> Tensor:
         """``matrix`` (out, k) on the k channels of ``z``, place by place."""
@@ -77,6 +95,16 @@ class ConvForm(Form):
     padding_pairs: tuple[int, ...] = ()
     groups: int = 1  # for matrices that are block-diagonal, held without zeros: blocks one below the other, (k, in/n)
 
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    def narrow(self, channels: int) -> ConvForm:
+        return replace(self, channels=channels)
+
+    def pick(self, x: Tensor, channels: Tensor) -> Tensor:
+        return x.index_select(x.dim() - len(self.kernel) - 1, channels)
+
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
@@ -100,6 +128,9 @@ class ConvForm(Form):
         for axis, (k, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
             x = x.unfold(axis, dilation * (k - 1) + 1, stride)[..., ::dilation]
         return x.movedim(1, 1 + dims).flatten(1 + dims)  # (batch, *places, channels, *kernel) → …
+
+    def places(self, y: Tensor) -> Tensor:
+        return y.movedim(y.dim() - len(self.kernel) - 1, -1)
 
     def _channelwise(self, y: Tensor, vector: Tensor) -> Tensor:
         return vector.reshape(-1, *(1,) * len(self.kernel))

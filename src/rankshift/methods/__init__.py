@@ -4,6 +4,7 @@ from rankshift.core.method import Method, from_dict, methods, to_dict
 from rankshift.methods.full import Full
 from rankshift.methods.lora import LoRA
 from rankshift.methods.melora import MELoRA
+from rankshift.methods.paca import PaCA
 from rankshift.methods.vera import VeRA
 
-__all__ = ["Full", "LoRA", "MELoRA", "Method", "VeRA", "from_dict", "methods", "to_dict"]
+__all__ = ["Full", "LoRA", "MELoRA", "Method", "PaCA", "VeRA", "from_dict", "methods", "to_dict"]

@@ -10,16 +10,15 @@ PCA the mean is not taken off, because the layer multiplies X and not X − mean
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rankshift.core import shard
+from rankshift.core import calibration, shard
 from rankshift.core.errors import ConfigError, DataError
 from rankshift.core.site import Spec
 
@@ -122,26 +121,21 @@ def _watch(
 
     def watch(spec: Spec) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            streams[spec.name].add(_rows(spec, args[0].detach(), counted[0]))
+            streams[spec.name].add(calibration.rows(spec, args[0].detach(), counted[0]))
 
         return model.get_submodule(spec.name).register_forward_pre_hook(hook)
 
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = calibration.device_of(model)
     batches = 0
-    with _evaluating(model), torch.no_grad():
+    with calibration.evaluating(model), torch.no_grad():
         try:
             for spec in specs:
                 hooks[spec.name] = watch(spec)
             for batch in data:
-                batch = _to(batch, device)
+                batch = calibration.moved(batch, device)
                 counted[0] = _counted(batch, tokens)
                 batches += 1
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                elif isinstance(batch, (tuple, list)):
-                    model(*batch)
-                else:
-                    model(batch)
+                calibration.call(model, batch)
                 for name in [name for name in hooks if streams[name].settled]:
                     hooks.pop(name).remove()
                 if not hooks:
@@ -152,48 +146,14 @@ def _watch(
     return batches
 
 
-def _rows(spec: Spec, x: Tensor, counted: Tensor | None) -> Tensor:
-    """The layer's inputs as rows (b, in), without the tokens that do not count."""
-    columns = spec.form.columns(x)
-    rows = columns.flatten(0, -2)
-    if counted is None:
-        return rows
-    if columns.shape[:-1] == counted.shape or columns.shape[:-1] == (counted.numel(),):
-        return rows[counted.flatten()]
-    return rows
-
-
 def _counted(batch: Any, tokens: Literal["attention", "labels"]) -> Tensor | None:
     """Which tokens of a batch are not padding and, with ``tokens="labels"``, carry a label."""
     if not isinstance(batch, Mapping):
         return None
-    mask = batch.get("attention_mask")
-    counted = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    counted = calibration.attended(batch)
     if tokens == "labels":
         labels = batch.get("labels")
         if not isinstance(labels, Tensor):
             raise DataError('LoRA(eva_tokens="labels") needs batches with "labels".')
         counted = labels != -100 if counted is None else counted & (labels != -100)
     return counted
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(value, device) for value in batch)
-    return batch
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module returns to the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
