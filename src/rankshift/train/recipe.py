@@ -511,7 +511,7 @@ def _write(job: Job, run: Run, directory: Path) -> dict[str, str]:
         where, format, words = (MODEL, "merged", "the trained model, for transformers")
     try:
         run.export(directory / where, format=format)  # type: ignore[arg-type]
-        made[where] = words
+        made[where] = words if where != PEFT or _told(directory)["peft_type"] == "LORA" else "the same for PEFT"
         if _first():
             job.reader.save_pretrained(directory / where)
     except ExportError as error:
@@ -519,13 +519,19 @@ def _write(job: Job, run: Run, directory: Path) -> dict[str, str]:
     return made
 
 
+def _told(directory: Path) -> dict[str, Any]:
+    """What the PEFT directory says of itself."""
+    config: dict[str, Any] = json.loads((directory / PEFT / "adapter_config.json").read_text(encoding="utf-8"))
+    return config
+
+
 def _portable(run: Run, directory: Path) -> bool:
     """Whether what was written for PEFT is factors of linear layers and nothing else, as servers take it."""
     try:
-        told = json.loads((directory / PEFT / "adapter_config.json").read_text(encoding="utf-8"))
+        told = _told(directory)
     except OSError:
         return False
-    if told["modules_to_save"] or told["use_dora"] or told.get("lora_bias") or told["bias"] != "none":
+    if any(told.get(name) for name in ("modules_to_save", "use_dora", "lora_bias")) or told["bias"] != "none":
         return False
     return not any(site.active and isinstance(site.spec.form, (ConvForm, EmbeddingForm)) for site in run.sites.values())
 
