@@ -20,6 +20,7 @@ NAMES = {
     "LoRA",
     "MELoRA",
     "Method",
+    "PaCA",
     "RankshiftError",
     "Run",
     "Trainer",
