@@ -23,6 +23,7 @@ NAMES = {
     "PaCA",
     "RankshiftError",
     "Run",
+    "SoRA",
     "Trainer",
     "VeRA",
     "__version__",

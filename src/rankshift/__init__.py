@@ -23,6 +23,7 @@ _HOME = {
     "Method": "methods",
     "PaCA": "methods",
     "VeRA": "methods",
+    "SoRA": "methods",
     "to_dict": "methods",
     "from_dict": "methods",
     "Trainer": "train.trainer",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from rankshift.methods import MELoRA as MELoRA
     from rankshift.methods import Method as Method
     from rankshift.methods import PaCA as PaCA
+    from rankshift.methods import SoRA as SoRA
     from rankshift.methods import VeRA as VeRA
     from rankshift.methods import from_dict as from_dict
     from rankshift.methods import to_dict as to_dict

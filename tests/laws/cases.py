@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankshift.core.method import Method
-from rankshift.methods import Full, LoRA, MELoRA, PaCA, VeRA
+from rankshift.methods import Full, LoRA, MELoRA, PaCA, SoRA, VeRA
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,18 @@ CASES: dict[str, tuple[Case, ...]] = {
                 head_lr_ratio=0.5,
                 targets=("q", "up", "down"),
             ),
+            kept=None,
+            alone=True,
+            noisy=True,
+        ),
+    ),
+    "sora": (
+        # 6 of 28 gates close in four updates, one or more of them in each
+        Case("sora", SoRA(rank=4, alpha=8, sparsity=12, gate_init="normal")),
+        Case("sora-off", SoRA(rank=4, alpha=8, sparsity=0, gate_lr_ratio=0), off=LoRA(rank=4, alpha=8), alone=True),
+        Case(
+            "sora-embedding",
+            SoRA(rank=3, alpha=2, sparsity=(5, 9), gate_lr_ratio=2, dropout=0.1, targets=("embed", "up")),
             kept=None,
             alone=True,
             noisy=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from laws.pulse import Pulse, registered
 from laws.world import Engine, Session, batch, begin, evaluate, gap, loss_of, same, tiny
 from rankshift.core.method import Method
 from rankshift.core.phase import Phase
-from rankshift.methods import Full, LoRA
+from rankshift.methods import Full, LoRA, SoRA
 
+SORA = SoRA(rank=4, alpha=8, sparsity=(20, 30), gate_init="normal")  # 22 of 28 ranks are left for the second stage
 ROUTES: dict[str, list[Method]] = {
     "full-lora-full": [Full(), LoRA(rank=4, alpha=8), Full()],
     "lora-pissa-dora": [LoRA(rank=2), LoRA(rank=3, init="pissa"), LoRA(rank=2, dora=True)],
@@ -28,6 +30,7 @@ ROUTES: dict[str, list[Method]] = {
         LoRA(rank=2, lora_bias=True, targets=("q", "up")),
         Full(targets=("head", "up")),
     ],
+    "sora-stages-lora": [SORA, replace(SORA, stage=1), LoRA(rank=2)],
 }
 routes = pytest.mark.parametrize("methods", [pytest.param(m, id=name) for name, m in ROUTES.items()])
 
@@ -44,7 +47,8 @@ def test_resume_across_phases_under_ddp(pool: Pool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("to", [Full(), LoRA(rank=2)], ids=["full", "lora"])
 def test_shift_preserves_the_function(to: Method, dtype: torch.dtype) -> None:
-    for method in (Full(), LoRA(rank=4, alpha=8), LoRA(rank=4, dora=True), ROUTES["extras-lora"][0], Pulse(rank=2)):
+    every = (Full(), LoRA(rank=4, alpha=8), LoRA(rank=4, dora=True), ROUTES["extras-lora"][0], Pulse(rank=2), SORA)
+    for method in every:
         laws.preserve_shift(Case("shift", method), to, dtype)
 
 
@@ -68,8 +72,9 @@ def sharded_route(methods: list[Method], each: int) -> dict[str, torch.Tensor]:
         return state
 
 
-def test_phases_under_fsdp2_are_those_of_one_process(pool: Pool) -> None:
-    methods = ROUTES["full-lora-full"]
+@pytest.mark.parametrize("route", ["full-lora-full", "sora-stages-lora"])
+def test_phases_under_fsdp2_are_those_of_one_process(route: str, pool: Pool) -> None:
+    methods = ROUTES[route]
     session = begin("one", methods[0], torch.float64).steps(2)
     for method in methods[1:]:
         session = Session("one", session.run.shift(method)).steps(2)
