@@ -11,7 +11,8 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import torch
@@ -63,7 +64,7 @@ def probe(method: Method) -> Capability:
     with tempfile.TemporaryDirectory() as folder:
         lora = _refusal(lambda: run.export(f"{folder}/lora", profile="portable"))
     disable = _refusal(lambda: _enter(run))
-    second = _refusal(lambda: run.add("second", method, data=_batches(run.model)))
+    second = _refusal(lambda: run.add("second", method, data=_Batches(run.model)))
     return Capability(
         layers=layers(method),
         lora=lora,
@@ -128,12 +129,12 @@ class _Net(nn.Module):
         layer = nn.Linear(side, side, device="meta")  # there nothing is drawn from the global generator
         self.layer = layer.to_empty(device="cpu")
         with torch.no_grad():
-            for name, p in self.layer.named_parameters():
-                p.copy_(normal(Key(0) / name, tuple(p.shape)) / side**0.5)
+            self.layer.weight.copy_(_noise(side, side) / side**0.5)
+            self.layer.bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
-        return out
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        y = self.layer(x)
+        return SimpleNamespace(logits=y, loss=None if labels is None else (y - labels).square().mean())
 
 
 class _Looked(Exception):
@@ -147,8 +148,20 @@ class _Watched:
         raise _Looked
 
 
-def _batches(model: Any) -> list[Tensor]:
-    return [normal(Key(0) / "x", (256, model.layer.in_features))]
+@dataclass(frozen=True)
+class _Batches:
+    """One batch, of 64 rows."""
+
+    model: Any
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        x = _noise(64, self.model.layer.in_features)
+        yield {"x": x, "labels": x.roll(1)}
+
+
+@cache
+def _noise(*shape: int) -> Tensor:
+    return normal(Key(0), shape)
 
 
 def _attached(method: Method, data: Any = None) -> Run:
@@ -157,7 +170,7 @@ def _attached(method: Method, data: Any = None) -> Run:
     while True:
         model = _Net(side)
         try:
-            return attach(model, method, total_steps=_STEPS, data=_batches(model) if data is None else data)
+            return attach(model, method, total_steps=_STEPS, data=_Batches(model) if data is None else data)
         except RankTooLarge:
             if side >= _SIDE:
                 raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -22,19 +22,21 @@ from rankshift.methods import methods
 def show_all() -> None:
     """One row a method."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for title in ("method", "what trains", "parameters a layer", "layers", "LoRA", "needs"):
-        table.add_column(title, no_wrap=title in ("method", "LoRA"))
+    for title in ("method", "what trains", "parameters", "not at", "LoRA", "needs"):
+        table.add_column(title, no_wrap=title in ("method", "LoRA"), min_width=22 if title == "what trains" else None)
     for name, kind in methods().items():
         can = capability.probe(kind())
-        needs = [what for what, needed in (("total_steps", can.total), ("data", can.data)) if needed]
-        cells = (name, kind.summary, kind.formula, _served(can.layers), "no" if can.lora else "yes", ", ".join(needs))
+        refused = [layer for layer, why in can.layers.items() if why]
+        needs = [what for what, needed in (("total steps", can.total), ("data", can.data)) if needed]
+        cells = (name, kind.summary, kind.formula, ", ".join(refused), "no" if can.lora else "yes", ", ".join(needs))
         table.add_row(*map(escape, cells))
     console = Console()
     console.print(table, highlight=False)
     kinds = ", ".join("transformers' Conv1D" if kind == "Conv1D" else kind for kind in capability.LAYERS)
     console.print(
-        f"\nlayers: {kinds}. LoRA: whether it exports exactly as one plain LoRA.\n"
-        "Its settings, and why it does not do what it does not: rankshift methods NAME. More: docs/methods.md",
+        f"\nparameters: trained in one (out, in) layer. not at: which layers it refuses, of {kinds}. LoRA: whether it "
+        "exports exactly as one plain LoRA.\n"
+        "Settings, and why it does not do what it does not: rankshift methods NAME. More: docs/methods.md",
         highlight=False,
     )
 
@@ -132,12 +134,6 @@ def _answer(why: str) -> tuple[str, str]:
 def _needs(needed: bool, other: list[str]) -> tuple[str, str]:
     others = " or ".join(other)
     return "yes" if needed else "no", (f"not with {others}" if needed else f"with {others}") if others else ""
-
-
-def _served(layers: Mapping[str, str]) -> str:
-    """ "all", "all but Embedding", or the kinds by name."""
-    yes, no = [k for k, why in layers.items() if not why], [k for k, why in layers.items() if why]
-    return "all" if not no else f"all but {', '.join(no)}" if len(no) < len(yes) else ", ".join(yes)
 
 
 def _table(*titles: str) -> Table:
