@@ -14,6 +14,7 @@ The pair follows from (seed, r, in_max, out_max): float32 on the CPU, A first, t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -136,11 +137,7 @@ class Pair:
     def describe(self) -> dict[str, Any]:
         if self.digest is None:  # on the meta device nothing was drawn yet
             self.draw()
-        n = self.numbers
-        return {
-            "generator": GENERATOR, "seed": n.seed, "rank": n.rank, "in_max": n.in_max, "out_max": n.out_max,
-            "digest": self.digest,
-        }  # fmt: skip
+        return {"generator": GENERATOR, **dataclasses.asdict(self.numbers), "digest": self.digest}
 
 
 class VeRALayer(Adapter):
