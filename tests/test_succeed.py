@@ -14,7 +14,7 @@ import rankshift as rs
 from laws.pulse import registered
 from rankshift.core.adapter import Adapter
 from rankshift.core.event import Event, Moment, Tick
-from rankshift.core.method import Estate, Method
+from rankshift.core.method import _REGISTRY, Estate, Method
 from rankshift.core.site import Site
 from rankshift.methods.lora import LoRALayer
 from test_run import IDS, bits, net, out, stir
@@ -78,6 +78,9 @@ class Heir(rs.LoRA):
             for site, a in adapters.items()
             if site not in self.drop
         }
+
+
+_REGISTRY.pop(Heir.name)  # defining it registered it
 
 
 @pytest.fixture(autouse=True)
