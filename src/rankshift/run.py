@@ -649,7 +649,7 @@ def load(
     check_base: bool = True,
     tied: Literal["refuse", "untie"] = "refuse",
 ) -> Run:
-    """Attach what a directory holds: a native one of :meth:`Run.save`, or else a PEFT LoRA adapter.
+    """Attach what a directory holds: a native one of :meth:`Run.save`, or else a PEFT LoRA or VeRA adapter.
 
     Args:
         model: the base that it was trained on.

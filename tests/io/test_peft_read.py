@@ -170,7 +170,7 @@ A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ("arrow_config", {"top_k": 3}),
         ("ensure_weight_tying", True),
         ("a_field_of_the_future", 3),
-        ("peft_type", "VERA"),
+        ("peft_type", "IA3"),
     ],
 )
 def test_option_without_an_equal_is_named(folder, field, value):

@@ -116,10 +116,11 @@ def _peft(directory: Path) -> list[tuple[str, str]]:
         config = json.loads((directory / PEFT_CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CorruptFile(f"{directory / PEFT_CONFIG} is not JSON: {error}. Copy it again.") from error
+    alpha = f", alpha {config['lora_alpha']}" if "lora_alpha" in config else ""  # VeRA has none
     lines = [
         ("directory", f"{directory}, in PEFT's format"),
         ("base", str(config.get("base_model_name_or_path") or "without a name")),
-        ("method", f"{str(config.get('peft_type')).lower()}, rank {config.get('r')}, alpha {config.get('lora_alpha')}"),
+        ("method", f"{str(config.get('peft_type')).lower()}, rank {config.get('r')}{alpha}"),
     ]
     weights = directory / "adapter_model.safetensors"
     if not weights.is_file():
@@ -131,7 +132,8 @@ def _peft(directory: Path) -> list[tuple[str, str]]:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CorruptFile(f"{weights} cannot be read: {error}. Copy it again.") from error
-    ranks = {name: shape[0] for name, shape in shapes.items() if name.endswith(("lora_A.weight", "lora_embedding_A"))}
+    ends = ("lora_A.weight", "lora_embedding_A", "vera_lambda_d")
+    ranks = {name: shape[0] for name, shape in shapes.items() if name.endswith(ends)}
     if ranks:
         lines.append(("layers", _ranks(ranks)))
     lines.append(("files", f"{weights.name} {_size(weights.stat().st_size)}, {len(shapes)} tensors: complete"))

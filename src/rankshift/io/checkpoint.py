@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.errors import CheckpointError, CorruptFile, MissingFile, NotWritable
-from rankshift.io import fingerprint, peft
+from rankshift.io import fingerprint, peft, peft_vera
 from rankshift.io.atomic import NATIVE, replacing, settle
 
 MANIFEST = "rankshift.json"
@@ -102,6 +102,8 @@ def read(
         raise MissingFile(f"There is no directory {directory}.\nCheck the path; hub names are not looked up.")
     if not (folder / MANIFEST).exists():
         if (folder / peft.CONFIG).exists():
+            if str(peft.load_config(folder)["peft_type"]).upper() == "VERA":
+                return peft_vera.read(model, folder, seed, tied)
             return peft.read(model, folder, seed, tied)
         raise MissingFile(
             f"{folder} holds neither {MANIFEST} nor {peft.CONFIG}.\nName a directory that run.save() or PEFT wrote."

@@ -3,6 +3,8 @@
 PEFT, exact. Every LoRA variant that PEFT has, as itself. An anchored start (PiSSA, OLoRA) becomes a LoRA of twice the
 rank, A = [A; A₀], B = [B, −B₀], on the untouched base. MELoRA's n blocks become one LoRA of rank n·r, zeros and all.
 
+VeRA on layers for which PEFT has it becomes a VERA directory; on others, and with profile="portable", a LoRA of rank r.
+
 PEFT, portable. One plain LoRA as servers accept it: one rank everywhere (zero rows fill up), the scale folded into A so
 that lora_alpha = r, no patterns, no options.
 """
@@ -30,11 +32,12 @@ from rankshift.core.errors import ConfigError, ExportError, NotWritable, nearest
 from rankshift.core.form import ConvForm, EmbeddingForm, Form, TransposedForm
 from rankshift.core.method import Method, from_dict
 from rankshift.core.site import Replica, Site, bare, base_parameters, embeddings_untied, walk
-from rankshift.io import peft
+from rankshift.io import peft, peft_vera
 from rankshift.io.atomic import MODEL, PEFT, SIGN, replacing
 from rankshift.io.checkpoint import packed, version, write_on_first_rank
 from rankshift.methods.lora import DoRALayer, LoRA, LoRALayer
 from rankshift.methods.melora import MELoRALayer
+from rankshift.methods.vera import VeRA
 
 _TASKS = {  # the end of a transformers class name → PEFT's task_type, and the heads that PEFT then wants in the file
     "ForCausalLM": ("CAUSAL_LM", ()),
@@ -109,14 +112,51 @@ def _peft(run: Source, directory: str | Path, portable: bool, adapter: str | Non
     method = from_dict(run.describe()["adapters"][name]["method"])
     replicas = {at: m for at, m, _ in walk(run.model) if isinstance(m, Replica) and name in m.copies}
     biases = _biases(run, method, tuple(replicas))
-    parts = {site: _part(site, layer, name) for site, layer in run.adapter(name).items()}
+    layers = run.adapter(name)
+    as_vera = isinstance(method, VeRA) and not portable and bool(layers) and peft_vera.holds(layers.values())
+    parts = {} if as_vera else _parts(method, layers, name)
+    if portable:
+        _check_portable(method, parts, replicas, biases)
+        rank = max(part.rank for part in parts.values())
+        parts = {site: _padded(part, rank) for site, part in parts.items()}
+    modules = {at: dict(replica.copies[name].state_dict()) for at, replica in replicas.items()}
+    for at in _also_matched(run.model, modules):  # PEFT compares ends of names without regard to dots
+        if any(site == at or site.startswith(f"{at}.") for site in parts or layers):
+            raise ExportError(
+                f"PEFT would take {at}, which has an adapter, for one of modules_to_save = {list(modules)}."
+            )
+        modules[at] = dict(run.model.get_submodule(at).state_dict())
+    tensors = peft_vera.vectors(layers) if as_vera else _tensors(run.model, parts)
+    tensors |= {f"{at}.{leaf}": shard.whole(t) for at, state in modules.items() for leaf, t in state.items()}
+    for bias, (parameter, adapted) in biases.items():
+        key = f"{bias.removesuffix('bias')}base_layer.bias" if adapted else bias
+        tensors[key] = shard.whole(parameter)
+    if isinstance(method, VeRA) and as_vera:
+        config = _labels(run.model, list(modules)) | peft_vera.fields(method, layers)
+        config["target_modules"] = _target_modules(run.model, config, list(layers))
+    else:
+        config = _config(run.model, method, parts, list(modules), bool(biases))
+    pair = peft_vera.projections(layers) if config.get("save_projection") else {}
+
+    def write() -> None:
+        with replacing(directory, PEFT) as folder:
+            named = {peft.PREFIX + key: tensor for key, tensor in tensors.items()} | pair
+            save_file(packed(named), folder / peft.WEIGHTS, metadata={"format": "pt"})
+            (folder / peft.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    return write
+
+
+def _parts(method: Method, layers: Mapping[str, Adapter], name: str) -> dict[str, _Part]:
+    """The layers that the adapter changes, as PEFT's LoRA has them."""
+    parts = {site: _part(site, layer, name) for site, layer in layers.items()}
     if not parts:
         raise ExportError(f'{type(method).__name__} makes no low-rank change. Use format="merged" for a plain model.')
     parts = {site: part for site, part in parts.items() if part.rank}
     if not parts:
         raise ExportError(
-            f"Adapter {name!r} has no rank left at any layer, so it changes none of them: the base is what it computes. "
-            "Use the base, or train with less sparsity."
+            f"Adapter {name!r} has no rank left at any layer, so it changes none of them: the base is what it "
+            "computes. Use the base, or train with less sparsity."
         )
     for site, part in parts.items():
         why = peft.unlike(part.form)
@@ -125,31 +165,7 @@ def _peft(run: Source, directory: str | Path, portable: bool, adapter: str | Non
                 f"{site} is a convolution with {why}, which PEFT leaves out of its branch: it would compute something "
                 'else, or fail. Use format="merged" for a plain model, or exclude the layer.'
             )
-    if portable:
-        _check_portable(method, parts, replicas, biases)
-        rank = max(part.rank for part in parts.values())
-        parts = {site: _padded(part, rank) for site, part in parts.items()}
-    modules = {at: dict(replica.copies[name].state_dict()) for at, replica in replicas.items()}
-    for at in _also_matched(run.model, modules):  # PEFT compares ends of names without regard to dots
-        if any(site == at or site.startswith(f"{at}.") for site in parts):
-            raise ExportError(
-                f"PEFT would take {at}, which has an adapter, for one of modules_to_save = {list(modules)}."
-            )
-        modules[at] = dict(run.model.get_submodule(at).state_dict())
-    tensors = _tensors(run.model, parts)
-    tensors |= {f"{at}.{leaf}": shard.whole(t) for at, state in modules.items() for leaf, t in state.items()}
-    for bias, (parameter, adapted) in biases.items():
-        key = f"{bias.removesuffix('bias')}base_layer.bias" if adapted else bias
-        tensors[key] = shard.whole(parameter)
-    config = _config(run.model, method, parts, list(modules), bool(biases))
-
-    def write() -> None:
-        with replacing(directory, PEFT) as folder:
-            named = {peft.PREFIX + key: tensor for key, tensor in tensors.items()}
-            save_file(packed(named), folder / peft.WEIGHTS, metadata={"format": "pt"})
-            (folder / peft.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-    return write
+    return parts
 
 
 def _one(run: Source, adapter: str | None) -> str:
@@ -255,20 +271,17 @@ def _config(
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     stacked = [site for site, part in parts.items() if part.form.stacked]
     config: dict[str, Any] = {
+        **_labels(model, modules),
         "peft_type": "LORA",
-        "task_type": _task(model, modules),
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
-        "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {f"^{re.escape(s)}": v for s, v in ranks.items() if v != rank},
         "alpha_pattern": {f"^{re.escape(s)}": v for s, v in alphas.items() if v != alpha},
         "lora_dropout": method.dropout if isinstance(method, LoRA) else 0.0,
-        "bias": method.bias if biased and isinstance(method, LoRA) else "none",
+        "bias": _bias(method) if biased else "none",
         "use_rslora": rslora,
         "use_dora": any(part.magnitude is not None for part in parts.values()),
         "init_lora_weights": True,
-        "modules_to_save": list(modules) or None,
         "fan_in_fan_out": any(isinstance(part.form, TransposedForm) for part in parts.values()),
         "exclude_modules": None,
         "layers_to_transform": None,
@@ -280,6 +293,23 @@ def _config(
         config["target_parameters"] = stacked
     config["target_modules"] = _target_modules(model, config, [site for site in parts if site not in stacked])
     return config
+
+
+def _labels(model: nn.Module, modules: Sequence[str]) -> dict[str, Any]:
+    """What adapter_config.json says of the model, whatever the method."""
+    return {
+        "task_type": _task(model, modules),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
+        "inference_mode": True,
+        "modules_to_save": list(modules) or None,
+    }
+
+
+def _bias(method: Method) -> str:
+    """PEFT's word for the biases that a method trains in place."""
+    if isinstance(method, VeRA):
+        return "lora_only" if method.bias == "vera_only" else method.bias
+    return method.bias if isinstance(method, LoRA) else "none"
 
 
 def _tidy(alpha: float) -> float | int:

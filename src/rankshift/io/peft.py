@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from rankshift.core import shard
 from rankshift.core.errors import ConfigError, CorruptFile, MissingFile, TargetError, WrongBase, nearest
 from rankshift.core.form import ConvForm, Form, TransposedForm
-from rankshift.core.method import to_dict
+from rankshift.core.method import Method, to_dict
 from rankshift.core.site import Spec, base_parameters, form_of, matches, select, spec_of, walk
 from rankshift.methods import lora_init
 from rankshift.methods.lora import LoRA
+from rankshift.methods.vera import VeRA
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -103,10 +104,10 @@ def read(
         WrongBase: a tensor fits no layer of ``model``.
     """
     folder = Path(directory)
-    config, found = _config(folder), _tensors(folder)
+    config, found = _config(folder), load_tensors(folder)
     groups, rest = _grouped(found, folder)
-    sites = _sites(model, groups, config, folder)
-    copies = _copies(model, config)
+    sites = adapted_sites(model, groups, config, folder)
+    copies = copied_modules(model, config)
     expected = [n for n in [*targeted_modules(model, config), *targeted_parameters(model, config)] if n not in sites]
     if expected:
         raise CorruptFile(
@@ -148,44 +149,69 @@ def read(
         bias=config["bias"],
         lora_bias=bool(config["lora_bias"]),
         modules_to_save=tuple(copies),
-        targets=_targets(model, list(ranks)),
+        targets=target_names(model, list(ranks)),
         tied=tied,
     )
-    base = _rest(model, rest, copies, method, ranks, folder)
-    changed = [name.partition("/")[2] for name in base if name.startswith("base/")]
+    return state(method, ranks, tensors | remaining(model, rest, copies, method, ranks, folder), seed)
+
+
+def state(
+    method: Method,
+    ranks: Mapping[str, int],
+    tensors: Mapping[str, Tensor],
+    seed: int,
+    shared: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What ``Run.state_dict`` gives for a run of one adapter before its first step."""
     return {
         "format": 1,
-        "adapters": {"default": {"method": to_dict(method), "ranks": ranks}},
+        "adapters": {
+            "default": {"method": to_dict(method), "ranks": dict(ranks)} | ({"shared": dict(shared)} if shared else {})
+        },
         "active": ["default"],
         "seed": seed,
         "total_steps": None,
         "step": 0,
         "phases": [{"method": to_dict(method), "start": 0, "stop": None}],
-        "changed": changed,
-        "tensors": tensors | base,
+        "changed": [name.partition("/")[2] for name in tensors if name.startswith("base/")],
+        "tensors": dict(tensors),
     }
 
 
 # ---- the two files ---------------------------------------------------------------------------------------------------
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def load_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as it stands."""
     path = folder / CONFIG
     try:
         given = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}.\nExport or copy it again.") from error
-    if not isinstance(given, dict) or str(given.get("peft_type")).upper() != "LORA":
-        kind = given.get("peft_type") if isinstance(given, dict) else given
-        raise ConfigError(f"{path} has peft_type = {kind!r}.\nOnly LORA adapters are read here.")
+    kind = given.get("peft_type") if isinstance(given, dict) else given
+    if str(kind).upper() not in ("LORA", "VERA"):
+        raise ConfigError(f"{path} has peft_type = {kind!r}.\nOnly LORA and VERA adapters are read here.")
+    return dict(given)
+
+
+def known_fields(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], no_effect: Iterable[str], path: Path
+) -> dict[str, Any]:
+    """The fields of a config that mean something here; ConfigError at one that is set and has no equal."""
     for key, value in given.items():
-        if key not in _DEFAULTS and key not in _NO_EFFECT and value not in (None, False, "", [], {}):
+        if key not in defaults and key not in no_effect and value not in (None, False, "", [], {}):
             raise ConfigError(
                 f"{path} sets {key} = {value!r}, which has no equal here: the adapter would not compute what it was "
                 "trained to.\nUse PEFT for it, or merge it there and load the plain model."
             )
-    config = {key: _or(given.get(key), default) for key, default in _DEFAULTS.items()}
-    _check_expressions(config, path)
+    config = {key: _or(given.get(key), default) for key, default in defaults.items()}
+    check_expressions(config, path)
+    return config
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    config = known_fields(load_config(folder), _DEFAULTS, _NO_EFFECT, path)
     if config["init_lora_weights"] not in _INITS:
         raise ConfigError(
             f"{path} sets init_lora_weights = {config['init_lora_weights']!r}, whose change of the base cannot be "
@@ -194,10 +220,12 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_expressions(config: Mapping[str, Any], path: Path) -> None:
+def check_expressions(config: Mapping[str, Any], path: Path) -> None:
+    """Raise CorruptFile at a regular expression that is none."""
     lists = config["layers_pattern"] or ()
-    expressions = [*config["rank_pattern"], *config["alpha_pattern"], *([lists] if isinstance(lists, str) else lists)]
-    expressions += [config[key] for key in ("target_modules", "exclude_modules") if isinstance(config[key], str)]
+    expressions = [*config.get("rank_pattern", ()), *config.get("alpha_pattern", ())]
+    expressions += [lists] if isinstance(lists, str) else lists
+    expressions += [v for v in (config.get("target_modules"), config.get("exclude_modules")) if isinstance(v, str)]
     for expression in expressions:
         try:
             re.compile(expression)
@@ -209,7 +237,8 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the directory, by PEFT's name."""
     safe, pickled = folder / WEIGHTS, folder / "adapter_model.bin"
     try:
         if safe.exists():
@@ -300,7 +329,7 @@ def _grouped(found: Mapping[str, Tensor], folder: Path) -> tuple[dict[str, dict[
     return groups, rest
 
 
-def _sites(
+def adapted_sites(
     model: nn.Module, groups: Mapping[str, dict[str, Tensor]], config: Mapping[str, Any], folder: Path
 ) -> dict[str, dict[str, Tensor]]:
     """The groups by the name of their site, in model order."""
@@ -323,7 +352,7 @@ def _sites(
     return {name: named[name] for name in known if name in named}
 
 
-def _copies(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+def copied_modules(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
     """Modules trained whole. PEFT compares the ends of names without regard to dots, and skips what matches nothing."""
     wanted = tuple(config["modules_to_save"] or ())
     hits = [name for name, _, parameter in walk(model) if parameter is None and wanted and name.endswith(wanted)]
@@ -405,7 +434,7 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return pattern
 
 
-def _targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+def target_names(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     """The last parts of the names where they select these layers and no others, else the names."""
     leaves = tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
     try:
@@ -417,11 +446,11 @@ def _targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 # ---- what is not LoRA ------------------------------------------------------------------------------------------------
 
 
-def _rest(
+def remaining(
     model: nn.Module,
     rest: Mapping[str, Tensor],
     copies: Sequence[str],
-    method: LoRA,
+    method: LoRA | VeRA,
     ranks: Mapping[str, int],
     folder: Path,
 ) -> dict[str, Tensor]:
