@@ -1,13 +1,14 @@
 # make train   set up what is missing and run the default job
 # make test    set up what is missing, check style and types, run the tests
 # make docs    build the documentation into site/
+# make capabilities   run the laws and write what they show of each method to docs/capabilities.md
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: train test lint docs clean
+.PHONY: train test lint docs capabilities clean
 
 train: $(VENV)/.installed
 	$(BIN)/rankshift train $(ARGS)
@@ -19,6 +20,9 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+capabilities: $(VENV)/.tested
+	$(BIN)/python -m pytest tests/laws --capabilities docs/capabilities.md $(ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

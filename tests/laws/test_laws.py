@@ -29,18 +29,20 @@ EVERY = [*rows(), PULSE[0]]
 FIRST = [row[0] for row in CASES.values()] + [PULSE[0]]
 
 
-def hold(law: Callable[..., None], case: Case, engine: Engine, pool: Pool | None = None, **options: Any) -> None:
-    """Check a law here, or on two ranks."""
+def hold(law: Callable[..., Any], case: Case, engine: Engine, pool: Pool | None = None, **options: Any) -> Any:
+    """Check a law here, or on two ranks; what it hands back (here)."""
     if engine == "one":
-        held(law, case, engine, **options)
-    else:
-        assert pool is not None
-        pool.run(held, law, case, engine, **options)
+        return held(law, case, engine, **options)
+    assert pool is not None
+    return pool.run(held, law, case, engine, **options)
 
 
-def held(law: Callable[..., None], case: Case, engine: Engine, **options: Any) -> None:
+def held(law: Callable[..., Any], case: Case, engine: Engine, **options: Any) -> Any:
     with registered(case.method):
-        law(case, engine, **options)
+        return law(case, engine, **options)
+
+
+Refuse = Callable[[str, object], None]  # record_property("refused", {column of the capability table: why})
 
 
 def cases(*wanted: Case) -> Any:
@@ -63,11 +65,13 @@ def test_every_registered_method_has_a_row() -> None:
         assert all(case.method.name == name for case in row)
 
 
+@pytest.mark.capability("resume")
 @cases(*EVERY)
 def test_resume_at_every_step(case: Case) -> None:
     hold(laws.resume, case, "one")
 
 
+@pytest.mark.capability("accumulation")
 @cases(*FIRST)
 def test_resume_at_every_step_of_accumulated_gradients(case: Case) -> None:
     hold(laws.resume, case, "one", accumulate=2)
@@ -84,11 +88,13 @@ def test_two_ranks_are_one_process(case: Case, engine: Engine, pool: Pool) -> No
     hold(laws.ranks, case, engine, pool)
 
 
+@pytest.mark.capability("merge")
 @everywhere(*EVERY)
 def test_rewriting_the_base_preserves_the_function(case: Case, engine: Engine, pool: Pool) -> None:
     hold(laws.preserve, case, engine, pool)
 
 
+@pytest.mark.capability("merge")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @cases(*EVERY)
 def test_merging_in_lower_precision(case: Case, dtype: torch.dtype) -> None:
@@ -125,9 +131,10 @@ def test_attaching_does_not_change_the_function(case: Case) -> None:
     hold(laws.identity, case, "one")
 
 
+@pytest.mark.capability("Linear", "Conv1D", "Conv", "Embedding", "experts")
 @cases(*EVERY)
-def test_forward_is_the_dense_delta(case: Case) -> None:
-    hold(laws.delta, case, "one")
+def test_forward_is_the_dense_delta(case: Case, record_property: Refuse) -> None:
+    record_property("refused", hold(laws.delta, case, "one"))
 
 
 @cases(*EVERY)
@@ -140,19 +147,25 @@ def test_an_exported_directory_is_the_function(case: Case) -> None:
     hold(laws.exported, case, "one")
 
 
+@pytest.mark.capability("exact LoRA export")
 @cases(*EVERY)
-def test_an_exported_plain_lora_is_the_function(case: Case) -> None:
-    hold(laws.portable, case, "one")
+def test_an_exported_plain_lora_is_the_function(case: Case, record_property: Refuse) -> None:
+    if why := hold(laws.portable, case, "one"):
+        record_property("refused", {"exact LoRA export": why})
 
 
+@pytest.mark.capability("multi-adapter")
 @cases(*EVERY, SWELL)
-def test_two_adapters(case: Case) -> None:
-    hold(laws.several, case, "one")
+def test_two_adapters(case: Case, record_property: Refuse) -> None:
+    if why := hold(laws.several, case, "one"):
+        record_property("refused", {"multi-adapter": why})
 
 
+@pytest.mark.capability("quantised base")
 @cases(*EVERY)
-def test_a_quantised_base(case: Case) -> None:
-    hold(laws.unquantised, case, "one")
+def test_a_quantised_base(case: Case, record_property: Refuse) -> None:
+    if why := hold(laws.unquantised, case, "one"):
+        record_property("refused", {"quantised base": why})
 
 
 @cases(*[case for case in EVERY if case.kept is not None])
