@@ -94,7 +94,10 @@ def summarise(run: Run) -> Summary:
     alone = Counter(
         name.rpartition(".")[0].rpartition(".")[2] for name, p, adapted in base if not adapted and not p.requires_grad
     )
-    extra = sum(p.numel() for s in run.sites.values() for a in s.acting() for p in a.parameters())
+    extra = sum(
+        p.numel() for s in run.sites.values() for a in s.acting() for leaf, p in a.named_parameters()
+        if leaf not in a.derived
+    )  # fmt: skip
     moments = sum(2 * p.numel() * p.element_size() for p in trainable.values())
     return Summary(
         method=type(run.method).__name__,

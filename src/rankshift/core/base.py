@@ -164,7 +164,7 @@ class Dense(Base):
         return packed[0]
 
     def linear(self, x: Tensor) -> Tensor:
-        return self.form.apply(x, self.form.matrix(self.weight), self.bias)
+        return self.form.run(x, self.weight, self.bias)
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
         weight = self.form.matrix(shard.whole(self.weight))[..., rows, :].clone()

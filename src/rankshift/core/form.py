@@ -49,6 +49,10 @@ class Form:
         """The layer with ``matrix`` (k, in) in place of its weight: k output channels."""
         return F.linear(x, matrix, bias)
 
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer with its weight as stored: the same arithmetic, to the bit."""
+        return self.apply(x, self.matrix(weight), bias)
+
     def columns(self, x: Tensor) -> Tensor:
         """The vectors that the weight multiplies in ``x``, (…, in): ``apply(x, M)`` holds ``columns(x) @ M.T``."""
         return x
@@ -112,12 +116,15 @@ class ConvForm(Form):
         return matrix.reshape(matrix.shape[0], self.channels // self.groups, *self.kernel)
 
     def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.run(x, self.stored(matrix), bias)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # channels_last stays that
         conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
         padding: tuple[int, ...] | str = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self.padding_pairs, mode=self.padding_mode)
             padding = (0,) * len(self.kernel)
-        return conv(x, self.stored(matrix), bias, self.stride, padding, self.dilation, self.groups)
+        return conv(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def columns(self, x: Tensor) -> Tensor:
         """The patches under the kernel, (batch, *places, in·∏kernel)."""

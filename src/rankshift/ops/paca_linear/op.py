@@ -114,7 +114,7 @@ class _PaCAConv(torch.autograd.Function):
         if cast:
             weight = weight.to(x.dtype)
             bias = None if bias is None else bias.to(x.dtype)
-        return form.apply(x, form.matrix(weight), bias)
+        return form.run(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -17,6 +17,6 @@ def gradients(
     x: Tensor, weight: Tensor, D: Tensor, columns: Tensor, scale: float, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dD, dbias) through the dense gradient G = dyᵀ x:  dx = dy W',  dD = s G[:, I]."""
-    rows = dy.flatten(0, -2)
-    G = rows.t() @ x.flatten(0, -2)  # (out, in)
+    rows = dy.reshape(-1, dy.shape[-1])
+    G = rows.t() @ x.reshape(-1, x.shape[-1])  # (out, in)
     return dy @ weight.index_add(1, columns, scale * D), scale * G[:, columns], rows.sum(0)
