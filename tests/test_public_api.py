@@ -20,6 +20,7 @@ NAMES = {
     "LoRA",
     "MELoRA",
     "Method",
+    "PCLoRA",
     "PaCA",
     "RankshiftError",
     "Run",
@@ -31,6 +32,7 @@ NAMES = {
     "errors",
     "from_dict",
     "load",
+    "load_compressed",
     "restore",
     "to_dict",
 }

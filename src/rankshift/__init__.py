@@ -15,12 +15,14 @@ __version__ = "0.1.0"
 _HOME = {
     "attach": "run",
     "load": "run",
+    "load_compressed": "train.compressed",
     "restore": "run",
     "Run": "run",
     "Full": "methods",
     "LoRA": "methods",
     "MELoRA": "methods",
     "Method": "methods",
+    "PCLoRA": "methods",
     "PaCA": "methods",
     "VeRA": "methods",
     "SoRA": "methods",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from rankshift.methods import LoRA as LoRA
     from rankshift.methods import MELoRA as MELoRA
     from rankshift.methods import Method as Method
+    from rankshift.methods import PCLoRA as PCLoRA
     from rankshift.methods import PaCA as PaCA
     from rankshift.methods import SoRA as SoRA
     from rankshift.methods import VeRA as VeRA
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from rankshift.run import attach as attach
     from rankshift.run import load as load
     from rankshift.run import restore as restore
+    from rankshift.train.compressed import load_compressed as load_compressed
     from rankshift.train.trainer import Trainer as Trainer
 
 

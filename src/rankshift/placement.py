@@ -274,6 +274,36 @@ class Placement:
             for site in lent:
                 site.enter()
 
+    @contextlib.contextmanager
+    def original(self) -> Iterator[None]:
+        """The model as it came, in eval mode, for a forward while the backward of another is still to come.
+
+        No value is written: adapters are unlinked, and where batch norms keep running statistics stand the original
+        ones, as other tensors. (What trains in place has no such form; methods that do it are not asked.)
+        """
+        training = [module for module in self.model.modules() if module.training]
+        moved = {id(tensor): name for name, tensor in running_statistics(self.model) if name in self.originals}
+        swapped = [
+            (module._buffers, leaf, tensor)
+            for module in self.model.modules()
+            for leaf, tensor in module._buffers.items()
+            if id(tensor) in moved
+        ]
+        try:
+            for module in training:
+                module.training = False
+            for buffers, leaf, tensor in swapped:
+                assert tensor is not None
+                buffers[leaf] = self.originals[moved[id(tensor)]].to(tensor.device)
+            self.link(())
+            yield
+        finally:
+            self.link(self.active)
+            for buffers, leaf, tensor in swapped:
+                buffers[leaf] = tensor
+            for module in training:
+                module.training = True
+
     # ---- what is here
 
     def replicas(self) -> dict[str, Replica]:
@@ -399,7 +429,7 @@ def check_foldable(sites: Iterable[Site]) -> None:
         if site.base.bias is None and any(adapter.delta_bias() is not None for adapter in site.acting()):
             raise AttachError(
                 f"{site.spec.name} has no bias to merge the adapter's bias into. Nothing was merged. Go on unmerged, "
-                "or train with lora_bias=False."
+                "or train without it: LoRA(lora_bias=False), PCLoRA(bias=\"match\")."
             )
 
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.errors import AttachError, ConfigError, ExportError, WrongBase
+from rankshift.core.errors import AttachError, ConfigError, ExportError, TrainingError, WrongBase
 from rankshift.core.event import Driver
-from rankshift.core.method import Estate, Method, from_dict, to_dict
+from rankshift.core.lesson import Ear, Lesson
+from rankshift.core.method import Estate, Method
 from rankshift.core.phase import Phase
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, separate
+from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
 from rankshift.optim import Adam, Optimizer, Transform
 from rankshift.placement import (
     DEFAULT,
@@ -30,7 +32,7 @@ from rankshift.placement import (
     weight_name,
     weights,
 )
-from rankshift.summary import Summary, summarise
+from rankshift.summary import Compression, Summary, compression, summarise
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -88,7 +90,9 @@ class Run:
         self._changed: set[str] = set()
         self._frozen = {name: p.requires_grad for name, p, _ in base_parameters(model)}
         self._closed = self._suspended = ""
+        self._ear = Ear()
         self._driver = Driver(self._on.audience, seed, total_steps, self._on.required, start)
+        self._driver.objection = self._unheard
 
     # ---- building
 
@@ -114,6 +118,7 @@ class Run:
             raise ConfigError(f"{type(method).__name__} has events but no layer for them to apply to.")
         self.phases.append(Phase(to_dict(method), self.step))
         _ATTACHED.add(self.model)
+        self._listen()
         self._driver.open_window()
 
     # ---- what is here
@@ -175,6 +180,20 @@ class Run:
         """Matched layers, trainable and total parameters, bytes; prints as a table."""
         shard.settle(self.model)
         return summarise(self)
+
+    def compression(self) -> Compression:
+        """Parameters and multiply-adds before and after :meth:`compress`, known from the start; prints as a table.
+
+        Raises:
+            ExportError: the method leaves no thin layers behind.
+        """
+        shard.settle(self.model)
+        found = compression(self)
+        if found is None:
+            raise ExportError(
+                f"{type(self.method).__name__} leaves every layer the size it was. PC-LoRA makes layers thin."
+            )
+        return found
 
     def metrics(self) -> dict[str, float]:
         """What the active methods have to say of the training so far, such as how many of SoRA's gates are open.
@@ -252,6 +271,68 @@ class Run:
         self._driver.bind(optimizer, self.model)
         self._compare()
 
+    def loss(self, task: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss to train on: that of the task, with what the method adds to it.
+
+        >>> loss = run.loss(model(**batch).loss, **batch)
+
+        Most methods add nothing, and then this is ``task``. PC-LoRA compares what layers put out with the original,
+        which runs here on the same batch, in eval mode and without a gradient. In evaluation (``model.eval()`` or no
+        gradients) it is ``task`` too.
+
+        Args:
+            task: of the forward that was just made, a scalar with its graph.
+            args: what the model was called with, positional.
+            kwargs: what it was called with by name.
+
+        Raises:
+            TrainingError: there was no such forward, or it was on another batch.
+        """
+        self._check_open()
+        if not torch.is_grad_enabled() or not self.model.training:
+            return task
+        lesson = self._lesson(args, kwargs) if self._ear.listening else None
+        for name in self._on.active:
+            task = self._on.members[name].method.objective(task, lesson)
+        return task
+
+    def _lesson(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lesson:
+        """What the model made of the batch, and what the original makes of it."""
+        odd = next((m.method for m in self._on.members.values() if not m.method.reversible), None)
+        if odd is not None:
+            raise AttachError(
+                f"{type(self.method).__name__} distils from the untouched original, and {type(odd).__name__} changes "
+                "it. Use one of the two, or PCLoRA(features=False)."
+            )
+        if not self._ear.waiting:
+            raise TrainingError(
+                "run.loss goes with a forward of the model in training mode that it has not been asked about yet: call "
+                "the model that you attached to, then run.loss(loss, *batch, **batch) once."
+            )
+        student = self._ear.take()
+        with self._on.original(), torch.no_grad():
+            teacher = self._ear.overhear(lambda: self.model(*args, **kwargs))
+        return Lesson(student, teacher)
+
+    def _listen(self) -> None:
+        """Hear what the active methods compare."""
+        modules: dict[str, nn.Module] | None = None
+        for name in self._on.active:
+            names = self._on.members[name].method.hears(self.model, list(self._on.adapter(name)))
+            if names is not None:
+                modules = {**(modules or {}), **{layer: self.model.get_submodule(layer) for layer in names}}
+        self._ear.attend(self.model, modules)
+
+    def _unheard(self) -> str:
+        """Why an update whose losses lack what the method adds to them cannot be taken; "" if none does."""
+        if not self._ear.unanswered():
+            return ""
+        return (
+            f"{type(self.method).__name__} adds to the loss of every batch, and a batch of this update was trained "
+            "without: loss = run.loss(model(**batch).loss, **batch), then loss.backward(). rs.Trainer does it by "
+            "itself. To train on the task alone, set features=False."
+        )
+
     # ---- adapters
 
     def add(self, name: str, method: Method, *, data: Iterable[Any] | None = None) -> None:
@@ -271,6 +352,7 @@ class Run:
         """Make these adapters act; the changes of several add up. Only they train; none of them: the base."""
         self._open()
         self._on.use(*names)
+        self._listen()
         self._compare()
         self._driver.open_window()  # while it did not act, an adapter's windows passed it by
 
@@ -397,6 +479,32 @@ class Run:
         self._close("merge()")
         return self.model
 
+    def compress(self) -> nn.Module:
+        """End the run with two thin layers where each adapted one stood, plain modules, no trace of rankshift. Their
+        weights of the base are gone from memory once nobody else holds them.
+
+        Raises:
+            ExportError: an adapter still needs its base; nothing was changed.
+        """
+        from rankshift.io import compressed
+
+        self._open()
+        if any(shard.is_sharded(p) for p in self.model.parameters()):
+            raise AttachError(
+                f"compress() puts in new layers, and this {type(self.model).__name__} is sharded. Write them instead: "
+                'run.export(directory, format="compressed"); rs.load_compressed reads that.'
+            )
+        found = compressed.factors(self)
+        if idle := [name for name in self._on.members if name not in self._on.active]:
+            warnings.warn(f"Not active, so not in the model and gone now: {', '.join(idle)}.", stacklevel=2)
+        self._on.strip()
+        compressed.replace(self.model, found)
+        self._on.sites.clear()  # else this run would keep the weights
+        if embeddings_untied(self.model):
+            self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        self._close("compress()")
+        return self.model
+
     def detach(self) -> nn.Module:
         """Take the adapters off without merging and end the run: the base as it came."""
         self._open()
@@ -464,8 +572,10 @@ class Run:
         for _, parameter in self.trainable():
             parameter.grad = None
         self._driver.close()
+        self._ear.attend(self.model, None)
         self._closed = "shift()"
         run._on.use(*run._on.active)
+        run._listen()
         run._driver.open_window()
         return run
 
@@ -478,17 +588,21 @@ class Run:
             parameter.requires_grad_(self._frozen.get(name, True))
             parameter.grad = None
         self._driver.close()
+        self._ear.attend(self.model, None)
         self._closed = how
         _ATTACHED.discard(self.model)
 
     def _open(self, within: str = "") -> None:
+        self._check_open(within)
+        shard.settle(self.model)
+
+    def _check_open(self, within: str = "") -> None:
         if self._suspended and self._suspended != within:
             raise AttachError(f"This cannot be done inside run.{self._suspended}. Leave the with block first.")
         if self._closed:
             raise AttachError(
                 f"This run ended with {self._closed}. Attach again, or use the run that shift() returned."
             )
-        shard.settle(self.model)
 
     # ---- as data
 
@@ -612,14 +726,15 @@ class Run:
     def export(
         self,
         directory: str | Path,
-        format: Literal["peft", "merged"] = "peft",
+        format: Literal["peft", "merged", "compressed"] = "peft",
         profile: Literal["exact", "portable"] = "exact",
         adapter: str | None = None,
     ) -> Path:
         """Write what other programs load.
 
         "peft": an adapter directory in PEFT's format; with profile="portable" one plain LoRA of uniform rank, as
-        servers accept it. "merged": a plain model directory. The run goes on unchanged.
+        servers accept it. "merged": a plain model directory. "compressed": the small model that PC-LoRA leaves, which
+        :func:`rankshift.load_compressed` reads without the base. The run goes on unchanged.
 
         Args:
             adapter: which one; by default those that are active (for "peft" there must be exactly one).

@@ -6,7 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rankshift.core.site import base_parameters
+from torch import Tensor
+
+from rankshift.core.form import EmbeddingForm
+from rankshift.core.site import bare, base_parameters, form_of
 
 if TYPE_CHECKING:
     from rankshift.run import Run
@@ -59,6 +62,67 @@ class Summary:
         if self.left_alone:
             lines.append("frozen as they are: " + ", ".join(self.left_alone))
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What thin layers save, as (before, after). Parameters, and multiply-adds of one token through every linear layer
+    once (of a convolution: of one place). Products of activations with each other, as in attention, come on top and do
+    not change.
+    """
+
+    layers: int  # adapted ones
+    adapted: tuple[int, int]  # parameters of the adapted layers, biases too
+    total: tuple[int, int]  # parameters of the whole model
+    macs_adapted: tuple[int, int]
+    macs_total: tuple[int, int]
+
+    @property
+    def percent(self) -> float:
+        """Share of the adapted layers' parameters that is saved."""
+        return 100 * (1 - self.adapted[1] / max(1, self.adapted[0]))
+
+    def __str__(self) -> str:
+        rows = {
+            f"parameters, {self.layers} adapted layers": self.adapted,
+            "parameters, whole model": self.total,
+            "multiply-adds a token, adapted layers": self.macs_adapted,
+            "multiply-adds a token, all linear layers": self.macs_total,
+        }
+        cells = [("", "before", "after", "left")]
+        cells += [(k, f"{a:,}", f"{b:,}", f"{100 * b / max(1, a):.2f} %") for k, (a, b) in rows.items()]
+        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        lines = [
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in cells
+        ]
+        return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def compression(run: Run) -> Compression | None:
+    """What ``run.compress()`` saves, known before the run ends; None if no layer becomes two thin ones."""
+    before = after = macs = thin = layers = 0
+    for site in run.sites.values():
+        acting = site.acting()
+        if len(acting) != 1 or not acting[0].leaves:
+            continue
+        layers += 1
+        before += sum(p.numel() for p in site.base.parameters())
+        after += sum(p.numel() for p in acting[0].parameters())
+        macs += site.spec.out * site.spec.into
+        thin += acting[0].rank * (site.spec.out + site.spec.into)
+    if not layers:
+        return None
+    total = sum(p.numel() for _, p, _ in base_parameters(run.model))
+    with bare(run.model):
+        products = 0
+        for module in run.model.modules():
+            form, weight = form_of(module), getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and form is not None and not isinstance(form, EmbeddingForm):
+                products += weight.numel()
+    return Compression(
+        layers, (before, after), (total, total - before + after), (macs, thin), (products, products - macs + thin)
+    )
 
 
 def summarise(run: Run) -> Summary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankshift.core.method import Method
-from rankshift.methods import Full, LoRA, MELoRA, PaCA, SoRA, VeRA
+from rankshift.methods import Full, LoRA, MELoRA, PaCA, PCLoRA, SoRA, VeRA
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Case:
     sums: bool = True
     """The change of an adapter is the same wherever it stands, so two together are the sum of what each is alone.
     False where it follows from the weight below (DoRA's row norms)."""
+    graphs: int = 1
+    """Graphs that compiling makes over a run: one more where a part of the layer goes."""
+    step: int = 0
+    """The update at which the equation is looked at, for methods whose equation changes with time."""
     noisy: bool = False
     """Training forwards draw from the global generator (dropout), so no number of ranks equals another."""
 
@@ -109,6 +113,22 @@ CASES: dict[str, tuple[Case, ...]] = {
             kept=None,
             alone=True,
             noisy=True,
+        ),
+    ),
+    "pc-lora": (
+        Case(
+            "pc-lora",
+            PCLoRA(rank=3, decay_end=0.5, targets=("q", "k", "v", "o", "up")),
+            sums=False,
+            graphs=2,
+            step=1,
+        ),
+        Case(
+            "pc-lora-match",
+            PCLoRA(rank=2, decay="sine", decay_end=1.0, bias="match", logits=True),
+            sums=False,
+            step=2,
+            alone=True,
         ),
     ),
     "sora": (

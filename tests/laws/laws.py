@@ -31,7 +31,7 @@ from laws.world import (
     begin,
     evaluate,
     gap,
-    loss_of,
+    objective,
     same,
     scramble,
     tiny,
@@ -385,6 +385,8 @@ def delta(case: Case, engine: Engine) -> dict[str, str]:
             assert model["layer"] is layer, f"{kind}: refused, and yet replaced"
             continue
         model.eval()
+        run._driver.step = case.step
+        run._driver.open_window()
         sites = run.adapter()
         if not sites:  # the method adapts no layer: it trains the weight itself
             assert layer.weight.requires_grad, f"{kind}: nothing trains"
@@ -423,7 +425,7 @@ def gradients(case: Case, engine: Engine) -> None:
     session = begin(engine, case.method, noisy=case.noisy)
     session.step()
     before = {name: shard.whole(p).clone() for name, p in session.run.trainable()}
-    loss_of(session.wrapped, batch(7)).backward()
+    objective(session.run, session.wrapped, batch(7)).backward()
     for name, parameter in session.run.trainable():
         assert parameter.grad is not None, f"{name} trains and has no gradient"
         assert bool(shard.whole(parameter.grad).count_nonzero()), f"the gradient of {name} is exactly zero"

@@ -81,6 +81,11 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[:, 1:].flatten())
 
 
+def objective(run: rs.Run, model: nn.Module, ids: Tensor) -> Tensor:
+    """What a batch is trained on: the loss of the task, and what the method adds to it."""
+    return run.loss(loss_of(model, ids), ids[:, :-1])
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -138,7 +143,7 @@ class Session:
         total = 0.0
         for i, part in enumerate(parts):
             with self._sync(i == len(parts) - 1):
-                loss = loss_of(self.wrapped, part) / len(parts)
+                loss = objective(self.run, self.wrapped, part) / len(parts)
                 loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_([p for _, p in self.run.trainable()], 1.0)

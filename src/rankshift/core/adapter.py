@@ -32,6 +32,9 @@ class Adapter(Base):
     derived: frozenset[str] = frozenset()
     """Tensors that follow from the base and the others: never saved, made anew by :meth:`enter`."""
 
+    leaves: ClassVar[bool] = False
+    """True if the base fades away while this trains, so that two thin layers remain: see :meth:`alone`."""
+
     def __init__(self, base: Base):
         super().__init__()
         self.stand_on(base)
@@ -95,6 +98,10 @@ class Adapter(Base):
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Whole (A, B), detached, with ``B @ A == delta()``; None if the change has no such form."""
         return None
+
+    def alone(self) -> tuple[Tensor, Tensor, Tensor | None] | str:
+        """Whole (A, B, C), detached, if the layer is B(A x) + C without its base; else why it is not, as a clause."""
+        return "its change adds to the weight below"
 
     @property
     def changed(self) -> bool:  # type: ignore[override]

@@ -122,6 +122,7 @@ class Driver:
     skips: int = 0  # updates skipped, likewise
     check_gradients: bool = True
     refusal: str = ""  # why no update can be taken now
+    objection: Callable[[], str] = str  # likewise, asked when gradients are there
 
     _optimizer: torch.optim.Optimizer | None = None
     _model: nn.Module | None = None
@@ -241,6 +242,8 @@ class Driver:
             return
         if self.refusal:
             raise AttachError(self.refusal)
+        if objection := self.objection():
+            raise TrainingError(objection)
         if not _finite(gradients):
             self._skip = True
             for p in tensors:

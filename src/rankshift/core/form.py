@@ -61,9 +61,9 @@ class Form:
         """The vectors that came out, (…, out), in the order of :meth:`columns`."""
         return y
 
-    def expand(self, z: Tensor, matrix: Tensor) -> Tensor:
+    def expand(self, z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         """``matrix`` (out, k) on the k channels of ``z``, place by place."""
-        return F.linear(z, matrix)
+        return F.linear(z, matrix, bias)
 
     def scale(self, y: Tensor, vector: Tensor) -> Tensor:
         """``y`` with each channel times its entry of ``vector``, (out,)."""
@@ -142,9 +142,9 @@ class ConvForm(Form):
     def _channelwise(self, y: Tensor, vector: Tensor) -> Tensor:
         return vector.reshape(-1, *(1,) * len(self.kernel))
 
-    def expand(self, z: Tensor, matrix: Tensor) -> Tensor:
+    def expand(self, z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-        return conv(z, matrix.reshape(*matrix.shape, *(1,) * len(self.kernel)), groups=self.groups)
+        return conv(z, matrix.reshape(*matrix.shape, *(1,) * len(self.kernel)), bias, groups=self.groups)
 
     def scale(self, y: Tensor, vector: Tensor) -> Tensor:
         return y * self._channelwise(y, vector)
@@ -193,5 +193,6 @@ class ExpertsForm(Form):
     def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.einsum("e...i,eki->e...k", x, matrix)
 
-    def expand(self, z: Tensor, matrix: Tensor) -> Tensor:
+    def expand(self, z: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert bias is None, "a stack has none"
         return torch.einsum("e...k,eok->e...o", z, matrix)

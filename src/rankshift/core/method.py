@@ -15,6 +15,7 @@ from rankshift.core.adapter import Adapter
 from rankshift.core.base import Base
 from rankshift.core.errors import ConfigError, nearest
 from rankshift.core.event import Event
+from rankshift.core.lesson import Lesson
 from rankshift.core.random import Key
 from rankshift.core.site import Spec, select
 
@@ -152,6 +153,15 @@ class Method:
     def metrics(self, adapters: Mapping[str, Adapter]) -> dict[str, float]:
         """What is worth seeing while it trains, for logs. Under sharding every rank must call this."""
         return {}
+
+    def hears(self, model: nn.Module, sites: Sequence[str]) -> tuple[str, ...] | None:
+        """Names of the modules whose outputs :meth:`objective` compares with those of the model as it came, beside the
+        model's own output. None: it compares nothing, and the batch need not be seen by the original."""
+        return None
+
+    def objective(self, task: Tensor, lesson: Lesson | None) -> Tensor:
+        """The loss to train on, from that of the task. ``lesson``: what :meth:`hears` asked for, None if nothing."""
+        return task
 
     @property
     def needs_total(self) -> bool:

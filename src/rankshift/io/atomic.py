@@ -51,8 +51,14 @@ PEFT = Kind(
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
 SIGN = "rankshift-merged.json"
 MODEL = Kind("plain model", _WEIGHTS, (*_WEIGHTS, "config.json", "generation_config.json", SIGN), SIGN)
-_KINDS = (NATIVE, PEFT, MODEL)
-_APART = frozenset({PEFT.name, MODEL.name})  # in one directory, transformers loads the model and then the adapter on it
+COMPRESSED = Kind(
+    "compressed model",
+    ("rankshift-compressed.json",),
+    ("rankshift-compressed.json", "compressed.safetensors", "config.json", "generation_config.json"),
+)
+_KINDS = (NATIVE, PEFT, MODEL, COMPRESSED)
+# in one directory, transformers loads the model and then the adapter on it; and two models would share a config.json
+_APART = frozenset({PEFT.name, MODEL.name, COMPRESSED.name})
 
 
 def check(directory: str | Path, kind: Kind) -> None:
@@ -81,7 +87,7 @@ def check(directory: str | Path, kind: Kind) -> None:
         rival = (kinds | {kind.name}) & _APART
         if kind.name in _APART and len(rival) > 1:
             raise NotWritable(
-                f"{target} holds a {next(iter(rival - {kind.name}))}; with a {kind.name} beside it, transformers would "
+                f"{target} holds a {next(iter(rival - {kind.name}))}; with a {kind.name} beside it, programs would "
                 "load both.\nName another directory."
             )
         if os.path.ismount(target):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -142,6 +142,12 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         raise MissingFile(f"{path} is not there.\nName a directory that run.save() wrote.") from error
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise CorruptFile(f"{path} is not a manifest: {error!r}.\nSave or copy it again.") from error
+    check_files(folder, path, wanted)
+    return dict(manifest)
+
+
+def check_files(folder: Path, path: Path, wanted: Iterable[tuple[str, int, str]]) -> None:
+    """Raise MissingFile or CorruptFile unless every file is what the manifest at ``path`` says: name, bytes, SHA-256."""
     for name, size, digest in wanted:
         file = folder / name
         if file.parent != folder or not file.is_file():
@@ -150,7 +156,6 @@ def inspect(directory: str | Path) -> dict[str, Any]:
             raise CorruptFile(f"{file} has {file.stat().st_size:,} bytes instead of {size:,}.\nSave or copy it again.")
         if sha256(file) != digest:
             raise CorruptFile(f"{file} is damaged: its SHA-256 is not the one in {path}.\nSave or copy it again.")
-    return dict(manifest)
 
 
 def sha256(file: Path) -> str:

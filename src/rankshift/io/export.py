@@ -39,6 +39,7 @@ from rankshift.methods.lora import DoRALayer, LoRA, LoRALayer
 from rankshift.methods.melora import MELoRALayer
 from rankshift.methods.vera import VeRA
 
+FORMATS = ("peft", "merged", "compressed")
 _TASKS = {  # the end of a transformers class name → PEFT's task_type, and the heads that PEFT then wants in the file
     "ForCausalLM": ("CAUSAL_LM", ()),
     "LMHeadModel": ("CAUSAL_LM", ()),
@@ -72,6 +73,16 @@ class Source(Protocol):
         """An adapter's part at each of its sites."""
         ...
 
+    @property
+    def step(self) -> int:
+        """Updates taken."""
+        ...
+
+    @property
+    def total_steps(self) -> int | None:
+        """Updates of the whole run."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Plain values."""
         ...
@@ -79,10 +90,15 @@ class Source(Protocol):
 
 def export(run: Source, directory: str | Path, *, format: str, profile: str, adapter: str | None) -> Path:
     """Write the directory; see :meth:`Run.export`. Every rank must call this; rank 0 writes."""
-    for what, value, known in (("format", format, ("peft", "merged")), ("profile", profile, ("exact", "portable"))):
+    for what, value, known in (("format", format, FORMATS), ("profile", profile, ("exact", "portable"))):
         if value not in known:
             raise ConfigError(f"export has no {what} {value!r}. {nearest(str(value), known)}")
-    write = _peft(run, directory, profile == "portable", adapter) if format == "peft" else _merged(run, directory)
+    if format == "compressed":
+        from rankshift.io import compressed
+
+        write = compressed.write(run, directory)
+    else:
+        write = _peft(run, directory, profile == "portable", adapter) if format == "peft" else _merged(run, directory)
     write_on_first_rank(run.model, directory, write, iter(()))
     return Path(directory)
 
@@ -202,6 +218,11 @@ def _part(site: str, layer: Adapter, name: str) -> _Part:
     if isinstance(layer, MELoRALayer):
         return _Part(layer.form, *layer.whole_factors(), layer.scale)
     low, shift = layer.low_rank(), layer.delta_bias()
+    if layer.leaves:
+        raise ExportError(
+            f"Adapter {name!r} at {site} takes the place of its base, to which a LoRA would add it again. Use "
+            'format="compressed" for the small model that remains once the base has faded away.'
+        )
     if low is None:
         raise ExportError(
             f"Adapter {name!r} at {site} is no product of two factors, so no LoRA holds it. "
@@ -402,7 +423,7 @@ def _merged(run: Source, directory: str | Path) -> Callable[[], None]:
             if own is None:
                 save_file(packed(state), folder / "model.safetensors")
                 return
-            with bare(model), _ties_as_they_are(model):
+            with bare(model), ties_as_they_are(model):
                 own(folder, state_dict=state)
 
     return write
@@ -416,7 +437,7 @@ def _check_not_base(model: nn.Module, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _ties_as_they_are(model: nn.Module) -> Iterator[None]:
+def ties_as_they_are(model: nn.Module) -> Iterator[None]:
     """Say tie_word_embeddings=False while a tied embedding has a copy of its own: else loading ties it again."""
     config: Any = getattr(model, "config", None)
     if embeddings_untied(model):

@@ -5,7 +5,8 @@ from rankshift.methods.full import Full
 from rankshift.methods.lora import LoRA
 from rankshift.methods.melora import MELoRA
 from rankshift.methods.paca import PaCA
+from rankshift.methods.pc_lora import PCLoRA
 from rankshift.methods.sora import SoRA
 from rankshift.methods.vera import VeRA
 
-__all__ = ["Full", "LoRA", "MELoRA", "Method", "PaCA", "SoRA", "VeRA", "from_dict", "methods", "to_dict"]
+__all__ = ["Full", "LoRA", "MELoRA", "Method", "PCLoRA", "PaCA", "SoRA", "VeRA", "from_dict", "methods", "to_dict"]
