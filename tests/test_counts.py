@@ -1,0 +1,173 @@
+"""Trainable parameters at the size of real models, on the meta device: what is attached, what each method's formula
+says, and what the papers print are one number."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import rankshift as rs
+from rankshift.methods import Method, methods
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SYMBOLS = {"r": "rank", "n": "blocks"}  # of a formula: fields of the method; out and in are those of the layer
+
+
+def meta(config: Any, kind: Any) -> nn.Module:
+    with torch.device("meta"):
+        return kind(config)
+
+
+@functools.cache
+def llama(layers: int, hidden: int = 4096, ffn: int = 11008, kv: int | None = None, vocab: int = 32000) -> nn.Module:
+    """LLaMA-7B with so many of its 32 layers, or a relative of it."""
+    heads = hidden // 128
+    return meta(
+        tf.LlamaConfig(
+            hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv or heads, vocab_size=vocab,
+        ),
+        tf.LlamaForCausalLM,
+    )  # fmt: skip
+
+
+@functools.cache
+def roberta(hidden: int) -> nn.Module:
+    """One layer of RoBERTa."""
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_attention_heads": hidden // 64}
+    return meta(tf.RobertaConfig(**sizes, num_hidden_layers=1), tf.RobertaModel)
+
+
+def vit_fused() -> nn.Module:
+    """The linear layers of a block of ViT-B where query, key and value are one, as in timm."""
+    shapes = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
+    with torch.device("meta"):
+        return nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items()})
+
+
+# one layer of each model, and how many layers it has: what is trained in them adds up
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "LLaMA-7B": (lambda: llama(1), 32),
+    "LLaMA-13B": (lambda: llama(1, 5120, 13824), 40),
+    "Llama-3-8B": (lambda: llama(1, 4096, 14336, 8, 128256), 32),
+    "RoBERTa-base": (lambda: roberta(768), 12),
+    "RoBERTa-large": (lambda: roberta(1024), 24),
+    "ViT-B": (vit_fused, 12),
+}
+
+
+def evaluate(formula: str, **values: int) -> int:
+    """A formula as methods write it: sums and · products of numbers and of the values given."""
+    tree = ast.parse(re.sub(r"\bin\b", "into", formula.replace("·", "*")), mode="eval")
+
+    def value(node: Any) -> int:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
+            a, b = value(node.left), value(node.right)
+            return a + b if isinstance(node.op, ast.Add) else a * b
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        assert isinstance(node, ast.Name), f"{formula!r}: {ast.unparse(node)}"
+        return values[node.id]
+
+    return value(tree.body)
+
+
+def expected(method: Method, model: nn.Module, leaves: tuple[str, ...]) -> int:
+    """The method's formula, summed over the linear layers of these names."""
+    sizes = {symbol: getattr(method, name) for symbol, name in SYMBOLS.items() if hasattr(method, name)}
+    shapes = [m.weight.shape for name, m in model.named_modules() if name.rpartition(".")[2] in leaves]
+    return sum(evaluate(method.formula, out=out, into=into, **sizes) for out, into in shapes)
+
+
+def attached(method: Method, model: nn.Module, leaves: tuple[str, ...]) -> int:
+    """Parameters that train, of the method at these layers. The model is left as it was."""
+    model = copy.deepcopy(model)
+    run = rs.attach(model, replace(method, targets=leaves), total_steps=10)
+    count = sum(p.numel() for _, p in run.trainable())
+    assert count == run.summary().trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert all(p.is_meta for _, p in run.trainable())
+    return count
+
+
+@pytest.mark.parametrize("kind", methods().values(), ids=lambda kind: kind.name)
+def test_the_formula_is_what_trains_in_llama_7b(kind: type[Method]) -> None:
+    method: Any = kind()
+    whole = llama(32)
+    assert attached(method, whole, LINEARS) == expected(method, whole, LINEARS)
+    for name in set(SYMBOLS.values()) & set(vars(method)):  # and it says how the number grows
+        more: Any = replace(method, **{name: 2 * getattr(method, name)})
+        assert attached(more, llama(1), LINEARS) == expected(more, llama(1), LINEARS)
+
+
+def test_what_is_trained_adds_up_over_layers() -> None:
+    for method in (rs.LoRA(rank=64), rs.from_dict({"method": "vera", "rank": 1024})):
+        assert attached(method, llama(3), LINEARS) == 3 * attached(method, llama(1), LINEARS)
+
+
+QV, QUERY_VALUE = ("q_proj", "v_proj"), ("query", "value")
+# method → (model, settings, layers, parameters), each as a paper prints it
+PUBLISHED: dict[str, list[tuple[str, dict[str, Any], tuple[str, ...], int]]] = {
+    "full": [("LLaMA-7B", {}, LINEARS, 6_476_005_376)],
+    "lora": [
+        ("LLaMA-7B", {"rank": 64}, LINEARS, 159_907_840),  # VeRA's table
+        ("LLaMA-7B", {"rank": 8}, LINEARS, 19_988_480),  # 20.0M in PaCA's
+        ("LLaMA-7B", {"rank": 64}, QV, 33_554_432),  # what MELoRA is compared with
+        ("LLaMA-13B", {"rank": 8}, LINEARS, 31_293_440),  # 31.3M in PaCA's
+        ("Llama-3-8B", {"rank": 64}, LINEARS, 167_772_160),  # 167.8M in PaCA's
+        ("RoBERTa-base", {"rank": 8}, QUERY_VALUE, 294_912),
+    ],
+    "vera": [
+        ("LLaMA-7B", {"rank": 1024}, LINEARS, 1_589_248),
+        ("LLaMA-13B", {"rank": 1024}, LINEARS, 2_416_640),
+        ("RoBERTa-base", {"rank": 1024}, QUERY_VALUE, 43_008),
+        ("RoBERTa-large", {"rank": 256}, QUERY_VALUE, 61_440),
+    ],
+    "paca": [
+        ("LLaMA-7B", {"rank": 8}, LINEARS, 10_878_976),  # 10.9M
+        ("LLaMA-7B", {"rank": 16}, LINEARS, 21_757_952),  # 21.8M
+        ("LLaMA-13B", {"rank": 8}, LINEARS, 17_039_360),  # 17.0M
+        ("Llama-3-8B", {"rank": 8}, LINEARS, 11_010_048),  # 11.0M
+    ],
+    "melora": [
+        ("LLaMA-7B", {"rank": 1, "blocks": 64}, QV, 524_288),  # a 64th of LoRA's at r = 64
+        ("RoBERTa-base", {"rank": 1, "blocks": 8}, QUERY_VALUE, 36_864),  # an eighth of LoRA's at r = 8
+    ],
+    "pc-lora": [("ViT-B", {"rank": 32}, ("qkv", "proj", "fc1", "fc2"), 4_801_536)],  # 94.35 % of these layers are gone
+    "sora": [("LLaMA-7B", {"rank": 64}, LINEARS, 159_907_840 + 224 * 64)],  # LoRA's, and a gate for every rank
+    "flat-lora": [("LLaMA-7B", {"rank": 64}, LINEARS, 159_907_840)],
+}
+ROWS = [(name, *row) for name, rows in PUBLISHED.items() for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "fields", "leaves", "number"), [pytest.param(*row, id=f"{row[0]}-{row[4]}") for row in ROWS]
+)
+def test_numbers_of_the_papers(name: str, model: str, fields: dict[str, Any], leaves: Any, number: int) -> None:
+    method = rs.from_dict({"method": name, **fields})
+    make, layers = MODELS[model]
+    assert layers * attached(method, make(), leaves) == number
+    assert layers * expected(method, make(), leaves) == number
+
+
+def test_every_method_has_a_number() -> None:
+    assert set(PUBLISHED) == set(methods())
+
+
+def test_a_formula_that_is_not_so_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("r·(out + in) + out", "r·out", "2·r·(out + in)"):
+        monkeypatch.setattr(rs.LoRA, "formula", wrong)
+        assert attached(rs.LoRA(), llama(1), LINEARS) != expected(rs.LoRA(), llama(1), LINEARS)
+    assert evaluate("r·(out + in + 1) + 2·n", out=5, into=7, r=3, n=4) == 47
+    for wrong in ("r·(out - in)", "min(out, in)", "r.real", "q·out"):
+        with pytest.raises((AssertionError, KeyError)):
+            evaluate(wrong, out=5, into=7, r=3)
