@@ -24,9 +24,11 @@ from rankshift.core.site import (
     base_parameters,
     check_tied,
     matches,
+    perhaps_tied,
     place,
     place_replica,
     remove,
+    returned,
     running_statistics,
     spec_of,
     untie,
@@ -71,8 +73,8 @@ class Placement:
             except RankTooLarge:
                 if ranks is None:  # what was trained elsewhere may have a rank that is merely of no use
                     raise
-        for spec in specs:
-            if method.tied == "refuse":
+        if method.tied == "refuse":
+            for spec in perhaps_tied(model, specs):
                 check_tied(model, spec)
         return specs, copies
 
@@ -93,7 +95,7 @@ class Placement:
         refuse_sharded(model, "Placing an adapter")
         specs, copies = self.plan(method, ranks)
         found = method.survey(model, specs, data, seed) if fill else {}
-        for spec in specs:
+        for spec in perhaps_tied(model, specs):
             untie(model, spec)
         ranks = dict(ranks) if ranks is not None else {s.name: method.rank_at(s.name, found.get(s.name)) for s in specs}
         shared = method.share(specs, ranks, saved)
@@ -265,14 +267,8 @@ class Placement:
     @contextlib.contextmanager
     def returned(self) -> Iterator[None]:
         """The base's own bits where acting adapters keep columns in it, for the length of a ``with`` block."""
-        lent = [site for site in self.sites.values() if site.base.tenant is not None]  # nested: none any more
-        for site in lent:
-            site.leave()
-        try:
+        with returned(self.model):
             yield
-        finally:
-            for site in lent:
-                site.enter()
 
     @contextlib.contextmanager
     def original(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import transformers as tf
 from torch import nn
 
 import rankshift as rs
+from rankshift.core import site
 from rankshift.core.errors import TiedWeights, UnmatchedTarget, UnsupportedLayer
 from rankshift.core.site import matches, select
 
@@ -208,6 +209,14 @@ def test_tied_weights_are_refused(target: str):
     with pytest.raises(TiedWeights, match=f"{target}.weight is also .*untie"):
         rs.attach(model, rs.LoRA(rank=2, targets=("q_proj", target)))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_only_what_stands_twice_is_looked_at(monkeypatch: pytest.MonkeyPatch):
+    """A large model has hundreds of targets: each is not compared with every module."""
+    looked = []
+    monkeypatch.setattr(site, "_shared_with", lambda model, spec: looked.append(spec.name) or [])
+    rs.attach(tied(), rs.LoRA(rank=2, targets=("all-linear", "lm_head")))
+    assert set(looked) == {"lm_head"}
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

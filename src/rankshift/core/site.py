@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -357,6 +358,23 @@ def bare(model: nn.Module) -> Iterator[None]:
             setattr(parent, leaf, child)
 
 
+@contextlib.contextmanager
+def returned(model: nn.Module) -> Iterator[None]:
+    """The base's own bits where acting adapters keep columns in it, for the length of a ``with`` block."""
+    lent = [m for m in model.modules() if isinstance(m, Site) and m.base.tenant is not None]  # nested: none any more
+    if lent:
+        shard.settle(model)  # what is written to gathered copies is lost
+    for site in lent:
+        site.leave()
+    try:
+        yield
+    finally:
+        if lent:
+            shard.settle(model)
+        for site in lent:
+            site.enter()
+
+
 def _all_linear(model: nn.Module) -> list[str]:
     """Linear layers of the body: not the head (lm_head, classifier), not a router of experts."""
     body = getattr(model, "base_model", model)
@@ -485,6 +503,20 @@ def spec_of(model: nn.Module, name: str) -> Spec:
             )
     out, into = form.matrix(weight).shape[-2:]
     return Spec(name, out, into, form, weight.dtype, weight.device)
+
+
+def perhaps_tied(model: nn.Module, specs: Iterable[Spec]) -> list[Spec]:
+    """Those whose weight or module stands in several places, by one walk over the model: the rest is not tied."""
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    held.update(id(child) for module in model.modules() for child in module._modules.values())
+
+    def several(spec: Spec) -> bool:
+        if spec.form.stacked:
+            return False
+        here = model.get_submodule(spec.name)
+        return held[id(here)] > 1 or held[id(here.weight)] > 1
+
+    return [spec for spec in specs if several(spec)]
 
 
 def check_tied(model: nn.Module, spec: Spec) -> None:
