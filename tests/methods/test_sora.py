@@ -134,6 +134,7 @@ def test_training_is_adamw_and_then_the_threshold():
     plain_gates = [t for name, t in p.items() if name.endswith("g")]
     adam = torch.optim.AdamW([{"params": factors, "weight_decay": decay}, {"params": plain_gates, "weight_decay": 0.0}])
     mine = run.optimizer(lr=1e-2, weight_decay=decay)
+    assert {n[-1]: g["lr"] for g in mine.param_groups for n in g["param_names"]} == {"A": 1e-2, "B": 1e-2, "g": 2e-2}
     closed = []
     for rate in rates:
         for group in mine.param_groups:

@@ -139,18 +139,19 @@ def test_a_training_whose_last_gate_closes_stops_with_a_checkpoint_behind_it(tmp
 
 @pytest.fixture
 def relay():
-    """A phase with a schedule of its own until step 3, then one that follows the run's."""
+    """Two phases with schedules of their own, until steps 2 and 5, then one that follows the run's."""
 
     @dataclass(frozen=True, kw_only=True)
     class Own(rs.LoRA):
         name: ClassVar[str] = "test_own"
         rank: int = 2
+        until: int = 2
 
         def phase_end(self, start, total):
-            return 3
+            return self.until
 
         def then(self, run):
-            return rs.LoRA(rank=1) if run.step >= 3 else None
+            return None if run.step < self.until else rs.LoRA(rank=1) if self.until == 5 else Own(until=5)
 
     yield Own
     registry._REGISTRY.pop("test_own")
@@ -165,7 +166,8 @@ def test_after_a_schedule_of_a_phase_the_runs_goes_on_where_the_run_is(tmp_path,
 
     t = trainer(tmp_path, relay(), [Rates()], save_strategy="no", warmup_steps=0)
     t.train()
-    assert rates == pytest.approx([1e-2 * (1 - k / 3) for k in range(3)] + [1e-2 * (1 - k / 8) for k in range(3, 8)])
+    whole = [1 - k / 8 for k in range(8)]
+    assert rates == pytest.approx([1e-2 * rate for rate in [1, 1 / 2, 1, 2 / 3, 1 / 3, *whole[5:]]])
 
 
 def staged(out, engine, **more):
