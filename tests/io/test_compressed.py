@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rankshift as rs
-from laws.pool import Pool
 
 FACTORIES = {"llama": models.llama, "gpt2": models.gpt2, "bert": models.bert, "mixed": models.mixed}
 
@@ -44,6 +43,11 @@ def loss(model, seed):
     """Of the outputs alone: these models have heads of several kinds."""
     ids = torch.randint(0, 13, (4, 8), generator=torch.Generator().manual_seed(seed))
     return (model(ids) if isinstance(model, models.Mixed) else model(input_ids=ids).logits).square().mean()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[2, 7, 4, 9]])).logits
 
 
 def kinds(model):
@@ -249,33 +253,16 @@ def test_damage_is_named_and_strangers_are_left_alone(tmp_path):
         rs.load_compressed(out)
 
 
-def sharded(folder):
-    """Every rank exports a sharded run; compress() names that way."""
-    from torch.distributed.fsdp import fully_shard
+def test_the_command_line_writes_it_too(tmp_path, tiny_llama, capsys):
+    from rankshift.cli.files import export_run
 
-    state = torch.load(folder / "run.pt", weights_only=True)
-    model = models.llama()
-    run = rs.restore(model, state)
-    for block in model.model.layers:
-        fully_shard(block)
-    fully_shard(model)
-    with pytest.raises(rs.errors.AttachError, match="load_compressed"):
-        run.compress()
-    run.export(folder / "out", format="compressed")
-
-
-def test_a_sharded_run_writes_what_one_process_writes(tmp_path):
-    run = ended()
-    torch.save(run.state_dict(), tmp_path / "run.pt")
-    pool = Pool(2)
-    try:
-        pool.run(sharded, tmp_path)
-    finally:
-        pool.stop()
-    run.export(tmp_path / "one", format="compressed")
-    one, two = (load_file(tmp_path / at / "compressed.safetensors") for at in ("one", "out"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    run = ended("llama", transformers.LlamaForCausalLM.from_pretrained(tiny_llama), rank=1)
+    wanted = logits(run.model)
+    run.save(tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out", None, "compressed", "exact")
+    assert f"load_compressed('{tmp_path / 'out'}')" in capsys.readouterr().out
+    assert torch.equal(logits(rs.load_compressed(tmp_path / "out")), wanted)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
 # ---- what it saves ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from rankshift.io import checkpoint
 
 METHODS = {
     "lora": rs.LoRA(rank=4, init="pissa", bias="all", targets=("q_proj", "down_proj"), modules_to_save=("lm_head",)),
+    "vera": rs.VeRA(rank=4, targets=("q_proj", "down_proj"), modules_to_save=("lm_head",), save_projection=True),
     "full": rs.Full(),
 }
 
@@ -44,7 +45,7 @@ def write(method, folder):
             fully_shard(layer)
         fully_shard(model)
     run.save(folder / "native")
-    if isinstance(method, rs.LoRA):
+    if not isinstance(method, rs.Full):
         run.export(folder / "peft")
     run.export(folder / "merged", format="merged")
 
@@ -93,3 +94,28 @@ def test_a_failure_of_the_writer_is_raised_on_every_rank(two, tmp_path):
     assert "disk is full" in first
     assert "first process" in second
     assert not list(tmp_path.iterdir())
+
+
+def compress(folder):
+    """A sharded run exports; compress() is refused and names that way."""
+    from torch.distributed.fsdp import fully_shard
+
+    run = rs.restore(models.llama(), torch.load(folder / "run.pt", weights_only=True))
+    for layer in run.model.model.layers:
+        fully_shard(layer)
+    fully_shard(run.model)
+    with pytest.raises(rs.errors.AttachError, match="load_compressed"):
+        run.compress()
+    run.export(folder / "two", format="compressed")
+
+
+def test_a_compressed_model_of_a_sharded_run(tmp_path, two):
+    run = rs.attach(models.llama(), rs.PCLoRA(rank=2, features=False, decay_end=1.0), total_steps=1)
+    models.stir(run.trainable())
+    state = {**run.state_dict(), "step": 1}
+    torch.save(state, tmp_path / "run.pt")
+    two.run(compress, tmp_path)
+    rs.restore(models.llama(), state).export(tmp_path / "one", format="compressed")
+    one, many = (load_file(tmp_path / at / "compressed.safetensors") for at in ("one", "two"))
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)

@@ -6,8 +6,8 @@ import copy
 import itertools
 import math
 import warnings
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -534,16 +534,11 @@ def test_features_are_compared_in_fp32() -> None:
     assert loss.dtype == torch.float32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Beater(Pulse):
-    name: ClassVar[str] = "beater"
-
-
 def test_an_original_that_another_adapter_rewrites_teaches_nothing() -> None:
-    with registered(Beater()):
+    with registered(Pulse()):
         model = net()
         run = rs.attach(model, rs.PCLoRA(rank=2, targets=BODY), total_steps=9)
-        run.add("other", Beater(rank=2, targets=BODY))
+        run.add("other", Pulse(rank=2, targets=BODY))
         run.use("default", "other")
         with pytest.raises(rs.errors.AttachError, match="untouched original"):
             run.loss(model.train()(batch()[0]).sum(), batch()[0])

@@ -79,13 +79,15 @@ def merge(directory: Run, out: Out, model: Base = None) -> None:
 def export(
     directory: Run,
     out: Out,
-    format: Annotated[str, typer.Option(help="peft: an adapter. merged: a plain model.")] = "peft",
+    format: Annotated[
+        str, typer.Option(help="peft: an adapter. merged: a plain model. compressed: what PC-LoRA leaves.")
+    ] = "peft",
     profile: Annotated[
         str, typer.Option(help="exact: as it is. portable: one plain LoRA of uniform rank, as servers take it.")
     ] = "exact",
     model: Base = None,
 ) -> None:
-    """Write an adapter for PEFT and servers, or the merged model."""
+    """Write an adapter for PEFT and servers, or a model."""
     from rankshift.cli.files import export_run
 
     export_run(directory, out, model, format, profile)

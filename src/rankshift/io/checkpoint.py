@@ -147,7 +147,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, path: Path, wanted: Iterable[tuple[str, int, str]]) -> None:
-    """Raise MissingFile or CorruptFile unless every file is what the manifest at ``path`` says: name, bytes, SHA-256."""
+    """Raise MissingFile or CorruptFile unless every file has the bytes and SHA-256 that the manifest says."""
     for name, size, digest in wanted:
         file = folder / name
         if file.parent != folder or not file.is_file():

@@ -258,6 +258,31 @@ class Trainer(transformers.Trainer):
         with contextlib.nullcontext() if model.require_backward_grad_sync else current.no_sync():
             return super().training_step(current, *args, **kwargs)
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """transformers' loss, and in training what the method adds to it (``run.loss``)."""
+        loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
+        if self.run.model.training and torch.is_grad_enabled():
+            # a task's loss that is a sum over the whole update's items already needs no division by its micro-batches;
+            # what the method adds is a mean over this micro-batch and does
+            parts = self.current_gradient_accumulation_steps if self._is_whole(num_items_in_batch) else 1
+            task = loss if parts == 1 else loss * parts
+            total = self.run.loss(task, **inputs)
+            loss = loss if total is task else total / parts
+        return (loss, outputs) if return_outputs else loss
+
+    def _is_whole(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether transformers takes the loss of a micro-batch for its share of the whole update's, as it stands."""
+        said = getattr(self, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return bool(said)
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> transformers.trainer_utils.EvalLoopOutput:
         """As in transformers, and a model evaluated before training is still wrapped when training begins."""
         output = super().evaluation_loop(*args, **kwargs)
