@@ -41,6 +41,10 @@ def noise(*shape: int, seed: int = 1, dtype: torch.dtype = F64) -> Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def noise_generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 def layer(run: rs.Run, site: str = "0", name: str = "default") -> PaCALayer:
     found = run.adapter(name)[site]
     assert isinstance(found, PaCALayer)
@@ -728,6 +732,38 @@ def test_what_torch_sees_of_it():
     rs.attach(again, rs.PaCA(rank=4, targets="0"), seed=9)
     again.load_state_dict(state)
     assert torch.equal(again(x), trained)
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_the_trainer_resumes_and_goes_back_to_its_best(every: int | None, tmp_path):
+    """Columns that stand in the base are not taken for those of another base."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 30, (16, 6), generator=noise_generator())]
+    ends = []
+    for name, resume in (("a", None), ("b", tmp_path / "a" / "checkpoint-4")):
+        arguments = tf.TrainingArguments(
+            str(tmp_path / name), per_device_train_batch_size=2, max_steps=8, learning_rate=1e-2, use_cpu=True,
+            report_to=[], save_steps=4, eval_steps=4, eval_strategy="steps", load_best_model_at_end=True,
+            disable_tqdm=True, gradient_checkpointing=True,
+        )  # fmt: skip
+        method = rs.PaCA(rank=4, redraw_every=every)
+        trainer = rs.Trainer(model=llama(), method=method, args=arguments, train_dataset=rows, eval_dataset=rows[:4])
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append({n: t.clone() for n, t in trainer.run.state_dict()["tensors"].items()})
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(t, ends[1][n]) for n, t in ends[0].items())
+
+
+def test_reading_a_run_of_its_own_from_a_directory(tmp_path):
+    from rankshift.io.checkpoint import read
+
+    model, x = mlp(), noise(3, 10)
+    run = rs.attach(model, rs.PaCA(rank=10, rank_pattern={"2": 12}))
+    train(run, x, 1)
+    run.save(tmp_path / "saved")
+    saved = model(x)
+    train(run, x, 2)
+    run.load_state_dict(read(model, tmp_path / "saved"))
+    assert torch.equal(model(x), saved)
 
 
 # ---- re-draws

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.errors import CheckpointError, CorruptFile, MissingFile, NotWritable
+from rankshift.core.site import returned
 from rankshift.io import fingerprint, peft, peft_vera
 from rankshift.io.atomic import NATIVE, replacing, settle
 
@@ -110,7 +111,8 @@ def read(
         )
     manifest = inspect(folder)
     if check_base:
-        fingerprint.compare(model, manifest["base"]["prints"], folder)
+        with returned(model):  # a run's own model, when it goes back to a state of its own
+            fingerprint.compare(model, manifest["base"]["prints"], folder)
     tensors: dict[str, Tensor] = {}
     for name in manifest["files"]:
         try:
