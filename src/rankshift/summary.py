@@ -35,6 +35,7 @@ class Summary:
     trainable: int
     total: int
     bytes_base: int
+    bytes_frozen: int  # what adapters hold and do not train: a shared pair of projections, an anchor
     bytes_trainable: int
     bytes_optimizer: int  # AdamW's two moments of what trains
     left_alone: tuple[str, ...]  # modules with weights outside every site that do not train
@@ -57,7 +58,8 @@ class Summary:
             "",
             f"{self.method}: {self.trainable:,} of {self.total:,} parameters train ({self.percent:.2f} %)",
             f"base {_size(self.bytes_base)}, trained {_size(self.bytes_trainable)}, "
-            f"gradients {_size(self.bytes_trainable)}, optimizer {_size(self.bytes_optimizer)}",
+            f"gradients {_size(self.bytes_trainable)}, optimizer {_size(self.bytes_optimizer)}"
+            + (f", frozen beside the base {_size(self.bytes_frozen)}" if self.bytes_frozen else ""),
         ]
         if self.left_alone:
             lines.append("frozen as they are: " + ", ".join(self.left_alone))
@@ -162,6 +164,7 @@ def summarise(run: Run) -> Summary:
         p.numel() for s in run.sites.values() for a in s.acting() for leaf, p in a.named_parameters()
         if leaf not in a.derived
     )  # fmt: skip
+    held = [t for s in run.sites.values() for a in s.acting() for t in [*a.parameters(), *a.buffers()]]
     moments = sum(2 * p.numel() * p.element_size() for p in trainable.values())
     return Summary(
         method=type(run.method).__name__,
@@ -169,6 +172,7 @@ def summarise(run: Run) -> Summary:
         trainable=sum(p.numel() for p in trainable.values()),
         total=sum(p.numel() for _, p, _ in base) + extra,
         bytes_base=sum(p.numel() * p.element_size() for _, p, _ in base),
+        bytes_frozen=sum(t.numel() * t.element_size() for t in held if not t.requires_grad),
         bytes_trainable=sum(p.numel() * p.element_size() for p in trainable.values()),
         bytes_optimizer=moments,
         left_alone=tuple(f"{leaf} (×{n})" if n > 1 else leaf for leaf, n in alone.most_common(8)),

@@ -429,6 +429,13 @@ def test_a_saved_adapter_is_four_bytes_a_parameter(tmp_path: Path) -> None:
     assert sum(p.numel() for _, p in run.trainable()) == 4 * (512 + 256)
 
 
+def test_the_summary_counts_the_pair_once() -> None:
+    summary = rs.attach(net(), rs.VeRA(rank=5, targets=BODY)).summary()
+    assert summary.bytes_frozen == 4 * 5 * (14 + 14)
+    assert "frozen beside the base 560 B" in str(summary)
+    assert "frozen beside" not in str(rs.attach(net(), rs.LoRA(rank=2, targets=BODY)).summary())
+
+
 # ---- files
 
 
