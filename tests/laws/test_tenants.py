@@ -135,7 +135,6 @@ def test_ranks_choose_alike_whatever_data_they_saw(select: str, pool: Pool) -> N
 @pytest.mark.parametrize(
     ("engine", "method"),
     [
-        pytest.param("fsdp2", PaCA(rank=2, alpha=3), id="fsdp2"),
         pytest.param("fsdp2", PaCA(rank=2, redraw_every=3), id="fsdp2-redraw"),
         pytest.param("ddp", PaCA(rank=2, redraw_every=3), id="ddp-redraw"),
     ],

@@ -914,6 +914,10 @@ def test_an_adapter_made_for_a_wider_layer_is_refused():
         rs.restore(model, run.state_dict())
     assert type(model[0]) is nn.Linear
     assert torch.equal(model[0].weight, bits)
+    narrow = nn.Sequential(nn.Linear(5, 6))
+    with pytest.raises(RankTooLarge, match="rank 8 at 0 exceeds its 5 input channels"):
+        rs.restore(narrow, run.state_dict())
+    assert type(narrow[0]) is nn.Linear
 
 
 CONVS = [nn.Conv1d(6, 8, 3, padding=1), nn.Conv2d(6, 8, (2, 3), stride=2, padding="valid"), nn.Conv2d(6, 8, 1)]

@@ -196,6 +196,18 @@ class Redraw:
         adapter.enter()
 
 
+def _channels(spec: Spec, rank: int) -> int:
+    """How many channels of input a layer has; at least ``rank``."""
+    channels = spec.into // spec.form.taps
+    if rank > channels:
+        leaf = spec.name.rpartition(".")[2]
+        raise RankTooLarge(
+            f"rank {rank} at {spec.name} exceeds its {channels} input channels. Lower rank, set rank_pattern for it, "
+            f'or exclude "{leaf}".'
+        )
+    return channels
+
+
 @dataclass(frozen=True, kw_only=True)
 class PaCA(Method):
     """A few columns of each weight, trained in place."""
@@ -269,12 +281,7 @@ class PaCA(Method):
                 f"{spec.name} is a stack of expert weights that its module multiplies by itself, so no layer there "
                 "could keep only some channels of its input. Exclude it in targets, or use LoRA there."
             )
-        rank, channels = self.rank_at(spec.name), spec.into // spec.form.taps
-        if rank > channels:
-            raise RankTooLarge(
-                f"rank {rank} at {spec.name} exceeds its {channels} input channels. Lower rank, set rank_pattern for "
-                f'it, or exclude "{leaf}".'
-            )
+        channels = _channels(spec, self.rank_at(spec.name))
         if self.select == "blocks" and channels % self.block:
             raise UnsupportedLayer(
                 f"{spec.name} has {channels} input channels, which are no whole blocks of {self.block}. Lower block, "
@@ -282,6 +289,7 @@ class PaCA(Method):
             )
 
     def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
+        _channels(spec, rank)  # a rank that was saved elsewhere
         alpha = ([a for p, a in self.alpha_pattern.items() if matches(spec.name, p)] or [self.alpha])[-1]
         return PaCALayer(base, spec, rank, alpha / rank)
 
