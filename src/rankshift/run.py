@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -344,6 +345,11 @@ class Run:
                 raise AttachError(
                     f"{type(other).__name__} as configured trains base weights in place, which all adapters would "
                     'share: it stands alone. Use bias="none", or run.shift(method) to go on with another method.'
+                )
+            if other.phase_end(self.step, sys.maxsize) is not None:
+                raise AttachError(
+                    f"{type(other).__name__} as configured goes through phases, and a phase is of the whole run: it "
+                    "stands alone. Give it a single phase, or run.shift(method) to go on with another method."
                 )
         self._on.build(name, method, self.seed, data)
         self._on.use(*self._on.active)

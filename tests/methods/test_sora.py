@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import rankshift as rs
-from rankshift.core.errors import ConfigError, ExportError, RankTooLarge, TrainingError, UnsupportedLayer
+from rankshift.core.errors import AttachError, ConfigError, ExportError, RankTooLarge, TrainingError, UnsupportedLayer
 from rankshift.core.site import Site
 from rankshift.methods.sora import SoRALayer, soft_threshold_
 
@@ -453,13 +453,24 @@ def test_a_later_stage_cannot_be_the_first():
     with pytest.raises(ConfigError, match="stage=0; the run counts"):
         rs.attach(model, rs.SoRA(rank=2, sparsity=(0.1, 0.2), stage=1))
     assert type(model[0]) is nn.Linear
-    run = rs.attach(model, rs.SoRA(rank=2, sparsity=(0.1, 0.2)), total_steps=4)
-    run.add("second", rs.LoRA(rank=2))
-    run._driver.step = 2
-    with pytest.raises(ConfigError, match="no second adapter"):
-        run.shift(run.due())
-    assert run.adapters == ("default", "second")
+    run = rs.attach(model, rs.LoRA(rank=2))
+    with pytest.raises(ConfigError, match="the same rank, alpha and targets"):
+        run.shift(rs.SoRA(rank=2, sparsity=(0.1, 0.2), stage=1))
     assert torch.equal(run.adapter()["0"].base.rows(), mlp()[0].weight)
+    run.optimizer()
+
+
+def test_stages_are_of_a_run_with_one_adapter():
+    """A phase would end for the others too."""
+    staged = rs.SoRA(rank=2, sparsity=(0.1, 0.2))
+    run = rs.attach(mlp(), staged, total_steps=4)
+    with pytest.raises(AttachError, match="SoRA as configured goes through phases"):
+        run.add("second", rs.LoRA(rank=2))
+    run = rs.attach(mlp(), rs.LoRA(rank=2), total_steps=4)
+    with pytest.raises(AttachError, match="SoRA as configured goes through phases"):
+        run.add("second", staged)
+    assert run.adapters == ("default",)
+    run.add("second", rs.SoRA(rank=2))
 
 
 # ---- files

@@ -164,8 +164,7 @@ class SoRA(Method):
         if self.stage:
             raise ConfigError(
                 f"SoRA(stage={self.stage}) goes on with the ranks of the stage before, and there are none to take over "
-                "here: the run must train SoRA of the same rank, alpha and targets, and no second adapter. Begin with "
-                "stage=0; the run counts."
+                "here: the run must train SoRA of the same rank, alpha and targets. Begin with stage=0; the run counts."
             )
         return super().sites(model)
 
@@ -255,7 +254,7 @@ class SoRA(Method):
         if not estates:
             raise TrainingError(
                 f"Every gate of every layer is closed (sparsity = {before.stages[before.stage]:g}): nothing is left "
-                "that could train. Go on from an earlier checkpoint with a lower sparsity."
+                "that could train. Train with a lower sparsity, or load an earlier checkpoint and shift to one."
             )
         return estates
 
