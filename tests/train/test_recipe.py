@@ -10,7 +10,10 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from transformers import AutoModelForSequenceClassification
 
+import rankshift as rs
+from rankshift.cli import files
 from rankshift.core.errors import ConfigError, DataError, MissingFile, NotWritable, RankshiftError
 from rankshift.run import load
 from rankshift.train import bases, config, recipe
@@ -210,14 +213,18 @@ def test_global_randomness_does_not_matter(tmp_path, tiny_bert):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("name", ["llama-chat-lora", "bert-sst2-lora", "bert-domain-masked-lm-lora"])
+RECIPES = sorted(p.stem for p in (Path(__file__).parents[2] / "recipes").glob("*.yaml") if p.stem[:4] != "baby")
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipes_run_on_small_models_and_own_data(tmp_path, name, tiny_llama, tiny_bert, shared):
     """As written, with another model, other data and fewer updates."""
-    if name == "llama-chat-lora":
+    recipe_file = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+    if name.startswith("llama-chat"):
         turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello you"}]
         model, rows = tiny_llama, jsonl(tmp_path / "d.jsonl", [{"messages": turns}] * 60)
         settings = [f"data={rows}", "data.max_length=48", "data.validation=0.1"]
-    elif name == "bert-sst2-lora":
+    elif name.startswith("bert-sst2"):
         rows = glue(shared, tmp_path / "d.jsonl", "sst2_train", 60)
         model = tiny_bert
         settings = [f"data={rows}", "data.subset=null", "data.validation_split=null", "data.validation=0.2"]
@@ -226,11 +233,21 @@ def test_recipes_run_on_small_models_and_own_data(tmp_path, name, tiny_llama, ti
         (tmp_path / "corpus").mkdir()
         (tmp_path / "corpus" / "a.txt").write_text("a fine film with a good story . " * 200)
         model, settings = tiny_bert, [f"data={tmp_path / 'corpus'}", "data.max_length=32"]
-    recipe_file = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
-    wanted = config.read(recipe_file, [f"model={model}", *settings, "train.steps=2", f"output={tmp_path / 'runs'}"])
+    if name.endswith("pc-lora"):
+        settings += ["method.rank=4"]  # 32 would make these small layers no smaller
+    wanted = config.read(recipe_file, [f"model={model}", *settings, "train.steps=6", f"output={tmp_path / 'runs'}"])
+    assert name.endswith(f"-{wanted.method.name}"), "recipes are named for model and method"
     result = recipe.train(wanted, Console(file=io.StringIO()))
     assert result.final["loss"] > 0
-    assert (result.directory / "peft" / "adapter_config.json").is_file()
+    phases = json.loads((result.directory / "adapter" / "rankshift.json").read_text())["run"]["phases"]
+    assert len(phases) == (3 if name.endswith("sora") else 1)
+    if name.endswith("pc-lora"):
+        small = tmp_path / "small"
+        files.export_run(result.directory, small, None, "compressed", "exact")  # as the recipe says
+        thin = rs.load_compressed(small)
+        assert thin.num_parameters() < AutoModelForSequenceClassification.from_pretrained(model).num_parameters()
+    else:
+        assert (result.directory / "peft" / "adapter_config.json").is_file()
 
 
 def test_the_recipe_of_the_bundled_model_is_what_runs_by_default():
