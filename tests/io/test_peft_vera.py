@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rankshift as rs
-from rankshift.methods.vera import VeRALayer
+from rankshift.methods.vera import Numbers, VeRALayer, digest
 
 warnings.filterwarnings("ignore", module="peft")
 VERA, WEIGHTS, CONFIG = rs.VeRA, "adapter_model.safetensors", "adapter_config.json"
@@ -235,6 +235,20 @@ def test_a_pair_wider_than_peft_would_draw_travels_along(tmp_path):
     run.export(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(models.llama(), tmp_path / "ours").eval()
     assert (models.logits(theirs) - wanted).abs().max() < NEAR
+
+
+def test_a_drawn_pair_wider_than_peft_would_draw_travels_along(tmp_path):
+    """The same where the pair follows from saved numbers: PEFT would draw another one, so it is written."""
+    _, run = trained(models.llama, VERA(rank=8, targets=Q))
+    state = run.state_dict()
+    wider = Numbers(rank=8, in_max=37, out_max=40, seed=0)
+    state["adapters"]["default"]["shared"] |= {"in_max": 37, "out_max": 40, "digest": digest(*wider.draw())}
+    model = models.llama()
+    run = rs.restore(model, state)
+    run.export(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["save_projection"] is True
+    theirs = peft.PeftModel.from_pretrained(models.llama(), tmp_path).eval()
+    assert (models.logits(theirs) - models.logits(model)).abs().max() < NEAR
 
 
 # ---- refused

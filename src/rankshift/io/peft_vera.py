@@ -132,7 +132,10 @@ def _check(spec: Spec, group: Mapping[str, Tensor], rank: int, folder: Path) -> 
 
 
 def _own(numbers: Numbers, pair: Mapping[str, Tensor], saved: bool, folder: Path) -> tuple[Numbers, str]:
-    """The numbers and the digest of the adapter's own pair: the one in the file, or the one that its seed draws."""
+    """The numbers and the digest of the adapter's own pair: the one in the file, or the one that its seed draws.
+
+    Whether it is large enough for the model's layers is seen when it is shared out.
+    """
     if not saved:
         drawn = digest(*numbers.draw())
         if len(pair) == 2 and digest(pair["A"], pair["B"]) != drawn:
@@ -151,11 +154,6 @@ def _own(numbers: Numbers, pair: Mapping[str, Tensor], saved: bool, folder: Path
         raise CorruptFile(
             f"{folder}: vera_A is {tuple(A.shape)} and vera_B {tuple(B.shape)}, against r = {numbers.rank}.\n"
             "Export or copy it again."
-        )
-    if A.shape[1] < numbers.in_max or B.shape[0] < numbers.out_max:
-        raise WrongBase(
-            f"{folder}: vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} are too small for this model's layers of "
-            f"up to {numbers.out_max} × {numbers.in_max}.\nLoad the model that it was trained on."
         )
     return Numbers(numbers.rank, A.shape[1], B.shape[0], numbers.seed), digest(A, B)
 
