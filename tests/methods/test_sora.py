@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import peft
 import pytest
@@ -471,6 +473,25 @@ def test_stages_are_of_a_run_with_one_adapter():
         run.add("second", staged)
     assert run.adapters == ("default",)
     run.add("second", rs.SoRA(rank=2))
+
+
+def test_the_loops_of_the_page_run(tmp_path, monkeypatch):
+    """The code of docs/sora.md, with fewer updates."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/sora.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    batch = {"input_ids": IDS, "labels": IDS}
+    names = {"model": llama().train(), "batches": [batch] * 2}
+    exec(first, names)
+    assert (tmp_path / "peft/adapter_config.json").is_file()
+    names |= {"model": llama().train(), "batches": [batch] * 12, "torch": torch}
+    exec(second.replace("total_steps=3000", "total_steps=12"), names)
+    run, optimizer = names["run"], names["optimizer"]
+    assert [(p["start"], p["method"]["stage"]) for p in run.describe()["phases"]] == [(0, 0), (4, 1), (8, 2)]
+    assert run.step == 12
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    assert optimizer.param_groups[0]["initial_lr"] == 8e-4
+    assert {path.name for path in tmp_path.glob("stage-*")} == {"stage-0", "stage-1"}
 
 
 # ---- files

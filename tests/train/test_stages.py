@@ -6,6 +6,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+import transformers
+from test_recipe import jsonl, train
 from test_trainer import STEPS, arguments, base, data, losses, same, tensors, trainer
 from test_trainer_distributed import ENGINES, OnCPU, on_two
 from transformers import TrainerCallback
@@ -168,6 +170,31 @@ def test_after_a_schedule_of_a_phase_the_runs_goes_on_where_the_run_is(tmp_path,
     t.train()
     whole = [1 - k / 8 for k in range(8)]
     assert rates == pytest.approx([1e-2 * rate for rate in [1, 1 / 2, 1, 2 / 3, 1 / 3, *whole[5:]]])
+
+
+def test_a_recipe_goes_through_stages_and_its_warm_up_is_a_share_of_each(tmp_path, tiny_llama, monkeypatch):
+    schedules = []
+
+    class Listen(rs.Trainer):
+        def create_scheduler(self, *args, **more):
+            schedules.append(super().create_scheduler(*args, **more))
+            return schedules[-1]
+
+    monkeypatch.setattr("rankshift.train.trainer.Trainer", Listen)
+    rows = [{"text": "hello how are you ? fine thanks ."}] * 40
+    method = {"method": "sora", "rank": 2, "sparsity": [0, 10], "gate_init": "normal", "targets": ["q_proj", "up_proj"]}
+    result, *_ = train(
+        tmp_path, model=str(tiny_llama), data=str(jsonl(tmp_path / "text.jsonl", rows)), method=method,
+        train={"steps": 8, "warmup": 0.5, "schedule": "linear"},
+    )  # fmt: skip
+    # 4 updates each, 2 of them warm-up
+    assert [[schedule.lr_lambdas[0](k) for k in range(4)] for schedule in schedules] == [[0, 0.5, 1, 0.5]] * 2
+    run = rs.load(base_of(tiny_llama), result.directory / "adapter")
+    assert [(p.start, p.method["stage"]) for p in run.phases] == [(0, 0), (4, 1)]
+
+
+def base_of(directory):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory)
 
 
 def staged(out, engine, **more):

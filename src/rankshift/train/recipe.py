@@ -411,7 +411,7 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
         gradient_accumulation_steps=loop.accumulate,
         learning_rate=config.method.default_lr if loop.lr is None else loop.lr,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(loop.schedule, loop.schedule),
-        warmup_steps=math.ceil(loop.warmup * loop.steps),
+        warmup_steps=loop.warmup,  # a share: also of each phase that has a schedule of its own
         weight_decay=loop.weight_decay,
         max_grad_norm=loop.clip,
         bf16=job.autocast,
