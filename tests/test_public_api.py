@@ -16,6 +16,7 @@ from rankshift.core.config import field_docs
 from rankshift.methods import methods
 
 NAMES = {
+    "FlatLoRA",
     "Full",
     "LoRA",
     "MELoRA",

@@ -18,6 +18,7 @@ _HOME = {
     "load_compressed": "train.compressed",
     "restore": "run",
     "Run": "run",
+    "FlatLoRA": "methods",
     "Full": "methods",
     "LoRA": "methods",
     "MELoRA": "methods",
@@ -38,6 +39,7 @@ __all__ = sorted([*_HOME, "__version__"])
 if TYPE_CHECKING:
     from rankshift.core import errors as errors
     from rankshift.core.errors import RankshiftError as RankshiftError
+    from rankshift.methods import FlatLoRA as FlatLoRA
     from rankshift.methods import Full as Full
     from rankshift.methods import LoRA as LoRA
     from rankshift.methods import MELoRA as MELoRA

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankshift.core.method import Method
-from rankshift.methods import Full, LoRA, MELoRA, PaCA, PCLoRA, SoRA, VeRA
+from rankshift.methods import FlatLoRA, Full, LoRA, MELoRA, PaCA, PCLoRA, SoRA, VeRA
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,18 @@ class Case:
 ROUNDING = 1e-13  # a branch that starts as the difference of two equal products of numbers around one
 
 CASES: dict[str, tuple[Case, ...]] = {
+    "flat-lora": (
+        Case("flat-lora", FlatLoRA(rank=4, alpha=8, sigma=0.3)),
+        Case("flat-lora-zero", FlatLoRA(rank=4, alpha=8, sigma=0), off=LoRA(rank=4, alpha=8), alone=True),
+        Case(
+            "flat-dora",
+            FlatLoRA(rank=3, alpha=4, dora=True, schedule="constant", init="pissa", targets=("q", "v", "up")),
+            identity=ROUNDING,
+            kept=(1, 1, 2),
+            sums=False,
+            alone=True,
+        ),
+    ),
     "full": (
         Case("full", Full(), kept=(1, 0, 0)),
         Case("full-part", Full(targets=("blocks.0", "head")), kept=None, alone=True),

@@ -1,6 +1,7 @@
 """One paper per file. Importing this package fills the registry; read it to learn the field."""
 
 from rankshift.core.method import Method, from_dict, methods, to_dict
+from rankshift.methods.flat_lora import FlatLoRA
 from rankshift.methods.full import Full
 from rankshift.methods.lora import LoRA
 from rankshift.methods.melora import MELoRA
@@ -9,4 +10,17 @@ from rankshift.methods.pc_lora import PCLoRA
 from rankshift.methods.sora import SoRA
 from rankshift.methods.vera import VeRA
 
-__all__ = ["Full", "LoRA", "MELoRA", "Method", "PCLoRA", "PaCA", "SoRA", "VeRA", "from_dict", "methods", "to_dict"]
+__all__ = [
+    "FlatLoRA",
+    "Full",
+    "LoRA",
+    "MELoRA",
+    "Method",
+    "PCLoRA",
+    "PaCA",
+    "SoRA",
+    "VeRA",
+    "from_dict",
+    "methods",
+    "to_dict",
+]

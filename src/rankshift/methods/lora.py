@@ -134,14 +134,10 @@ class DoRALayer(LoRALayer):
         self.magnitude = nn.Parameter(torch.empty(spec.out, dtype=spec.master, device=spec.device))  # (out,)
 
     def row_norm(self) -> Tensor:
-        """‖W + s·BA‖ of each row, (out,), detached, without forming BA: ‖w + b A‖² = ‖w‖² + 2⟨w Aᵀ, b⟩ + b AAᵀ bᵀ."""
-        with torch.no_grad():
-            A, B = self.factors()
-            A = self.scale * A
-            W = self.base.dense(*self.base.packed) if self.base.storage else self.base.rows()
-            square: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=B.dtype).square()
-            cross = (W @ A.to(W.dtype).t()).to(B.dtype)  # (out, r)
-            return (square + ((2 * cross + B @ (A @ A.t())) * B).sum(1)).clamp_min_(0).sqrt()
+        """‖W + s·BA‖ of each row, (out,), detached."""
+        A, B = self.factors()
+        W = self.base.dense(*self.base.packed) if self.base.storage else self.base.rows()
+        return row_norm(W, self.scale * A, B)
 
     def forward(self, x: Tensor) -> Tensor:
         y, bias = self.product(x), self.base.total_bias
@@ -162,6 +158,14 @@ class DoRALayer(LoRALayer):
 
     def low_rank(self) -> None:
         return None
+
+
+@torch.no_grad()
+def row_norm(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """‖W + BA‖ of each row, (out,), detached, without forming BA: ‖w + b A‖² = ‖w‖² + 2⟨w Aᵀ, b⟩ + b AAᵀ bᵀ."""
+    square: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=B.dtype).square()
+    cross = (W @ A.to(W.dtype).t()).to(B.dtype)  # (out, r)
+    return (square + ((2 * cross + B @ (A @ A.t())) * B).sum(1)).clamp_min_(0).sqrt()
 
 
 def _gain(magnitude: Tensor, norm: Tensor) -> Tensor:
