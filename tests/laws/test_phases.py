@@ -61,7 +61,7 @@ def sharded_route(methods: list[Method], each: int) -> dict[str, torch.Tensor]:
             with pytest.raises(rs.errors.AttachError, match="sharded already"):
                 session.run.shift(method)
             if session.run.method.reversible:
-                with pytest.raises(rs.errors.AttachError, match="sharded already|goes through phases"):
+                with pytest.raises(rs.errors.AttachError, match=r"sharded already|goes through phases"):
                     session.run.add("second", LoRA(rank=2))
             run = rs.restore(tiny(torch.float64), session.run.state_dict()).shift(method)
             session = Session("fsdp2", run)
