@@ -51,7 +51,7 @@ class Trainer(transformers.Trainer):
     >>> trainer.run.export("out/adapter")
 
     Checkpoints hold what the method trained, never an untouched base, and resume to the same bits. The next phase of
-    a method begins where it is due: new optimizer, same schedule.
+    a method begins where it is due: new optimizer, and the same schedule unless the method has one for each phase.
 
     Ctrl-C ends training after the update in progress, saves a checkpoint, says how to go on and exits with code 130; a
     second Ctrl-C stops at once. Any other KeyboardInterrupt saves too, unless it came in the middle of an update.
