@@ -26,7 +26,7 @@ from rankshift.core.base import Dense
 from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.method import Method
 from rankshift.core.site import form_of
-from rankshift.methods import Full, LoRA
+from rankshift.methods import FlatLoRA, Full, LoRA, MELoRA
 
 # ---- core/shard.py ---------------------------------------------------------------------------------------------------
 
@@ -262,9 +262,9 @@ def test_an_inf_in_one_shard_is_skipped_on_all(pool: Pool) -> None:
 # ---- dtypes ----------------------------------------------------------------------------------------------------------
 
 
-def mixed(policy: MixedPrecisionPolicy | None) -> Tensor:
+def mixed(method: Method, policy: MixedPrecisionPolicy | None) -> Tensor:
     """A bf16 base with fp32 factors in one FSDP2 group; every B after 6 updates, flat."""
-    session = begin("fsdp2", LoRA(rank=4, alpha=8), torch.bfloat16, policy=policy)
+    session = begin("fsdp2", method, torch.bfloat16, total=6, policy=policy)
     assert {p.dtype for p in session.model.parameters()} == {torch.bfloat16, torch.float32}
     session.steps(6)
     for name, parameter in session.run.trainable():
@@ -280,10 +280,19 @@ def learnt(state: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["as stored", "MixedPrecisionPolicy"])
-def test_a_bf16_base_with_fp32_factors(low: bool, pool: Pool) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(rank=4, alpha=8),
+        MELoRA(rank=2, blocks=2, alpha=4, exclude=("head",)),
+        FlatLoRA(rank=4, alpha=8, sigma=0.3),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_bf16_base_with_fp32_factors(method: Method, low: bool, pool: Pool) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if low else None
-    alone = learnt(begin("one", LoRA(rank=4, alpha=8), torch.bfloat16).steps(6).state(whole=True))
-    sharded = pool.run(mixed, policy)[0]
+    alone = learnt(begin("one", method, torch.bfloat16, total=6).steps(6).state(whole=True))
+    sharded = pool.run(mixed, method, policy)[0]
     # bf16 products carry 2⁻⁸, and Adam's first steps are of the size of lr whatever the gradient's: directions agree
     assert torch.nn.functional.cosine_similarity(sharded, alone, dim=0) > 0.98
     assert alone.norm() > 0.1
