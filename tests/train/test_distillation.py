@@ -1,13 +1,14 @@
 """PC-LoRA's distillation inside trainers: scaled as the task's loss is, on one process and two, to a smaller model."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_trainer import arguments, base, data, losses, same, tensors, trainer
 from test_trainer_distributed import on_two
-from transformers import Trainer
+from transformers import AutoTokenizer, Trainer
 
 import rankshift as rs
 
@@ -67,7 +68,7 @@ def test_evaluation_sees_the_loss_of_the_task(tmp_path):
 
 
 def test_a_method_that_adds_nothing_has_the_losses_of_transformers(tmp_path):
-    """Bit for bit, with three micro-batches."""
+    """Bit for bit, with seven micro-batches: 7·x/7 is not x."""
     method = rs.LoRA(rank=2, dropout=0.1)
 
     class Plain(rs.Trainer):
@@ -75,7 +76,7 @@ def test_a_method_that_adds_nothing_has_the_losses_of_transformers(tmp_path):
 
     ends = []
     for cls in (Plain, rs.Trainer):
-        one = trainer(tmp_path, method, cls=cls, gradient_accumulation_steps=3, save_strategy="no", max_steps=3)
+        one = trainer(tmp_path, method, cls=cls, gradient_accumulation_steps=7, save_strategy="no", max_steps=3)
         one.train()
         ends.append((losses(one), tensors(one.run)))
     assert ends[0][0] == ends[1][0]
@@ -126,3 +127,28 @@ def test_two_processes_agree(tmp_path):
     first, second = on_two(tmp_path, _two, tmp_path)
     assert same(first, second)
     assert all(torch.isfinite(t).all() for t in first.values())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_documented_trainer_of_trl_distils(tmp_path, tiny_llama):
+    """The lines of the documentation page, as they stand there, between their fences."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    page = (Path(__file__).parents[2] / "docs" / "pc-lora.md").read_text(encoding="utf-8")
+    code = next(part for part in page.split("```") if "class Distilling" in part).removeprefix("python\n")
+    run = rs.attach(base(0.0), METHOD, total_steps=2)
+    here = {"trl": trl, "run": run}
+    exec(code, here)
+    rows = [{"input_ids": row["input_ids"].tolist()} for row in data(8)]
+    args = trl.SFTConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True,
+        bf16=False, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1, max_length=12,
+    )  # fmt: skip
+    sft = here["Distilling"](
+        run.model, args, train_dataset=Dataset.from_list(rows), optimizers=(run.optimizer(lr=1e-2), None),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+    )  # fmt: skip
+    sft.train()
+    assert run.step == 2
+    assert all(adapter.faded for adapter in run.adapter().values())
