@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from laws.cases import Case
+from laws.cases import CASES, Case
 from rankshift.core.method import Method, methods
 
 COLUMNS = {
@@ -49,8 +49,8 @@ YES, NO = "✓", "–"
 class Found:
     """What tests have shown of one (method, column)."""
 
-    shown: set[bool] = field(default_factory=set)  # by the default configuration, by another
-    refused: dict[str, set[str]] = field(default_factory=dict)  # why → settings that it is about; "" for the default
+    shown: set[bool] = field(default_factory=set)  # by the first configuration but for sizes, by another
+    refused: dict[str, set[str]] = field(default_factory=dict)  # why → settings that it is about; "" for the first
 
 
 @dataclass
@@ -61,15 +61,14 @@ class Record:
     failed: list[str] = field(default_factory=list)
 
     def add(self, method: str, settings: Mapping[str, str], columns: Iterable[str], refused: Mapping[str, str]) -> None:
-        """``settings``: what of the configuration is not the default, as it is written."""
-        default = not settings.keys() - set(SIZES)
+        """``settings``: how the configuration differs from the method's first, as it is written."""
         for column in columns:
             found = self.cells.setdefault((method, column), Found())
             if column in refused:
                 why = " ".join(refused[column].split())
-                found.refused.setdefault(why, set()).add("" if default else _about(settings, why))
+                found.refused.setdefault(why, set()).add(_about(settings, why))
             else:
-                found.shown.add(default)
+                found.shown.add(not settings.keys() - set(SIZES))
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Cells that no test has filled."""
@@ -85,8 +84,11 @@ def settings(method: Method) -> dict[str, str]:
 
 def _about(settings: Mapping[str, str], why: str) -> str:
     """Those of the settings that a refusal speaks of, by name or by value; all but sizes if it speaks of none."""
-    words = set(re.findall(r"\w+", why.lower()))
-    named = [text for name, text in settings.items() if words & set(re.findall(r"\w+", text.lower())) - {"true"}]
+
+    def words(text: str) -> set[str]:
+        return set(re.findall(r"[^\W\d]\w*", text.lower())) - {"true", "false", "none"}
+
+    named = [text for text in settings.values() if words(text) & words(why)]
     return ", ".join(named or [text for name, text in settings.items() if name not in SIZES])
 
 
@@ -124,12 +126,13 @@ def render(record: Record, kinds: Mapping[str, type[Method]], docs: Path | None 
 
 
 def _cell(found: Found, notes: dict[str, int]) -> str:
-    """A tick if the default configuration can, else a dash; and the numbers of its footnotes."""
-    default = True in found.shown or (bool(found.shown) and not any("" in about for about in found.refused.values()))
+    """A tick if the first configuration can, else a dash; and the numbers of its footnotes."""
+    first = any("" in about for about in found.refused.values())  # it is refused
+    default = True in found.shown or (bool(found.shown) and not first)
     numbers = set()
     for why, about in found.refused.items():
-        if not found.shown and "" not in about and any("" in other for other in found.refused.values()):
-            continue  # refused already by default, for another reason
+        if not found.shown and first and "" not in about:
+            continue  # of another configuration, that is refused for another reason
         odd = " or ".join(f"`{text}`" for text in sorted(about) if text)
         text = re.sub(r"([*_<])", r"\\\1", why)  # no markup in a refusal
         numbers.add(notes.setdefault(f"With {odd}: {text}" if odd and found.shown else text, len(notes) + 1))
@@ -196,5 +199,6 @@ def stamp(items: Iterable[pytest.Item]) -> None:
         if isinstance(case, Case) and case.method.name in methods():
             engine = ENGINES.get(parameters.get("engine", ""))
             shown = columns if engine is None else [engine]
+            odd = {} if case is CASES[case.method.name][0] else settings(case.method)
             if shown:
-                item.user_properties.append(("shows", (case.method.name, settings(case.method), shown)))
+                item.user_properties.append(("shows", (case.method.name, odd, shown)))
