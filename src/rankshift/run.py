@@ -300,10 +300,12 @@ class Run:
     def _lesson(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lesson:
         """What the model made of the batch, and what the original makes of it."""
         odd = next((m.method for m in self._on.members.values() if not m.method.reversible), None)
-        if odd is not None:
+        lent = next((name for name, site in self._on.sites.items() if site.base.tenant is not None), None)
+        if odd is not None or lent is not None:
+            why = f"{type(odd).__name__} changes it" if odd is not None else f"an adapter keeps columns in {lent}"
             raise AttachError(
-                f"{type(self.method).__name__} distils from the untouched original, and {type(odd).__name__} changes "
-                "it. Use one of the two, or PCLoRA(features=False)."
+                f"The loss distils from the untouched original, and {why}. Use one of the two adapters, or "
+                "PCLoRA(features=False)."
             )
         if not self._ear.waiting:
             raise TrainingError(

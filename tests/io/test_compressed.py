@@ -218,6 +218,35 @@ def test_a_model_of_another_class_or_size_is_refused_and_left_alone(tmp_path):
         assert all(id(after[n]) == i and torch.equal(after[n], p) for n, (i, p) in names.items())
 
 
+@pytest.mark.parametrize("options", [{"padding": "same", "padding_mode": "circular", "dilation": 2}, {"stride": 2}])
+def test_a_convolution_keeps_its_geometry(options):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, **options)).double()
+    run = rs.attach(model, rs.PCLoRA(rank=2, targets=("0",), features=False), total_steps=1)
+    models.stir(run.trainable(), scale=0.3)
+    run.adapter()["0"].fade(0.0)
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(x)
+        assert torch.equal(run.compress()(x), wanted)
+    assert [tuple(part.weight.shape) for part in model[0]] == [(2, 3, 3, 3), (6, 2, 1, 1)]
+
+
+def test_an_architecture_that_meta_cannot_hold_is_built_for_real(tmp_path, monkeypatch):
+    from rankshift.train import compressed
+
+    run = ended()
+    out = run.export(tmp_path / "out", format="compressed")
+    wanted, state = models.logits(run.model), torch.random.get_rng_state()
+    monkeypatch.setattr(compressed, "_plain_tensors", lambda model: True)
+    assert torch.equal(models.logits(rs.load_compressed(out)), wanted)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    manifest = json.loads((out / "rankshift-compressed.json").read_text())
+    manifest["class"] = "NoSuchModel"
+    (out / "rankshift-compressed.json").write_text(json.dumps(manifest))
+    with pytest.raises(rs.errors.ConfigError, match="NoSuchModel is no class of transformers"):
+        rs.load_compressed(out)
+
+
 def test_damage_is_named_and_strangers_are_left_alone(tmp_path):
     run = ended()
     out = run.export(tmp_path / "out", format="compressed")

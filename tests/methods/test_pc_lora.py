@@ -542,6 +542,12 @@ def test_an_original_that_another_adapter_rewrites_teaches_nothing() -> None:
         run.use("default", "other")
         with pytest.raises(rs.errors.AttachError, match="untouched original"):
             run.loss(model.train()(batch()[0]).sum(), batch()[0])
+    model = net()
+    run = rs.attach(model, rs.PCLoRA(rank=2, targets=BODY), total_steps=9)
+    run.add("columns", rs.PaCA(rank=2, targets=("head",)))
+    run.use("default", "columns")
+    with pytest.raises(rs.errors.AttachError, match="keeps columns in head"):
+        run.loss(model.train()(batch()[0]).sum(), batch()[0])
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

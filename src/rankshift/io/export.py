@@ -389,8 +389,8 @@ def folded(site: Site) -> dict[str, Tensor]:
         for shift in (shard.whole(b) for b in (a.delta_bias() for a in acting) if b is not None):
             if bias is None:
                 raise ExportError(
-                    f"{site.spec.name} has no bias to merge the adapter's bias into. Export to PEFT, or train with "
-                    "lora_bias=False."
+                    f"{site.spec.name} has no bias to merge the adapter's bias into. Export to another format, or "
+                    'train without it: LoRA(lora_bias=False), PCLoRA(bias="match").'
                 )
             bias = (bias.to(shift.dtype) + shift).to(bias.dtype)
         if bias is not None:

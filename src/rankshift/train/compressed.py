@@ -35,7 +35,8 @@ def load_compressed(directory: str | Path, model: nn.Module | None = None) -> nn
     with torch.device("meta"):
         built = kind(config)
     if _plain_tensors(built):  # made in __init__ and no part of any state: they have to be made for real
-        built = kind(config)
+        with torch.random.fork_rng():  # transformers draws values, which do not matter
+            built = kind(config)
     if (Path(directory) / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
