@@ -22,11 +22,11 @@ _HOME = {
     "Full": "methods",
     "LoRA": "methods",
     "MELoRA": "methods",
-    "Method": "methods",
-    "PCLoRA": "methods",
-    "PaCA": "methods",
-    "VeRA": "methods",
     "SoRA": "methods",
+    "Method": "methods",
+    "PaCA": "methods",
+    "PCLoRA": "methods",
+    "VeRA": "methods",
     "to_dict": "methods",
     "from_dict": "methods",
     "Trainer": "train.trainer",
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from rankshift.methods import LoRA as LoRA
     from rankshift.methods import MELoRA as MELoRA
     from rankshift.methods import Method as Method
-    from rankshift.methods import PCLoRA as PCLoRA
     from rankshift.methods import PaCA as PaCA
+    from rankshift.methods import PCLoRA as PCLoRA
     from rankshift.methods import SoRA as SoRA
     from rankshift.methods import VeRA as VeRA
     from rankshift.methods import from_dict as from_dict

@@ -110,23 +110,6 @@ CASES: dict[str, tuple[Case, ...]] = {
             alone=True,
         ),
     ),
-    "vera": (
-        Case("vera", VeRA(rank=4), kept=(0, 0, 1)),
-        Case(
-            "vera-saved",
-            VeRA(
-                rank=20,
-                save_projection=True,
-                dropout=0.2,
-                modules_to_save=("head",),
-                head_lr_ratio=0.5,
-                targets=("q", "up", "down"),
-            ),
-            kept=None,
-            alone=True,
-            noisy=True,
-        ),
-    ),
     "pc-lora": (
         Case(
             "pc-lora",
@@ -150,6 +133,23 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case(
             "sora-embedding",
             SoRA(rank=3, alpha=2, sparsity=(5, 9), gate_lr_ratio=2, dropout=0.1, targets=("embed", "up")),
+            kept=None,
+            alone=True,
+            noisy=True,
+        ),
+    ),
+    "vera": (
+        Case("vera", VeRA(rank=4), kept=(0, 0, 1)),
+        Case(
+            "vera-saved",
+            VeRA(
+                rank=20,
+                save_projection=True,
+                dropout=0.2,
+                modules_to_save=("head",),
+                head_lr_ratio=0.5,
+                targets=("q", "up", "down"),
+            ),
             kept=None,
             alone=True,
             noisy=True,
