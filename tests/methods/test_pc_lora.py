@@ -625,3 +625,35 @@ def test_lambda_is_a_tensor_to_the_compiler_and_the_base_goes_once() -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert len(graphs) == (1 if step < 6 else 2)
+
+
+def test_fading_beats_the_same_branch_without_a_base() -> None:
+    """Equal updates, equal loss: the branch alone, from B = C = 0, hardly starts; faded in, it does."""
+
+    def deep() -> nn.Sequential:
+        layers = [part for _ in range(5) for part in (nn.Linear(16, 16), nn.Tanh())]
+        model = nn.Sequential(*layers, nn.Linear(16, 4))
+        with torch.no_grad():
+            for p in model.parameters():
+                p *= 2
+        return model
+
+    teacher, names, steps = seeded(deep), ("0", "2", "4", "6", "8"), 100
+    x = seeded(lambda: torch.randn(256, 16), 1)
+    with torch.no_grad():
+        wanted = teacher(x)
+    ends = []
+    for fades in (True, False):
+        model = seeded(deep)
+        run = rs.attach(model, rs.PCLoRA(rank=4, targets=names, decay_end=0.6), total_steps=steps)
+        optimizer = run.optimizer(lr=1e-2, check_gradients=False)
+        model.train()
+        for _ in range(steps):
+            if not fades:
+                at(run, 0.0)
+            run.loss(F.mse_loss(model(x), wanted), x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            ends.append(F.mse_loss(run.compress()(x), wanted).item())
+    assert ends[0] < 0.6 * ends[1]
