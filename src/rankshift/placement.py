@@ -425,7 +425,7 @@ def check_foldable(sites: Iterable[Site]) -> None:
         if site.base.bias is None and any(adapter.delta_bias() is not None for adapter in site.acting()):
             raise AttachError(
                 f"{site.spec.name} has no bias to merge the adapter's bias into. Nothing was merged. Go on unmerged, "
-                "or train without it: LoRA(lora_bias=False), PCLoRA(bias=\"match\")."
+                'or train without it: LoRA(lora_bias=False), PCLoRA(bias="match").'
             )
 
 

@@ -214,9 +214,7 @@ class PaCA(Method):
 
     name: ClassVar[str] = "paca"
     paper: ClassVar[str] = "Woo et al. 2025, arXiv 2503.01905"
-    summary: ClassVar[str] = (
-        "a few columns of each weight, trained where they stand"
-    )
+    summary: ClassVar[str] = "a few columns of each weight, trained where they stand"
     formula: ClassVar[str] = "r·out"
 
     rank: int = 16
