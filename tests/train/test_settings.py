@@ -142,3 +142,28 @@ def test_recipes_are_strictly_right(file):
 
 def test_there_are_recipes():
     assert len(RECIPES) >= 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lr"),
+    [
+        ([], 6e-3),
+        (["method=vera"], 6e-2),
+        (["method=sora"], 6e-3),
+        (["method=vera", "train.lr=1e-3"], 1e-3),
+        (["train.lr=1e-3", "method=vera"], 1e-3),
+        (["method.rank=4"], 6e-3),
+    ],
+)
+def test_the_bundled_recipe_has_a_rate_for_each_method(overrides, lr):
+    assert config.read(None, overrides).train.lr == lr
+
+
+def test_a_rate_found_for_one_method_does_not_go_to_another(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: m\ndata: d.txt\nmethod: {method: lora, rank: 4}\ntrain: {lr: 0.5, steps: 3}\n")
+    assert config.read(file, ["method=lora"]).train.lr == 0.5
+    other = config.read(file, ["method=vera"])
+    assert other.train.lr is None
+    assert other.train.steps == 3
+    assert config.read(file, ["method=vera", "train.lr=0.1"]).train.lr == 0.1

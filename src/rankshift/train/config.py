@@ -188,9 +188,13 @@ def read(file: str | Path | None, overrides: Iterable[str] = ()) -> TrainConfig:
     if file is not None or not own:
         values = _yaml(Path(file) if file is not None else bundled.RECIPE)
     values = _spelled_out(values, problems)
-    for key, value in pairs:
+    for key, value in sorted(pairs, key=lambda pair: pair[0] != "method"):  # what a new method drops goes first
         _set(values, key, value, problems)
-    config = _build(TrainConfig, _spelled_out(values, problems), "", problems)
+    values = _spelled_out(values, problems)
+    if file is None and not own and isinstance(values.get("train"), dict):
+        name = values["method"].get("method") if isinstance(values.get("method"), Mapping) else None
+        values["train"].setdefault("lr", bundled.RATES.get(str(name), 6e-3))
+    config = _build(TrainConfig, values, "", problems)
     return _sound(config, problems, str(file) if file is not None else "these settings")
 
 
@@ -264,7 +268,9 @@ def _set(values: dict[str, Any], key: str, value: Any, problems: list[str]) -> N
     if not path and leaf in TrainConfig._sections and not isinstance(value, dict):
         section = here.setdefault(leaf, {})
         if leaf == "method" and section.get("method", "lora") != value:
-            section.clear()  # the fields of another method mean nothing to this one
+            section.clear()  # the fields of another method mean nothing to this one, nor does its learning rate
+            if isinstance(here.get("train"), dict):
+                here["train"].pop("lr", None)
         section[TrainConfig._sections[leaf]] = value
     else:
         here[leaf] = value

@@ -47,7 +47,8 @@ from rankshift.train.data import Examples
 from rankshift.train.evaluation import Measure, measure, show
 from rankshift.train.labels import Classes, classes_of
 
-CONFIG, ADAPTER, PEFT, MODEL, CHECKPOINTS = "config.yaml", "adapter", "peft", "model", "checkpoints"
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+ADAPTER, PEFT, MODEL, COMPRESSED = "adapter", "peft", "model", "compressed"
 
 
 @dataclass(frozen=True)
@@ -388,7 +389,7 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         words = "loss (nats per token)" if task.endswith("lm") else "loss"
         report.plot(directory / "loss.png", title, losses, points, base.get("loss"), words)
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    _finish(console, job, directory, base, final, bar, before, after, prompt, made, _portable(run, directory))
+    _finish(console, job, directory, base, final, bar, before, after, prompt, made, _next(run, directory))
     return Result(directory, base, final, seconds)
 
 
@@ -509,6 +510,8 @@ def _write(job: Job, run: Run, directory: Path) -> dict[str, str]:
     where, format, words = (PEFT, "peft", "the same for PEFT, transformers and servers")
     if not job.config.method.reversible:
         where, format, words = (MODEL, "merged", "the trained model, for transformers")
+    elif _shrinks(run):
+        where, format, words = (COMPRESSED, "compressed", "the small model that remains, for rs.load_compressed")
     try:
         run.export(directory / where, format=format)  # type: ignore[arg-type]
         made[where] = words if where != PEFT or _told(directory)["peft_type"] == "LORA" else "the same for PEFT"
@@ -517,6 +520,23 @@ def _write(job: Job, run: Run, directory: Path) -> dict[str, str]:
     except ExportError as error:
         made[where] = f"not written: {str(error).splitlines()[0]}"
     return made
+
+
+def _shrinks(run: Run) -> bool:
+    """Whether the method leaves a smaller model behind rather than an adapter."""
+    return any(adapter.leaves for name in run.active for adapter in run.adapter(name).values())
+
+
+def _next(run: Run, directory: Path) -> list[tuple[str, str]]:
+    """(command, what it gives) lines to go on from here."""
+    commands = [(f"rankshift inspect {directory}", "what is in it")]
+    if not _shrinks(run):
+        commands.append((f"rankshift merge {directory} merged", "a plain transformers model in merged/"))
+    elif (directory / COMPRESSED).is_dir():
+        commands.append((f'rs.load_compressed("{directory / COMPRESSED}")', "the small model, in Python"))
+    if _portable(run, directory):
+        commands.append((f"rankshift export {directory} served --profile portable", "a LoRA that servers take"))
+    return [*commands, ("rankshift train model=PATH_OR_HUB_ID data=FILE.jsonl", "your model, your data")]
 
 
 def _told(directory: Path) -> dict[str, Any]:
@@ -614,7 +634,7 @@ def _finish(
     after: str | None,
     prompt: str | None,
     made: dict[str, str],
-    portable: bool,
+    commands: list[tuple[str, str]],
 ) -> None:
     """The last screen: before and after, what was written, what to type next."""
     from rich.panel import Panel
@@ -649,13 +669,6 @@ def _finish(
         console.print(f"  {directory / name!s:<38} {words}", highlight=False, markup=False, soft_wrap=True)
     console.print()
     _line(console, "Next", "")
-    commands = [
-        (f"rankshift inspect {directory}", "what is in it"),
-        (f"rankshift merge {directory} merged", "a plain transformers model in merged/"),
-    ]
-    if portable:
-        commands.append((f"rankshift export {directory} served --profile portable", "a LoRA that servers take"))
-    commands.append(("rankshift train model=PATH_OR_HUB_ID data=FILE.jsonl", "your model, your data"))
     for command, words in commands:
         console.print(f"  {command:<68} {words}", highlight=False, markup=False, soft_wrap=True)
 
