@@ -71,13 +71,49 @@ def test_what_is_said_of_the_rest_is_so(kind: type[Method], tmp_path: Any) -> No
         rs.attach(nn.Sequential(nn.Linear(128, 128)), kind())
 
 
+class Looked(Exception):
+    """Data was asked for."""
+
+
+class Watched:
+    """Data that says when it is looked at."""
+
+    def __iter__(self):
+        raise Looked
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_a_method_that_looks_at_data_says_so(name: str) -> None:
+    kind = methods()[name]
+    for setting, method in [("", kind()), *capability.variants(kind)]:
+        model = nn.Sequential(nn.Linear(128, 128))
+        looked = False
+        try:
+            rs.attach(model, method, total_steps=8, data=Watched())
+        except Looked:
+            looked = True
+        except rs.errors.RankshiftError:
+            continue
+        assert looked == method.needs_data, setting
+        if looked:
+            weight = model[0].weight.detach().clone()
+            run = rs.attach(model, rs.LoRA(rank=2))
+            with pytest.raises(rs.errors.ConfigError, match="looks at data before it starts"):
+                run.add("second", method)
+            with pytest.raises(rs.errors.ConfigError, match="looks at data before it starts"):
+                run.shift(method)
+            assert run.adapters == ("default",), "a shift that cannot begin ends nothing"
+            run.detach()
+            assert torch.equal(model[0].weight, weight)
+
+
 def test_what_is_known_of_lora() -> None:
     can = capability.probe(LoRA())
     assert not any([*can.layers.values(), can.lora, can.merge, can.disable, can.second, can.total, can.data])
     assert can.shared is None
     assert can.events == ()
     variants = dict(capability.variants(LoRA))
-    assert {name for name, method in variants.items() if capability.looks_at_data(method)} == {'init="eva"'}
+    assert {name for name, method in variants.items() if method.needs_data} == {'init="eva"'}
     assert variants["dora=True"] == LoRA(dora=True)
     assert variants['forward_order="f2"'] == LoRA(forward_order="f2")
     assert 'train="A"' not in variants, "freezes B at zero, so it is refused"
@@ -130,6 +166,10 @@ class Odd(LoRA):
             raise UnsupportedLayer("too late")
         return super().adapt(base, spec, rank)
 
+    @property
+    def needs_data(self) -> bool:
+        return True
+
     def survey(self, model: nn.Module, specs: Any, data: Any, seed: int) -> dict[str, Any]:
         list(data)
         return {}
@@ -168,6 +208,8 @@ def test_a_method_is_asked_and_not_assumed() -> None:
 @pytest.mark.usefixtures("odd")
 def test_a_method_that_says_one_thing_and_does_another_is_found() -> None:
     class Method(Odd):  # no batches are at hand where real layers are tried
+        needs_data = False
+
         def survey(self, model: nn.Module, specs: Any, data: Any, seed: int) -> dict[str, Any]:
             return {}
 

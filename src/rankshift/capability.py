@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def probe(method: Method) -> Capability:
         disable=disable,
         second=second,
         total=method.needs_total,
-        data=looks_at_data(method),
+        data=method.needs_data,
         shared=run.describe()["adapters"]["default"].get("shared"),
         events=tuple(f"{_WHEN[event.moment]}: {_first_line(event)}" for event in method.events()),
     )
@@ -83,16 +83,6 @@ def layers(method: Method) -> dict[str, str]:
     cpu = torch.device("cpu")
     specs = {kind: Spec(name, _SIDE, _SIDE, form, torch.float32, cpu) for kind, (name, form) in LAYERS.items()}
     return {kind: _refusal(partial(method.fit, spec), UnsupportedLayer) for kind, spec in specs.items()}
-
-
-def looks_at_data(method: Method) -> bool:
-    """Whether batches are read at attach."""
-    data = _Watched()
-    try:
-        _attached(method, data)
-    except _Looked:
-        return True
-    return False
 
 
 def variants(kind: type[Method]) -> Iterator[tuple[str, Method]]:
@@ -137,17 +127,6 @@ class _Net(nn.Module):
         return SimpleNamespace(logits=y, loss=None if labels is None else (y - labels).square().mean())
 
 
-class _Looked(Exception):
-    """Data was asked for."""
-
-
-class _Watched:
-    """Data that says when it is looked at."""
-
-    def __iter__(self) -> NoReturn:
-        raise _Looked
-
-
 @dataclass(frozen=True)
 class _Batches:
     """One batch, of 64 rows."""
@@ -164,13 +143,13 @@ def _noise(*shape: int) -> Tensor:
     return normal(Key(0), shape)
 
 
-def _attached(method: Method, data: Any = None) -> Run:
+def _attached(method: Method) -> Run:
     """A run on the smallest layer that takes the method's rank."""
     side = 256
     while True:
         model = _Net(side)
         try:
-            return attach(model, method, total_steps=_STEPS, data=_Batches(model) if data is None else data)
+            return attach(model, method, total_steps=_STEPS, data=_Batches(model))
         except RankTooLarge:
             if side >= _SIDE:
                 raise

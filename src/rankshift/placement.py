@@ -61,9 +61,16 @@ class Placement:
 
     # ---- placing
 
-    def plan(self, method: Method, ranks: Mapping[str, int] | None = None) -> tuple[list[Spec], tuple[str, ...]]:
+    def plan(
+        self, method: Method, data: Iterable[Any] | None = None, ranks: Mapping[str, int] | None = None
+    ) -> tuple[list[Spec], tuple[str, ...]]:
         """The layers and the whole modules a method will take. Every refusal comes here; nothing is changed."""
         model = self.model
+        if method.needs_data and data is None and ranks is None:
+            raise ConfigError(
+                f"{type(method).__name__} as configured looks at data before it starts: pass batches, e.g. "
+                "attach(model, method, data=loader)."
+            )
         specs = [spec_of(model, site) for site in (method.sites(model) if ranks is None else ranks)]
         copies = _copies(model, method)
         specs = [s for s in specs if not any(s.name == c or s.name.startswith(c + ".") for c in copies)]
@@ -93,7 +100,7 @@ class Placement:
         """
         model, fill = self.model, ranks is None
         refuse_sharded(model, "Placing an adapter")
-        specs, copies = self.plan(method, ranks)
+        specs, copies = self.plan(method, data, ranks)
         found = method.survey(model, specs, data, seed) if fill else {}
         for spec in perhaps_tied(model, specs):
             untie(model, spec)

@@ -541,7 +541,7 @@ class Run:
         if estates is not None:
             return self._succeed(method, estates)
         with self._on.bare():
-            self._on.plan(method)  # what cannot begin must not end this phase
+            self._on.plan(method, data)  # what cannot begin must not end this phase
         changed = self.changed
         for name, site in self.sites.items():
             if site.active:

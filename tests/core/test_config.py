@@ -202,3 +202,10 @@ def test_the_callers_containers_are_not_kept():
 def test_lora_refuses(fields: dict[str, Any], text: str):
     with pytest.raises(ConfigError, match=text):
         rs.LoRA(**fields)
+
+
+@pytest.mark.parametrize("name", ["pc-lora", "pc_lora", "PCLoRA", "PC-LoRA", "pclora"])
+def test_a_methods_name_in_any_spelling(name):
+    assert rs.from_dict({"method": name, "rank": 4}) == rs.PCLoRA(rank=4)
+    with pytest.raises(ConfigError, match=r"There is no method .pc-lore.\. Did you mean"):
+        rs.from_dict({"method": "pc-lore"})

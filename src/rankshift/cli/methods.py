@@ -15,7 +15,7 @@ from rankshift import capability
 from rankshift.capability import Capability
 from rankshift.core.config import describe, field_docs, hints
 from rankshift.core.errors import ConfigError, nearest
-from rankshift.core.method import Method
+from rankshift.core.method import Method, spelled
 from rankshift.methods import methods
 
 
@@ -44,6 +44,7 @@ def show_all() -> None:
 def show_one(name: str) -> None:
     """The settings of a method: type, default, meaning; how it is written; what it can do and why not."""
     known = methods()
+    name = spelled(name)
     if name not in known:
         raise ConfigError(f"There is no method {name!r}. {nearest(name, known)}")
     kind: Any = known[name]

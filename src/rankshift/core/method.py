@@ -168,6 +168,11 @@ class Method:
         """Whether a schedule of this method needs the number of updates of the whole run."""
         return False
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether :meth:`survey` looks at data."""
+        return False
+
     def then(self, run: Any) -> Method | None:
         """The next phase, when it is due."""
         return None
@@ -206,6 +211,14 @@ def methods() -> dict[str, type[Method]]:
     return dict(sorted(_REGISTRY.items()))
 
 
+def spelled(name: Any) -> Any:
+    """A method's name as it is registered, from any way to write it: "PCLoRA" and "pc_lora" are "pc-lora"."""
+    if not isinstance(name, str):
+        return name
+    plain = {known.replace("-", ""): known for known in methods()}
+    return plain.get(name.lower().replace("-", "").replace("_", ""), name)
+
+
 def to_dict(method: Method) -> dict[str, Any]:
     """A method as a plain dictionary: ``{"method": "lora", "rank": 8, …}``."""
     return method.to_mapping()
@@ -220,7 +233,7 @@ def from_dict(values: Mapping[str, Any]) -> Method:
     if not isinstance(values, Mapping) or "method" not in values:
         raise ConfigError(f'A method is written as {{"method": "lora", …}}; got {values!r}.')
     known = methods()
-    name = values["method"]
+    name = spelled(values["method"])
     if name not in known:
         raise ConfigError(f"There is no method {name!r}. {nearest(str(name), known)}")
     fields = {key: value for key, value in values.items() if key != "method"}

@@ -349,10 +349,15 @@ class LoRA(Method):
 
     # ---- the model
 
+    @property
+    def needs_data(self) -> bool:
+        return self.init == "eva"
+
     def survey(self, model: nn.Module, specs: Sequence[Spec], data: Iterable[Any] | None, seed: int) -> dict[str, Any]:
         if self.init != "eva":
             return {}
         ranks = {spec.name: self.rank_at(spec.name) for spec in specs}
+        assert data is not None
         return dict(lora_eva.survey(model, specs, ranks, data, self.eva_ratio, self.eva_tau, self.eva_tokens))
 
     def in_place(self, name: str, adapted: bool) -> bool:

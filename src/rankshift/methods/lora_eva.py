@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rankshift.core import calibration, shard
-from rankshift.core.errors import ConfigError, DataError
+from rankshift.core.errors import DataError
 from rankshift.core.site import Spec
 
 _SPARE = 16  # directions kept beyond the cap: a direction that a batch pushes out may return with the next
@@ -65,7 +65,7 @@ def survey(
     model: nn.Module,
     specs: Sequence[Spec],
     ranks: Mapping[str, int],
-    data: Iterable[Any] | None,
+    data: Iterable[Any],
     ratio: float,
     tau: float,
     tokens: Literal["attention", "labels"],
@@ -73,13 +73,8 @@ def survey(
     """A (r, in) for every site, from a pass over ``data`` before a site is built; Σ r is that of ``ranks``.
 
     Raises:
-        ConfigError: there is no data.
         DataError: a layer saw fewer rows than its rank.
     """
-    if data is None:
-        raise ConfigError(
-            'LoRA(init="eva") looks at data before it starts: pass batches, e.g. attach(model, method, data=loader).'
-        )
     streams = {spec.name: Stream(min(math.floor(ratio * ranks[spec.name]), spec.max_rank), tau) for spec in specs}
     batches = _watch(model, specs, streams, data, tokens)
     for name, stream in streams.items():

@@ -309,10 +309,15 @@ class PaCA(Method):
 
     # ---- the model
 
+    @property
+    def needs_data(self) -> bool:
+        return self.select in ("activation", "gradient")
+
     def survey(self, model: nn.Module, specs: Sequence[Spec], data: Iterable[Any] | None, seed: int) -> dict[str, Any]:
         if self.select not in ("activation", "gradient"):
             return {}
         ranks = {spec.name: self.rank_at(spec.name) for spec in specs}
+        assert data is not None
         return dict(paca_select.survey(model, specs, ranks, data, self.select))
 
     def events(self) -> tuple[Event, ...]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rankshift.core import calibration, shard
-from rankshift.core.errors import ConfigError, DataError
+from rankshift.core.errors import DataError
 from rankshift.core.random import Key, permutation
 from rankshift.core.site import Spec
 
@@ -97,20 +97,14 @@ def survey(
     model: nn.Module,
     specs: Sequence[Spec],
     ranks: Mapping[str, int],
-    data: Iterable[Any] | None,
+    data: Iterable[Any],
     select: Literal["activation", "gradient"],
 ) -> dict[str, Tensor]:
     """The channels of every site, from a pass over ``data`` before a site is built; those of rank 0 on every rank.
 
     Raises:
-        ConfigError: there is no data.
         DataError: a layer saw none of it, or it gives no loss, NaN or Inf.
     """
-    if data is None:
-        raise ConfigError(
-            f'PaCA(select="{select}") looks at data before it starts: pass batches, e.g. attach(model, method, '
-            "data=loader)."
-        )
     scores = {spec.name: Score(spec) for spec in specs}
     batches = (_activations if select == "activation" else _gradients)(model, scores, data)
     found: dict[str, Tensor] = {}

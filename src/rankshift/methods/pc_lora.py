@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
@@ -322,8 +323,7 @@ def feature_loss(student: Heard, teacher: Heard) -> Tensor:
         for mine, its in zip(outputs, others, strict=False):
             if mine.shape != its.shape or len(outputs) != len(others):
                 break
-            wide = torch.promote_types(mine.dtype, torch.float32)
-            terms.append(F.mse_loss(mine.to(wide), its.to(wide)))
+            terms.append(_MeanSquare.apply(mine, its))  # type: ignore[no-untyped-call]
         else:
             if len(outputs) == len(others):
                 continue
@@ -334,6 +334,26 @@ def feature_loss(student: Heard, teacher: Heard) -> Tensor:
     if not terms:
         raise TrainingError("The forward used none of the adapted layers, so there are no features to distil.")
     return torch.stack(terms).mean()
+
+
+class _MeanSquare(torch.autograd.Function):
+    """mean (a − b)² in fp32 or wider, a scalar; keeps a and b as they are, where autograd would keep wide copies."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(a, b)
+        return _difference(a, b).square_().mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        return (_difference(a, b).mul_(2 * g / max(1, a.numel()))).to(a.dtype), None
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide, copy=True).sub_(b)
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

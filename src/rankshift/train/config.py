@@ -23,6 +23,7 @@ import yaml
 
 from rankshift.core.config import check_keys, conform, field_docs, hints, plain
 from rankshift.core.errors import ConfigError, MissingFile, beside, nearest
+from rankshift.core.method import spelled
 from rankshift.methods import LoRA, Method, methods
 from rankshift.train import bundled
 
@@ -193,7 +194,7 @@ def read(file: str | Path | None, overrides: Iterable[str] = ()) -> TrainConfig:
     values = _spelled_out(values, problems)
     if file is None and not own and isinstance(values.get("train"), dict):
         name = values["method"].get("method") if isinstance(values.get("method"), Mapping) else None
-        values["train"].setdefault("lr", bundled.RATES.get(str(name), 6e-3))
+        values["train"].setdefault("lr", bundled.RATES.get(spelled(str(name)), 6e-3))
     config = _build(TrainConfig, values, "", problems)
     return _sound(config, problems, str(file) if file is not None else "these settings")
 
@@ -267,7 +268,7 @@ def _set(values: dict[str, Any], key: str, value: Any, problems: list[str]) -> N
         here = below
     if not path and leaf in TrainConfig._sections and not isinstance(value, dict):
         section = here.setdefault(leaf, {})
-        if leaf == "method" and section.get("method", "lora") != value:
+        if leaf == "method" and spelled(section.get("method", "lora")) != spelled(value):
             section.clear()  # the fields of another method mean nothing to this one, nor does its learning rate
             if isinstance(here.get("train"), dict):
                 here["train"].pop("lr", None)
@@ -326,7 +327,7 @@ def _method(value: Any, problems: list[str]) -> Method | None:
     if not isinstance(value, Mapping):
         problems.append(f"method = {value!r} is not a method. Write method: lora, or a mapping of its fields.")
         return None
-    name, known = value.get("method", "lora"), methods()
+    name, known = spelled(value.get("method", "lora")), methods()
     if name not in known:
         problems.append(f"There is no method {name!r}. {nearest(str(name), known)}")
         return None
