@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import rankshift as rs
 from laws.pulse import Pulse, registered
-from rankshift.methods.pc_lora import PCLoRALayer, fading
+from rankshift.core.lesson import Heard
+from rankshift.methods.pc_lora import PCLoRALayer, fading, feature_loss
 
 F64 = torch.float64
 TASK = rs.PCLoRA(rank=2, features=False)  # the task alone
@@ -657,3 +658,19 @@ def test_fading_beats_the_same_branch_without_a_base() -> None:
         with torch.no_grad():
             ends.append(F.mse_loss(run.compress()(x), wanted).item())
     assert ends[0] < 0.6 * ends[1]
+
+
+def test_comparing_features_keeps_no_wide_copies():
+    a = torch.randn(40, 8, dtype=torch.bfloat16, requires_grad=True)
+    b = torch.randn(40, 8, dtype=torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = feature_loss(Heard({"x": [a]}, None), Heard({"x": [b]}, None))
+    assert {t.data_ptr() for t in kept if t.numel() > 1} == {a.data_ptr(), b.data_ptr()}
+    assert loss.dtype == torch.float32
+    (3 * loss).backward()
+    wide = a.detach().double().requires_grad_()
+    expected = torch.nn.functional.mse_loss(wide, b.double())
+    (3 * expected).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(a.grad.double(), wide.grad, rtol=1e-2, atol=0)
