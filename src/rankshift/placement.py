@@ -66,11 +66,6 @@ class Placement:
     ) -> tuple[list[Spec], tuple[str, ...]]:
         """The layers and the whole modules a method will take. Every refusal comes here; nothing is changed."""
         model = self.model
-        if method.needs_data and data is None and ranks is None:
-            raise ConfigError(
-                f"{type(method).__name__} as configured looks at data before it starts: pass batches, e.g. "
-                "attach(model, method, data=loader)."
-            )
         specs = [spec_of(model, site) for site in (method.sites(model) if ranks is None else ranks)]
         copies = _copies(model, method)
         specs = [s for s in specs if not any(s.name == c or s.name.startswith(c + ".") for c in copies)]
@@ -80,6 +75,11 @@ class Placement:
             except RankTooLarge:
                 if ranks is None:  # what was trained elsewhere may have a rank that is merely of no use
                     raise
+        if method.needs_data and data is None and ranks is None:
+            raise ConfigError(
+                f"{type(method).__name__} as configured looks at data before it starts: pass batches, data= of "
+                "attach(), run.add() and run.shift(), or calibration= of rs.Trainer."
+            )
         if method.tied == "refuse":
             for spec in perhaps_tied(model, specs):
                 check_tied(model, spec)
@@ -110,7 +110,7 @@ class Placement:
         try:
             for spec in specs:
                 site = self.sites[spec.name] = place(model, spec)
-                adapter = self._stand(site, method, ranks[spec.name], shared)
+                adapter = self._stand(name, site, method, ranks[spec.name], shared)
                 if adapter is None:
                     continue
                 if fill and spec.device.type != "meta":
@@ -128,11 +128,11 @@ class Placement:
             if not site.adapters:
                 self._remove(site)
 
-    def _stand(self, site: Site, method: Method, rank: int, shared: Shared | None) -> Adapter | None:
+    def _stand(self, name: str, site: Site, method: Method, rank: int, shared: Shared | None) -> Adapter | None:
         """A new adapter for a site, knowing where it stands and what of it trains."""
         adapter = method.adapt(site.base, site.spec, rank, shared)
         if adapter is not None:
-            adapter.site = site.spec.name
+            adapter.site, adapter.label = site.spec.name, name
             adapter.trains = frozenset(leaf for leaf, p in adapter.named_parameters() if p.requires_grad)
             adapter.train(self.model.training)
         return adapter
@@ -147,7 +147,7 @@ class Placement:
         )
         heirs: dict[str, Adapter] = {}
         for site_name, estate in estates.items():
-            heir = self._stand(self.sites[site_name], method, estate.rank, shared)
+            heir = self._stand(name, self.sites[site_name], method, estate.rank, shared)
             assert heir is not None
             heirs[site_name] = heir
             places = _saved(heir)

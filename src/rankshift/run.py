@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import warnings
 import weakref
@@ -92,8 +93,9 @@ class Run:
         self._frozen = {name: p.requires_grad for name, p, _ in base_parameters(model)}
         self._closed = self._suspended = ""
         self._ear = Ear()
-        self._driver = Driver(self._on.audience, seed, total_steps, self._on.required, start)
-        self._driver.objection = self._unheard
+        self._driver = Driver(self._on.audience, seed, _count(total_steps), self._on.required, start)
+        self._driver.objection = self._objection
+        self._post: Any = None
 
     # ---- building
 
@@ -141,7 +143,7 @@ class Run:
 
     @total_steps.setter
     def total_steps(self, value: int | None) -> None:
-        self._driver.total = value
+        self._driver.total = _count(value)
 
     @property
     def skipped(self) -> int:
@@ -299,18 +301,14 @@ class Run:
 
     def _lesson(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lesson:
         """What the model made of the batch, and what the original makes of it."""
-        odd = next((m.method for m in self._on.members.values() if not m.method.reversible), None)
-        lent = next((name for name, site in self._on.sites.items() if site.base.tenant is not None), None)
-        if odd is not None or lent is not None:
-            why = f"{type(odd).__name__} changes it" if odd is not None else f"an adapter keeps columns in {lent}"
-            raise AttachError(
-                f"The loss distils from the untouched original, and {why}. Use one of the two adapters, or "
-                "PCLoRA(features=False)."
-            )
         if not self._ear.waiting:
             raise TrainingError(
                 "run.loss goes with a forward of the model in training mode that it has not been asked about yet: call "
                 "the model that you attached to, then run.loss(loss, *batch, **batch) once."
+            )
+        if not args and not kwargs:
+            raise TrainingError(
+                "run.loss needs the batch that the model was just called with: run.loss(loss, **batch)."
             )
         student = self._ear.take()
         with self._on.original(), torch.no_grad():
@@ -325,6 +323,34 @@ class Run:
             if names is not None:
                 modules = {**(modules or {}), **{layer: self.model.get_submodule(layer) for layer in names}}
         self._ear.attend(self.model, modules)
+        driver = self._driver
+        driver.sentry.watch(tensor for _, tensor in itertools.islice(self.trainable(), 4))
+        events = [event for name in self._on.active for event in self._on.members[name].method.events()]
+        if self._post is None and any(getattr(event, "essential", True) for event in events):
+            self._post = self.model.register_forward_pre_hook(driver.sentry)
+
+    def _deafen(self) -> None:
+        """Hear nothing any more."""
+        self._ear.attend(self.model, None)
+        if self._post is not None:
+            self._post.remove()
+            self._post = None
+
+    def _objection(self) -> str:
+        """Why the update that is due now must not be taken; "" if it may be."""
+        return self._unheard() or self._overdue()
+
+    def _overdue(self) -> str:
+        """Why, where the method's phase has ended and its next has not begun."""
+        method = self.method
+        end = method.phase_end(self.phases[-1].start, self.total_steps)
+        if end is None or self.step < end or method.then(self) is None:
+            return ""
+        return (
+            f"This phase of {type(method).__name__} ended at update {end}, and the next has not begun. After each "
+            "update ask run.due(); where it names a method: run = run.shift(method), and a new optimizer and schedule. "
+            "rs.Trainer does it by itself; other trainers cannot: there use one phase."
+        )
 
     def _unheard(self) -> str:
         """Why an update whose losses lack what the method adds to them cannot be taken; "" if none does."""
@@ -347,6 +373,11 @@ class Run:
                 raise AttachError(
                     f"{type(other).__name__} as configured trains base weights in place, which all adapters would "
                     'share: it stands alone. Use bias="none", or run.shift(method) to go on with another method.'
+                )
+            if other.solitary:
+                raise AttachError(
+                    f"{type(other).__name__} {other.solitary}: it stands alone. Use run.shift(method) to go on with "
+                    "another method."
                 )
             if other.phase_end(self.step, sys.maxsize) is not None:
                 raise AttachError(
@@ -580,7 +611,7 @@ class Run:
         for _, parameter in self.trainable():
             parameter.grad = None
         self._driver.close()
-        self._ear.attend(self.model, None)
+        self._deafen()
         self._closed = "shift()"
         run._on.use(*run._on.active)
         run._listen()
@@ -596,12 +627,13 @@ class Run:
             parameter.requires_grad_(self._frozen.get(name, True))
             parameter.grad = None
         self._driver.close()
-        self._ear.attend(self.model, None)
+        self._deafen()
         self._closed = how
         _ATTACHED.discard(self.model)
 
     def _open(self, within: str = "") -> None:
         self._check_open(within)
+        self._driver.sentry.watch(self._driver.sentry.tensors)  # a verb may change what trains
         shard.settle(self.model)
 
     def _check_open(self, within: str = "") -> None:
@@ -762,6 +794,14 @@ class Run:
                 return export(self, directory, format=format, profile=profile, adapter=adapter)
         finally:
             self._on.link(self._on.active)
+
+
+def _count(total: int | None) -> int | None:
+    if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
+        raise ConfigError(
+            f"total_steps = {total!r} is no number of updates. Pass a whole number of at least 1, or None."
+        )
+    return total
 
 
 def load(

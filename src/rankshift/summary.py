@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rankshift.core.form import EmbeddingForm
+from rankshift.core.form import ConvForm, EmbeddingForm
 from rankshift.core.site import bare, base_parameters, form_of
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class Summary:
 @dataclass(frozen=True)
 class Compression:
     """What thin layers save, as (before, after). Parameters, and multiply-adds of one token through every linear layer
-    once (of a convolution: of one place). Products of activations with each other, as in attention, come on top and do
-    not change.
+    once. Products of activations with each other, as in attention, come on top and do not change. Those of convolutions
+    depend on the size of the image and are not counted.
     """
 
     layers: int  # adapted ones
@@ -88,9 +88,10 @@ class Compression:
         rows = {
             f"parameters, {self.layers} adapted layers": self.adapted,
             "parameters, whole model": self.total,
-            "multiply-adds a token, adapted layers": self.macs_adapted,
-            "multiply-adds a token, all linear layers": self.macs_total,
         }
+        if self.macs_adapted[0]:
+            rows["multiply-adds a token, adapted linear layers"] = self.macs_adapted
+            rows["multiply-adds a token, all linear layers"] = self.macs_total
         cells = [("", "before", "after", "left")]
         cells += [(k, f"{a:,}", f"{b:,}", f"{100 * b / max(1, a):.2f} %") for k, (a, b) in rows.items()]
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
@@ -111,8 +112,9 @@ def compression(run: Run) -> Compression | None:
         layers += 1
         before += sum(p.numel() for p in site.base.parameters())
         after += sum(p.numel() for p in acting[0].parameters())
-        macs += site.spec.out * site.spec.into
-        thin += acting[0].rank * (site.spec.out + site.spec.into)
+        if not isinstance(site.spec.form, ConvForm):
+            macs += site.spec.out * site.spec.into
+            thin += acting[0].rank * (site.spec.out + site.spec.into)
     if not layers:
         return None
     total = sum(p.numel() for _, p, _ in base_parameters(run.model))
@@ -120,7 +122,7 @@ def compression(run: Run) -> Compression | None:
         products = 0
         for module in run.model.modules():
             form, weight = form_of(module), getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and form is not None and not isinstance(form, EmbeddingForm):
+            if isinstance(weight, Tensor) and form is not None and not isinstance(form, (EmbeddingForm, ConvForm)):
                 products += weight.numel()
     return Compression(
         layers, (before, after), (total, total - before + after), (macs, thin), (products, products - macs + thin)

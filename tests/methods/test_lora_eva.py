@@ -230,7 +230,7 @@ def test_reading_stops_when_every_layer_has_settled():
 
 def test_refusals_come_before_anything_is_touched():
     model = Net()
-    with pytest.raises(ConfigError, match=r"pass batches, e.g. attach\(model, method, data=loader\)"):
+    with pytest.raises(ConfigError, match=r"looks at data before it starts: pass batches, data= of attach\(\)"):
         rs.attach(model, rs.LoRA(rank=2, init="eva"))
     with pytest.raises(DataError, match=r"EVA saw 3 rows of input at one in 1 batches, too few for rank 4"):
         rs.attach(model, rs.LoRA(rank=4, init="eva", targets="one"), data=[torch.randn(3, 20)])

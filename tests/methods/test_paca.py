@@ -480,7 +480,7 @@ def test_6_data_that_cannot_serve():
     for select in ("activation", "gradient"):
         method = rs.PaCA(rank=2, select=select)  # type: ignore[arg-type]
         model = llama()
-        with pytest.raises(ConfigError, match=r"PaCA as configured looks at data .* pass batches"):
+        with pytest.raises(ConfigError, match=r"PaCA as configured looks at data before it starts: pass batches"):
             rs.attach(model, method)
         with pytest.raises(DataError, match=r"saw nothing of model\.layers\.0"):
             rs.attach(model, method, data=[])

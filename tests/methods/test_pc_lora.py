@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rankshift as rs
-from laws.pulse import Pulse, registered
 from rankshift.core.lesson import Heard
 from rankshift.methods.pc_lora import PCLoRALayer, fading, feature_loss
 
@@ -533,22 +532,6 @@ def test_features_are_compared_in_fp32() -> None:
     model.train()
     loss = run.loss(F.cross_entropy(model(x).float(), y), x)
     assert loss.dtype == torch.float32
-
-
-def test_an_original_that_another_adapter_rewrites_teaches_nothing() -> None:
-    with registered(Pulse()):
-        model = net()
-        run = rs.attach(model, rs.PCLoRA(rank=2, targets=BODY), total_steps=9)
-        run.add("other", Pulse(rank=2, targets=BODY))
-        run.use("default", "other")
-        with pytest.raises(rs.errors.AttachError, match="untouched original"):
-            run.loss(model.train()(batch()[0]).sum(), batch()[0])
-    model = net()
-    run = rs.attach(model, rs.PCLoRA(rank=2, targets=BODY), total_steps=9)
-    run.add("columns", rs.PaCA(rank=2, targets=("head",)))
-    run.use("default", "columns")
-    with pytest.raises(rs.errors.AttachError, match="keeps columns in head"):
-        run.loss(model.train()(batch()[0]).sum(), batch()[0])
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

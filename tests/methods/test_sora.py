@@ -400,6 +400,24 @@ def test_gates_may_be_frozen_for_the_end():
     assert torch.equal(gates(run), before)
 
 
+def test_dropout_falls_on_the_input_of_the_branch_in_training_alone():
+    """Of an input with one value the branch is nothing or 1 / (1 - p) times itself; the base path never drops."""
+    model, plain = nn.Sequential(mlp()[0]), nn.Sequential(mlp()[0])
+    run = rs.attach(model, rs.SoRA(rank=3, dropout=0.25, targets="0"))
+    stir(run)
+    x = torch.zeros(400, 9, dtype=D)
+    x[:, 2] = 1
+    branch = model.eval()(x) - plain(x)
+    assert torch.equal(model(x), model(x))
+    assert (branch[0] - run.adapter()["0"].delta()[:, 2]).abs().max() < 1e-13
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        seen = (model.train()(x) - plain(x)) / branch
+    dropped = seen.abs().amax(1) < 1e-9
+    assert 60 < int(dropped.sum()) < 140, "of 400 at p = 0.25"
+    torch.testing.assert_close(seen[~dropped], torch.full_like(seen[~dropped], 4 / 3), rtol=0, atol=1e-9)
+
+
 # ---- stages
 
 

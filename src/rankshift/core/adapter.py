@@ -25,6 +25,8 @@ class Adapter(Base):
     """Parameter → axis along which it splits into rank slots, for events that exchange or prune single ranks."""
     site: str = ""
     """Dotted name of the layer, set when the adapter is placed."""
+    label: str = ""
+    """Name of the adapter in its run, set likewise."""
     trains: frozenset[str] = frozenset()
     """Parameters that train while the adapter is active, set when it is placed."""
     silent: frozenset[str] = frozenset()

@@ -70,7 +70,10 @@ class Tick:
 
 
 class Event(Protocol):
-    """One change, at one moment, on one adapter at a time."""
+    """One change, at one moment, on one adapter at a time.
+
+    One that may be missed, because ``forward`` catches up by itself, says ``essential = False``.
+    """
 
     @property
     def moment(self) -> Moment: ...
@@ -107,6 +110,31 @@ class Witness:
 
 
 @dataclass(eq=False)
+class Sentry:
+    """Sees in a training forward that what trains was updated by an optimizer that no driver rides: events that a
+    method needs would not happen, without a word. It knows tensors and no run, so that a copied model has its own."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    armed: bool = True
+    _seen: int | None = None
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Watch these from now on; a few of what trains are enough."""
+        self.tensors, self._seen = [t for t in tensors if not shard.is_sharded(t)], None
+
+    def __call__(self, model: nn.Module, args: object) -> None:
+        if torch.compiler.is_compiling() or not (self.armed and model.training and torch.is_grad_enabled()):
+            return
+        now = sum(t._version for t in self.tensors)
+        if self._seen is not None and now != self._seen:
+            raise TrainingError(
+                "What trains was updated by an optimizer that carries no events, which this method needs. Make the "
+                "optimizer with run.optimizer(), or hand yours to run.carry(optimizer)."
+            )
+        self._seen = now
+
+
+@dataclass(eq=False)
 class Driver:
     """Counts updates and applies events, from the step hooks of the optimizer it is bound to.
 
@@ -123,6 +151,7 @@ class Driver:
     check_gradients: bool = True
     refusal: str = ""  # why no update can be taken now
     objection: Callable[[], str] = str  # likewise, asked when gradients are there
+    sentry: Sentry = field(default_factory=Sentry)  # while no optimizer is ridden
 
     _optimizer: torch.optim.Optimizer | None = None
     _model: nn.Module | None = None
@@ -178,7 +207,7 @@ class Driver:
             self.close()
         self.release()
         self._model, self._initial = model, initial
-        self._optimizer = optimizer
+        self._optimizer, self.sentry.armed = optimizer, False
         self._checked = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -194,6 +223,7 @@ class Driver:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._optimizer = [], None
+        self.sentry.armed = True
 
     def close(self) -> None:
         """Part with the optimizer that was ridden: it must not be stepped again."""

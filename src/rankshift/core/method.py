@@ -169,6 +169,11 @@ class Method:
         return False
 
     @property
+    def solitary(self) -> str:
+        """Why no other adapter may stand beside one of this method, as words after its name; "" where one may."""
+        return ""
+
+    @property
     def needs_data(self) -> bool:
         """Whether :meth:`survey` looks at data."""
         return False

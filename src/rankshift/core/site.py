@@ -20,6 +20,11 @@ from rankshift.core.errors import TiedWeights, UnmatchedTarget, UnsupportedLayer
 from rankshift.core.form import ConvForm, EmbeddingForm, ExpertsForm, Form, TransposedForm
 from rankshift.core.lowrank import LowRankSum
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -57,6 +62,8 @@ class Site(nn.Module):
         self.spec = spec
         self.base = base
         self.adapters = nn.ModuleDict()
+        if base.layer is not None:  # who hooked the layer hooked this place: its hooks run here, and can be removed
+            self.__dict__.update({name: getattr(base.layer, name) for name in _HOOKS})
         self.active: tuple[str, ...] = ()
         self.link(())
 
@@ -220,7 +227,7 @@ def form_of(module: nn.Module) -> Form | None:
     if isinstance(module, Site):
         return module.spec.form
     kind = type(module)
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+    if not isinstance(module._parameters.get("weight"), nn.Parameter) or "forward" in vars(module):
         return None
     if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
         return Form()
@@ -403,6 +410,8 @@ def _why_not(model: nn.Module, name: str, module: nn.Module) -> str:
         return "an embedding with max_norm rewrites its table in forward, and one with sparse=True has sparse gradients"
     if isinstance(module, nn.Linear) and "weight" not in module._parameters:
         return "its weight is computed by a parametrization; remove that first"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, as accelerate's offloading does; remove that first"
     return (
         f"{type(module).__name__} is not a layer that rankshift knows (Linear, Conv1d/2d/3d, Embedding, transformers' "
         "Conv1D, fused experts)"

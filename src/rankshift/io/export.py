@@ -298,7 +298,7 @@ def _config(
         "lora_alpha": alpha,
         "rank_pattern": {f"^{re.escape(s)}": v for s, v in ranks.items() if v != rank},
         "alpha_pattern": {f"^{re.escape(s)}": v for s, v in alphas.items() if v != alpha},
-        "lora_dropout": method.dropout if isinstance(method, LoRA) else 0.0,
+        "lora_dropout": getattr(method, "dropout", 0.0),
         "bias": _bias(method) if biased else "none",
         "use_rslora": rslora,
         "use_dora": any(part.magnitude is not None for part in parts.values()),

@@ -166,6 +166,7 @@ class WriteBack:
     """The optimizer has moved D: its columns go into W."""
 
     moment: ClassVar[Moment] = Moment.UPDATED
+    essential: ClassVar[bool] = False
 
     def due(self, tick: Tick) -> bool:
         return True
@@ -190,7 +191,7 @@ class Redraw:
         D, columns, into = adapter.scale * shard.whole(adapter.D), adapter.occupied, adapter.in_features
         adapter.leave()
         adapter.base.add_(lambda rows: widened(D[rows], columns, into))
-        adapter.channels.copy_(self.method.choose(adapter, tick.key(adapter.site, "channels")))
+        adapter.channels.copy_(self.method.choose(adapter, tick.key(adapter.label, adapter.site, "channels")))
         for tensor in (adapter.D, *tick.state(adapter.D).values()):
             shard.local(tensor)[0].zero_()
         adapter.enter()

@@ -271,6 +271,10 @@ class PCLoRA(Method):
     def needs_total(self) -> bool:
         return True
 
+    @property
+    def solitary(self) -> str:
+        return "takes the place of the layers by the clock of the whole run, whether it acts or not"
+
     def lam_at(self, step: int, total: int | None) -> float:
         """λ(step); 1 while ``total`` is not known. q is rounded up to whole updates, so λ ends at 0."""
         if total is None:

@@ -29,7 +29,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from rankshift.core import shard
-from rankshift.core.errors import AttachError, ConfigError, MissingFile, OutOfMemory, WrongBase
+from rankshift.core.errors import AttachError, ConfigError, MissingFile, OutOfMemory, TrainingError, WrongBase
 from rankshift.core.method import Method
 from rankshift.core.site import base_parameters
 from rankshift.io.atomic import explain
@@ -235,7 +235,13 @@ class Trainer(transformers.Trainer):
         directory = self._checkpoint(resume_from_checkpoint)
         if directory is not None:
             self._restore(directory)
-            self.run.total_steps = self._planned or self.run.total_steps  # a resumed run may be planned longer
+            before, self.run.total_steps = self.run.total_steps, self._planned or self.run.total_steps
+            if before != self.run.total_steps and self.run.method.needs_total:  # a resumed run may be planned longer
+                _log.warning(
+                    "%s follows a schedule over the whole run, which was planned for %s updates and now is for %s: "
+                    "from here on it goes by the new number.",
+                    type(self.run.method).__name__, before, self.run.total_steps,
+                )  # fmt: skip
         try:
             with self._interruptible():
                 return super().train(None if directory is None else str(directory), *args, **kwargs)
@@ -507,7 +513,11 @@ class _Watch(TrainerCallback):
         trainer = self.trainer
         method = trainer.run.due()
         if method is not None:
-            trainer._shift(method)
+            try:
+                trainer._shift(method)
+            except TrainingError:  # the phase that ends is whole: what was trained is not lost with the next
+                trainer._save_checkpoint(trainer.run.model, None)
+                raise
         trainer._settled = True
         trainer._agreed = shard.any_rank(trainer._stop, args.device)
         if trainer._agreed:
