@@ -56,7 +56,7 @@ def refused(here_in):
         lines = errors.splitlines()
         assert code == 2, errors
         assert lines[0].startswith("error: ")
-        assert 1 <= len(lines) <= 2
+        assert len(lines) == 2, errors
         return errors
 
     return run
@@ -128,6 +128,8 @@ def test_keys_lists_every_setting(here_in):
         (["train", "data=missing.jsonl", "model=babyllama"], "missing.jsonl is not there"),
         (["train", "--resume", "runs/nothing"], "There is no directory runs/nothing"),
         (["train", "--resume", "runs/x", "seed=1"], "Leave 'seed=1' out"),
+        (["train", "method=vera", "method.rank=0"], "See rankshift methods vera."),
+        (["train", "method=paca", "method.alpha=0"], "See rankshift methods paca."),
         (["inspect", "nothing"], "There is no directory nothing"),
         (["merge", "nothing", "out"], "There is no directory nothing"),
         (["export", "nothing", "out", "--format", "gguf"], "'gguf' is none of peft, merged"),
@@ -199,6 +201,51 @@ def test_the_second_line_says_what_to_do():
     text = 'rank 5 at a.b exceeds min(out, in) = 4. Lower rank or exclude "b".'
     assert boundary.two_lines(text) == 'rank 5 at a.b exceeds min(out, in) = 4.\nLower rank or exclude "b".'
     assert boundary.two_lines("one\ntwo. Three.") == "one\ntwo. Three."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "see"),
+    [(["methods"], "See rankshift methods --help"), (["train", "--keys"], "rankshift methods NAME")],
+)
+def test_an_error_of_a_single_sentence_gets_a_second_line(monkeypatch, capsys, arguments, see):
+    def fail():
+        raise rs.errors.ConfigError("x = 0 is below 1.")
+
+    monkeypatch.setattr("rankshift.cli.methods.show_all", fail)
+    monkeypatch.setattr("rankshift.cli.train.list_keys", fail)
+    monkeypatch.setattr(sys, "argv", ["rankshift", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    first, second = capsys.readouterr().err.splitlines()
+    assert (stop.value.code, first) == (2, "error: x = 0 is below 1.")
+    assert see in second
+
+
+def test_errors_speak_of_the_command_line():
+    """Whatever the library's export errors advise in Python has its words here."""
+    import ast
+
+    from rankshift.cli.files import on_command_line
+
+    root, texts = Path(rs.__file__).parent, []
+    for file in (root / "io" / "export.py", root / "io" / "compressed.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if (
+                isinstance(node, ast.Raise)
+                and isinstance(node.exc, ast.Call)
+                and ast.unparse(node.exc).startswith("ExportError(")
+            ):
+                parts = [
+                    p.value for p in ast.walk(node.exc) if isinstance(p, ast.Constant) and isinstance(p.value, str)
+                ]
+                texts += [on_command_line(part) for part in parts]
+    assert len(texts) > 20
+    for text in texts:
+        assert "format=" not in text, text
+        assert "profile=" not in text, text
+        assert "run.merge()" not in text, text
+        assert "run.save()" not in text, text
+    assert on_command_line('Use format="compressed" for it.') == "Use --format compressed for it."
 
 
 # ---- the main job ----------------------------------------------------------------------------------------------------
@@ -290,6 +337,91 @@ def test_a_damaged_file_is_seen(short, tmp_path, refused):
     content[-1] ^= 1
     file.write_bytes(content)
     assert "is damaged" in refused("inspect", tmp_path / "runs/babyllama-lora-1")
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory):
+    """A run that left a compressed model: its directory, relative to the working directory that comes first."""
+    here = tmp_path_factory.mktemp("thin")
+    words = ["method=pc-lora", "method.rank=4", "method.bias=match", "name=thin", "train.steps=2", "train.batch=1"]
+    call("train", *words, "data.max_length=32", "data.validation=0.001", cwd=here)
+    return here, Path("runs/thin")
+
+
+def test_inspect_knows_every_kind_of_directory(short, thin, tmp_path, here_in, refused, monkeypatch):
+    import shutil
+
+    monkeypatch.setenv("COLUMNS", "300")
+    here, run = thin
+    _, text, _ = here_in("inspect", run, cwd=here)
+    assert re.search(r"^compressed model +runs/thin/compressed, \d", text, re.M)
+    assert re.search(r"^at the end +lambda 0", text, re.M)
+    _, text, _ = here_in("inspect", run / "compressed")
+    for part in ("a compressed model written by rankshift", "LlamaForCausalLM", "rank 4", "rs.load_compressed(",
+                 "compressed.safetensors", "checksums right"):  # fmt: skip
+        assert part in text
+    shutil.copytree(here / run / "compressed", tmp_path / "damaged")
+    file = tmp_path / "damaged" / "compressed.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "is damaged" in refused("inspect", tmp_path / "damaged")
+
+    from rankshift.train import bundled
+
+    assert here_in("merge", short[0] / "runs/babyllama-lora-1", tmp_path / "plain")[0] == 0
+    _, text, _ = here_in("inspect", tmp_path / "plain")
+    assert f"merged by rankshift {rs.__version__}" in text
+    assert "LlamaForCausalLM" in text
+    assert re.search(r"^files +model.safetensors [\d.]+ MiB, \d+ tensors", text, re.M)
+    assert "not written by rankshift" in here_in("inspect", bundled.model_path("babyllama"))[1]
+    file = tmp_path / "plain" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "cannot be read" in refused("inspect", tmp_path / "plain")
+    assert "holds no run" in refused("inspect", tmp_path)
+
+
+def test_a_model_that_is_whole_has_no_adapter_to_export(thin, tmp_path, refused):
+    import shutil
+
+    here, run = thin
+    assert "is a compressed model" in refused("merge", run / "compressed", tmp_path / "out", cwd=here)
+    assert "--format compressed" in refused("export", run, tmp_path / "out", cwd=here)
+    from rankshift.train import bundled
+
+    shutil.copytree(bundled.model_path("babyllama"), tmp_path / "plain")
+    assert "is a plain model" in refused("export", tmp_path / "plain", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_loading_a_model_as_a_run_says_how_to_load_it(thin):
+    from transformers import AutoModelForCausalLM
+
+    from rankshift.train import bundled
+
+    here, run = thin
+    base = AutoModelForCausalLM.from_pretrained(bundled.model_path("babyllama"))
+    with pytest.raises(rs.errors.MissingFile, match=r"rs.load_compressed\(.*runs/thin/compressed"):
+        rs.load(base, here / run / "compressed")
+    with pytest.raises(rs.errors.MissingFile, match="a plain model"):
+        rs.load(base, bundled.model_path("babyllama"))
+
+
+def test_ctrl_c_before_the_first_checkpoint_offers_no_resume(tmp_path, here_in, refused, monkeypatch):
+    from rankshift.train import recipe
+
+    def stop(wanted, console):
+        (tmp_path / "runs/x/checkpoints").mkdir(parents=True)
+        (tmp_path / "runs/x/config.yaml").write_text("model: m\ndata: d\nname: x\n")
+        raise recipe.Interrupted(Path("runs/x"), 0)
+
+    monkeypatch.setattr(recipe, "train", stop)
+    code, text, _ = here_in("train", cwd=tmp_path)
+    assert code == 130
+    assert "--resume" not in text
+    assert "rankshift train runs/x/config.yaml name=x-again" in text
+    assert "nothing to resume from" in refused("train", "--resume", "runs/x")
+    assert "nothing to resume from" in here_in("inspect", "runs/x")[1]
 
 
 def test_ctrl_c_saves_and_resume_goes_on_to_the_same_losses(tmp_path, tiny_llama, here_in, refused):

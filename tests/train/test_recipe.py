@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rankshift as rs
 from rankshift.cli import files
@@ -301,6 +301,121 @@ def test_a_missing_file_names_the_nearest(tmp_path, tiny_llama):
     refuse(
         tmp_path, DataError, r"Did you mean 'train.jsonl'\?", model=str(tiny_llama), data=str(tmp_path / "trian.jsonl")
     )
+
+
+# ---- what methods look at and say ------------------------------------------------------------------------------------
+
+
+LOOKING = [{"method": "paca", "select": "activation"}, {"method": "paca", "select": "gradient"},
+           {"method": "lora", "init": "eva"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("validation", [0.1, 0])
+@pytest.mark.parametrize("method", LOOKING, ids=lambda method: method.get("select", "eva"))
+def test_methods_look_at_as_many_batches_as_the_setting_says(tmp_path, tiny_llama, monkeypatch, method, validation):
+    data = jsonl(tmp_path / "d.jsonl", [{"prompt": "hello", "completion": "you " * (k % 7 + 1)} for k in range(120)])
+    counts = []
+    looked = recipe._calibration
+    monkeypatch.setattr(
+        recipe, "_calibration", lambda job: (counts.append(len(b["input_ids"])) or b for b in looked(job))
+    )
+    _, screen, _ = train(
+        tmp_path, model=str(tiny_llama), data={"train": str(data), "validation": validation},
+        method={**method, "rank": 2}, train={"steps": 1, "batch": 4, "calibration": 3},
+    )  # fmt: skip
+    assert counts == [4, 4, 4] if method["method"] == "paca" else 1 <= len(counts) <= 3  # EVA stops when it has settled
+    assert "looking   at up to 3 batches of the training data" in screen
+    assert screen.index("looking") < screen.index("parameters train")
+
+
+def test_the_batches_are_spread_over_data_that_may_be_sorted(tmp_path, tiny_llama):
+    class Rows(list):
+        pass
+
+    settings = {"model": "m", "data": "d", "train": {"batch": 4, "calibration": 2}}
+    examples = type("Examples", (), {"train": Rows(range(80)), "collate": staticmethod(list)})()
+    job = type("Job", (), {"config": config.parse(settings), "examples": examples})()
+    assert list(recipe._calibration(job)) == [[0, 10, 20, 30], [40, 50, 60, 70]]
+    examples.train = Rows(range(6))
+    assert list(recipe._calibration(job)) == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_methods_that_look_at_nothing_are_given_nothing(tmp_path, tiny_llama, monkeypatch):
+    (tmp_path / "a.txt").write_text("hello how are you ? " * 50)
+    monkeypatch.setattr(recipe, "_calibration", lambda job: pytest.fail("asked for batches"))
+    data = {"train": str(tmp_path / "a.txt"), "max_length": 16}
+    _, screen, metrics = train(tmp_path, model=str(tiny_llama), data=data, train={"steps": 1})
+    assert "looking" not in screen
+    assert metrics["method"] == {}
+    assert "loss      in training" not in screen
+    assert "method    LoRA:" not in screen
+
+
+@pytest.mark.parametrize(("sparsity", "none"), [(1e-6, False), (1e6, True)])
+def test_how_many_gates_are_open_is_told(tmp_path, tiny_llama, sparsity, none):
+    (tmp_path / "a.txt").write_text("hello how are you ? " * 50)
+    result, screen, metrics = train(
+        tmp_path, model=str(tiny_llama), data={"train": str(tmp_path / "a.txt"), "max_length": 16},
+        method={"method": "sora", "rank": 4, "sparsity": sparsity}, train={"steps": 4, "lr": 1e-3, "eval_every": 2},
+    )  # fmt: skip
+    whole = metrics["method"]["gates"]
+    assert metrics["method"]["open_gates"] == (0 if none else whole)
+    assert whole > 4
+    run = load(bases.load(result.directory).model, result.directory / "adapter")
+    assert run.metrics() == metrics["method"]
+    assert f"SoRA: {0 if none else whole:.0f} of {whole:.0f} gates open" in screen
+    checks = [line for line in screen.splitlines() if line.startswith("  step")]
+    assert all(f"gates {0 if none else whole:.0f}/{whole:.0f}" in line for line in checks)
+    assert f" · gates {0 if none else whole:.0f}/{whole:.0f} · val" in screen
+    assert ("the adapter changes nothing" in screen) == none
+
+
+def test_compression_and_the_mixed_loss_are_told(tmp_path, tiny_llama):
+    (tmp_path / "a.txt").write_text("hello how are you ? " * 50)
+    settings = {"model": str(tiny_llama), "data": {"train": str(tmp_path / "a.txt"), "max_length": 16}}
+    method = {"method": "pc-lora", "rank": 2, "bias": "match", "task_weight": 0.3}
+    result, screen, metrics = train(tmp_path, **settings, method=method, train={"steps": 6})
+    assert "in training 0.3 · task + 0.7 · distillation; in validation the task's alone" in screen
+    assert screen.index("distillation") < screen.index("1/6")
+    assert metrics["method"] == {"lambda": 0}
+    assert "PCLoRA: lambda 0" in screen
+    whole = AutoModelForCausalLM.from_pretrained(tiny_llama).num_parameters()
+    small = rs.load_compressed(result.directory / "compressed").num_parameters()
+    assert f"whole model {whole:,} → {small:,}" in screen
+    _, screen, _ = train(tmp_path, **settings, method={**method, "features": False}, train={"steps": 6})
+    assert "distillation" not in screen
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_a_run_without_a_checkpoint_says_how_to_start_anew(tmp_path, tiny_llama, monkeypatch, name):
+    from rankshift.train.trainer import Trainer
+
+    (tmp_path / "a.txt").write_text("hello how are you ? " * 50)
+    settings = {"model": str(tiny_llama), "data": {"train": str(tmp_path / "a.txt"), "max_length": 16}, "name": name}
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, **settings, train={"steps": 1})
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert (directory / "checkpoints").is_dir(), "begun, and nothing saved"
+    monkeypatch.setattr(recipe, "prepare", lambda *_, **__: pytest.fail("looked at data first"))
+    with pytest.raises(MissingFile) as caught:
+        recipe.resume(directory, Console(file=io.StringIO()))
+    first, second = str(caught.value).splitlines()
+    assert "nothing to resume from: it stopped before its first checkpoint" in first
+    monkeypatch.undo()
+    file, *overrides = second.partition("rankshift train ")[2].split()
+    assert recipe.train(config.read(file, overrides), Console(file=io.StringIO())).directory != directory
+
+
+# ---- refusals of data ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -78,12 +78,34 @@ def test_values_that_no_run_could_have():
         config.parse({
             "model": "m", "name": "a/b", "method": {"rank": 0},
             "data": {"train": "a", "validation": 1.0, "max_length": 1, "labels": 1, "columns": {"txt": "a"}},
-            "train": {"lr": 0, "steps": 0, "warmup": 1.0, "clip": -1},
+            "train": {"lr": 0, "steps": 0, "warmup": 1.0, "clip": -1, "calibration": 0},
         })  # fmt: skip
-    assert str(caught.value).startswith("9 problems")
+    assert str(caught.value).startswith("10 problems")
+    assert "train.calibration = 0 is below 1" in str(caught.value)
     assert "Did you mean 'text'?" in str(caught.value)
     with pytest.raises(ConfigError, match="no plain directory name"):
         config.parse({"model": "m", "data": "a", "name": "a/b"})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "see"),
+    [
+        (["method=vera", "method.rank=0"], "See rankshift methods vera."),
+        (["method=sora", "method.sparsity=[]"], "See rankshift methods sora."),
+        (["method=pc-lora", "method.decay_end=1.5"], "See rankshift methods pc-lora."),
+        (["method=PCLoRA", "method.decay_end=x"], "See rankshift methods pc-lora."),
+        (["method=flat-lora", "method.sigma=nan"], "See rankshift methods flat-lora."),
+        (["method=paca", "method.alpha=0"], "See rankshift methods paca."),
+        (["train.epochs=fast"], "See rankshift train --keys."),
+        (["method.rnk=3"], "Did you mean 'rank'?"),
+        (["train.steps=0"], "Set at least 1."),
+    ],
+)
+def test_every_problem_says_where_to_look(pairs, see):
+    with pytest.raises(ConfigError) as caught:
+        config.read(None, pairs)
+    assert str(caught.value).endswith(see)
+    assert str(caught.value).count("See ") <= 1
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -94,7 +94,11 @@ def export(
 
 
 @app.command()
-def inspect(directory: Run) -> None:
+def inspect(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run, a checkpoint, an adapter, a merged or a compressed model.")
+    ],
+) -> None:
     """Say what a directory holds and check its files."""
     from rankshift.cli.inspect import show
 

@@ -47,7 +47,8 @@ def errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         if isinstance(error, RankshiftError):
-            _leave(2, str(error))
+            text = two_lines(str(error))
+            _leave(2, text if "\n" in text else f"{text}\n{_see()}")
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
         what = f"{type(error).__name__}: {first}"
         _leave(1, f"{what}\nThis was not foreseen. Run again with --debug to see where it comes from.")
@@ -66,6 +67,14 @@ def two_lines(text: str) -> str:
     if "\n" in text:
         return text
     return re.sub(r"(?<=[.!?])\s+(?=[A-Z])", "\n", text, count=1)
+
+
+def _see() -> str:
+    """Where to look when an error does not say what to do: the help of the command that was given."""
+    command = next((a for a in sys.argv[1:] if not a.startswith("-")), "")
+    if command == "train":
+        return "See rankshift train --keys, and rankshift methods NAME for the settings of a method."
+    return f"See rankshift {command} --help" if command else "See rankshift --help"
 
 
 def _leave(code: int, text: str) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rankshift.core.config import plain
 from rankshift.core.errors import CorruptFile, MissingFile, beside
 from rankshift.io import checkpoint
+from rankshift.io.atomic import COMPRESSED, MODEL, SIGN
 from rankshift.io.checkpoint import MANIFEST
 
 PEFT_CONFIG = "adapter_config.json"
@@ -29,7 +30,7 @@ def show(directory: Path) -> None:
 
 
 def rows(directory: Path) -> list[tuple[str, str]]:
-    """(what, value) lines about a run, a native directory or a PEFT adapter.
+    """(what, value) lines about a run, a native directory, a PEFT adapter, a compressed or a plain model.
 
     Raises:
         MissingFile, CorruptFile: it is none of these, or a file is not what it should be.
@@ -41,9 +42,13 @@ def rows(directory: Path) -> list[tuple[str, str]]:
         return _native(directory)
     if (directory / PEFT_CONFIG).is_file():
         return _peft(directory)
+    if COMPRESSED.at(directory):
+        return _compressed(directory)
+    if MODEL.at(directory):
+        return _model(directory)
     if (directory / "config.yaml").is_file():
         return _run(directory)
-    raise MissingFile(f"{directory} holds no {MANIFEST}, {PEFT_CONFIG} or config.yaml. Name a run or an adapter.")
+    raise MissingFile(f"{directory} holds no run, checkpoint, adapter or model. Name one that rankshift or PEFT wrote.")
 
 
 def _run(directory: Path) -> list[tuple[str, str]]:
@@ -52,8 +57,11 @@ def _run(directory: Path) -> list[tuple[str, str]]:
     metrics = read_metrics(directory)
     status = metrics.get("status", "unknown")
     lines = [("run", f"{directory}, {status}")]
-    if status in ("interrupted", "running"):
-        lines.append(("go on with", f"rankshift train --resume {directory}"))
+    if status != "finished":
+        if any((directory / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+            lines.append(("go on with", f"rankshift train --resume {directory}"))
+        else:
+            lines.append(("checkpoints", "none, so there is nothing to resume from"))
     base, final = metrics.get("base") or {}, metrics.get("final") or {}
     for name in final:
         if name != "tokens":
@@ -61,7 +69,10 @@ def _run(directory: Path) -> list[tuple[str, str]]:
             lines.append((f"validation {name.replace('_', ' ')}", f"{old}{final[name]:.4f}"))
     if (directory / "adapter").is_dir():
         lines += _native(directory / "adapter")
-    for name, words in (("peft", "PEFT adapter"), ("model", "plain model")):
+    if metrics.get("method"):
+        told = (f"{key.replace('_', ' ')} {value:g}" for key, value in metrics["method"].items() if value is not None)
+        lines.append(("at the end", ", ".join(told)))
+    for name, words in (("peft", "PEFT adapter"), ("model", "plain model"), ("compressed", "compressed model")):
         if (directory / name).is_dir():
             lines.append((words, f"{directory / name}, {_size(_total(directory / name))}"))
     return lines
@@ -87,6 +98,64 @@ def _native(directory: Path) -> list[tuple[str, str]]:
     return lines
 
 
+def _compressed(directory: Path) -> list[tuple[str, str]]:
+    from rankshift.io import compressed
+
+    manifest = compressed.inspect(directory)
+    sizes = ", ".join(f"{name} {_size(entry['size'])}" for name, entry in manifest["files"].items())
+    ranks = {name: entry["rank"] for name, entry in manifest["layers"].items()}
+    return [
+        ("directory", f"{directory}, a compressed model written by rankshift {manifest.get('rankshift')}"),
+        ("model", f"{manifest['class']}, stands without its base"),
+        ("layers", f"{_ranks(ranks)}, two thin ones each"),
+        ("load it", f'rs.load_compressed("{directory}")'),
+        ("files", f"{sizes}: complete, checksums right"),
+    ]
+
+
+def _model(directory: Path) -> list[tuple[str, str]]:
+    config, signed = _json(directory / "config.json"), (directory / SIGN).is_file()
+    kind = (config.get("architectures") or [config.get("model_type") or "without a config.json"])[0]
+    sign = _json(directory / SIGN)
+    author = f"merged by rankshift {sign.get('rankshift', '')}".rstrip() if signed else "not written by rankshift"
+    lines = [("directory", f"{directory}, a plain model, {author}"), ("model", str(kind))]
+    index = _json(directory / "model.safetensors.index.json")
+    wanted = sorted(set(index.get("weight_map", {}).values()))
+    for name in wanted:
+        if not (directory / name).is_file():
+            raise MissingFile(f"{directory / name} is not there, but the index names it. Copy the whole directory.")
+    weights = sorted(f for f in directory.iterdir() if any(f.match(pattern) for pattern in MODEL.markers))
+    count = 0
+    for file in weights:
+        count += len(_shapes(file)) if file.suffix == ".safetensors" else 0
+    tensors = f", {count} tensors" if count else ""
+    return [*lines, ("files", f"{', '.join(f'{f.name} {_size(f.stat().st_size)}' for f in weights)}{tensors}")]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON mapping; empty if there is no such file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CorruptFile(f"{file} is not JSON: {error}. Copy it again.") from error
+    if not isinstance(found, dict):
+        raise CorruptFile(f"{file} holds {type(found).__name__} instead of a mapping. Copy it again.")
+    return found
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """The shape of every tensor of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CorruptFile(f"{file} cannot be read: {error}. Copy it again.") from error
+
+
 def method_words(method: dict[str, Any]) -> str:
     """A method with what differs from its defaults: "lora, rank 8, init pissa"."""
     from rankshift.methods import from_dict, methods
@@ -110,12 +179,7 @@ def _ranks(ranks: dict[str, int]) -> str:
 
 
 def _peft(directory: Path) -> list[tuple[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        config = json.loads((directory / PEFT_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptFile(f"{directory / PEFT_CONFIG} is not JSON: {error}. Copy it again.") from error
+    config = _json(directory / PEFT_CONFIG)
     alpha = f", alpha {config['lora_alpha']}" if "lora_alpha" in config else ""  # VeRA has none
     lines = [
         ("directory", f"{directory}, in PEFT's format"),
@@ -127,11 +191,7 @@ def _peft(directory: Path) -> list[tuple[str, str]]:
         if (directory / "adapter_model.bin").is_file():
             return [*lines, ("files", f"adapter_model.bin {_size((directory / 'adapter_model.bin').stat().st_size)}")]
         raise MissingFile(f"{weights} is not there. Copy the whole directory.")
-    try:
-        with safe_open(weights, framework="numpy") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CorruptFile(f"{weights} cannot be read: {error}. Copy it again.") from error
+    shapes = _shapes(weights)
     ends = ("lora_A.weight", "lora_embedding_A", "vera_lambda_d")
     ranks = {name: shape[0] for name, shape in shapes.items() if name.endswith(ends)}
     if ranks:

@@ -37,6 +37,10 @@ def run(settings: list[str], resume: Path | None) -> None:
         elif resume is not None:
             recipe.resume(resume, console)
     except recipe.Interrupted as stop:
+        if not recipe.resumable(stop.directory):
+            console.print(f"\nStopped after update {stop.step}, before anything was saved.", highlight=False)
+            console.print(recipe.anew(stop.directory), highlight=False, markup=False, soft_wrap=True)
+            sys.exit(130)
         console.print(f"\nStopped after update {stop.step}; the state is saved. Go on with:", highlight=False)
         console.print(f"  rankshift train --resume {stop.directory}", highlight=False, soft_wrap=True)
         sys.exit(130)

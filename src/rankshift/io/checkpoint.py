@@ -24,7 +24,7 @@ from rankshift.core import shard
 from rankshift.core.errors import CheckpointError, CorruptFile, MissingFile, NotWritable
 from rankshift.core.site import returned
 from rankshift.io import fingerprint, peft, peft_vera
-from rankshift.io.atomic import NATIVE, replacing, settle
+from rankshift.io.atomic import COMPRESSED, MODEL, NATIVE, replacing, settle
 
 MANIFEST = "rankshift.json"
 TRAINER = "rankshift"  # the run's directory inside a checkpoint of rs.Trainer
@@ -106,6 +106,16 @@ def read(
             if str(peft.load_config(folder)["peft_type"]).upper() == "VERA":
                 return peft_vera.read(model, folder, seed, tied)
             return peft.read(model, folder, seed, tied)
+        if COMPRESSED.at(folder):
+            raise MissingFile(
+                f"{folder} holds a compressed model, which stands without its base, and no run.\n"
+                f'Load it by itself: rs.load_compressed("{directory}").'
+            )
+        if MODEL.at(folder):
+            raise MissingFile(
+                f"{folder} holds a plain model, with nothing of a run in it.\nLoad it as any model, with "
+                "from_pretrained or load_state_dict, or name a directory that run.save() or PEFT wrote."
+            )
         raise MissingFile(
             f"{folder} holds neither {MANIFEST} nor {peft.CONFIG}.\nName a directory that run.save() or PEFT wrote."
         )

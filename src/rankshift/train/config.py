@@ -110,10 +110,12 @@ class LoopConfig:
     """Updates between checkpoints to resume from. None: at each evaluation. Ctrl-C saves one too."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    calibration: int = 32
+    """Batches that methods look at before they start, where they do; taken evenly from the training data."""
 
     def problems(self) -> Iterable[str]:
         """What no training could satisfy."""
-        for name in ("steps", "batch", "accumulate", "eval_every", "save_every"):
+        for name in ("steps", "batch", "accumulate", "eval_every", "save_every", "calibration"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"train.{name} = {value} is below 1. Set at least 1."
@@ -300,7 +302,7 @@ def _build(kind: type, values: Mapping[str, Any], where: str, problems: list[str
         elif key in ("data", "train") and isinstance(value, Mapping) and kind is TrainConfig:
             fields[key] = _build(DataConfig if key == "data" else LoopConfig, value, dotted + key, problems)
         else:
-            with _noting(problems):
+            with _noting(problems, "rankshift train --keys"):
                 fields[key] = conform(value, known[key], dotted + key)
     for spec in dataclasses.fields(kind):
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
@@ -335,23 +337,29 @@ def _method(value: Any, problems: list[str]) -> Method | None:
     count = len(problems)
     fields = {key: v for key, v in value.items() if key != "method"}
     for key, v in fields.items():
-        with _noting(problems):
+        with _noting(problems, f"rankshift methods {name}"):
             check_keys(kind, {key: None}, f"method {name}")
             conform(v, hints(kind)[key], f"method.{key}")
     if len(problems) > count:
         return None
-    with _noting(problems):
+    with _noting(problems, f"rankshift methods {name}"):
         return kind(**fields)  # type: ignore[no-any-return]
     return None
 
 
 @contextlib.contextmanager
-def _noting(problems: list[str]) -> Iterator[None]:
-    """Note a ConfigError and go on, so that all problems are told at once."""
+def _noting(problems: list[str], see: str) -> Iterator[None]:
+    """Note a ConfigError and go on, so that all problems are told at once. ``see``: the command that lists what there
+    is to set, for a text that says what is wrong and not what to do."""
     try:
         yield
     except ConfigError as error:
-        problems.append(str(error))
+        problems.append(advised(str(error), f"See {see}."))
+
+
+def advised(text: str, advice: str) -> str:
+    """An error's text; with ``advice`` after it if it is a single sentence."""
+    return text if "\n" in text or re.search(r"[.!?]\s+(?=[A-Z])", text) else f"{text.rstrip('.')}. {advice}"
 
 
 def _sound(config: TrainConfig | None, problems: list[str], where: str) -> TrainConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class Bar(TrainerCallback):
         self.console, self.measure, self.unit = console, measure, unit
         self.losses: list[tuple[int, float]] = []
         self.checks: list[tuple[int, dict[str, float]]] = []
+        self.watched: frozenset[str] = frozenset()  # names of what the method says of itself, among what is logged
+        self.told: dict[str, float] = {}  # the last of it
         self.done = 0  # tokens or examples seen
         self.seconds = 0.0
         self._bar: Progress | None = None
@@ -76,7 +79,8 @@ class Bar(TrainerCallback):
             if taken * _LINES // max(whole, 1) > self._next or state.global_step == state.max_steps:
                 self._next = taken * _LINES // max(whole, 1)
                 left = self._elapsed() / max(taken, 1) * (whole - taken)
-                self.console.print(f"{state.global_step}/{state.max_steps}  {self._status()}  {left:.0f} s left")
+                text = f"{state.global_step}/{state.max_steps}  {self._status()}  {left:.0f} s left"
+                self.console.print(text, soft_wrap=True)
 
     def on_log(
         self,
@@ -88,6 +92,7 @@ class Bar(TrainerCallback):
     ) -> None:
         if logs and "loss" in logs:
             self.losses.append((state.global_step, float(logs["loss"])))
+            self.told = {key: float(value) for key, value in logs.items() if key in self.watched}
 
     def on_evaluate(
         self,
@@ -103,7 +108,9 @@ class Bar(TrainerCallback):
         self._checked = f"val {'' if name == 'loss' else f'{name} '}{found.get(name, float('nan')):.3f}"
         if self._since and state.is_world_process_zero:
             where = f"step {state.global_step}".ljust(10)
-            self.console.print(f"  {where} validation {show(found, self.measure.shown)}", highlight=False)
+            told = f" · {said(self.told, short=True)}" if self.told else ""
+            text = f"  {where} validation {show(found, self.measure.shown)}{told}"
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.seconds = self._elapsed()
@@ -114,7 +121,7 @@ class Bar(TrainerCallback):
 
     def _status(self) -> str:
         loss = f"loss {self.losses[-1][1]:.3f}" if self.losses else "loss …"
-        parts = [loss, self._checked, f"{_short(self.speed)} {self.unit}/s", memory()]
+        parts = [loss, said(self.told, short=True), self._checked, f"{_short(self.speed)} {self.unit}/s", memory()]
         return " · ".join(part for part in parts if part)
 
 
@@ -125,6 +132,17 @@ def named(metrics: dict[str, float], measure: Measure) -> dict[str, float]:
     if "loss" not in found and "eval_loss" in metrics:
         found["loss"] = float(metrics["eval_loss"])
     return found
+
+
+def said(told: Mapping[str, float], short: bool = False) -> str:
+    """What a method says of itself (``run.metrics()``): "lambda 0.5", "12 of 280 gates open", short "gates 12/280"."""
+    left, parts = dict(told), []
+    for key, count in told.items():
+        if key == "open_gates" and "gates" in left:
+            whole = left.pop("gates")
+            parts.append(f"gates {count:.0f}/{whole:.0f}" if short else f"{count:.0f} of {whole:.0f} gates open")
+            del left[key]
+    return ", ".join([*parts, *(f"{key.replace('_', ' ')} {value:.3g}" for key, value in left.items())])
 
 
 def memory() -> str:

@@ -38,6 +38,7 @@ from rankshift.core.errors import (
 )
 from rankshift.core.form import ConvForm, EmbeddingForm
 from rankshift.io.atomic import explain
+from rankshift.methods import PCLoRA
 from rankshift.run import Run
 from rankshift.train import bundled, data, models, report, sources
 from rankshift.train import columns as roles
@@ -294,13 +295,23 @@ def resume(directory: Path, console: Console) -> Result:
         MissingFile: that is no run, or there is no checkpoint in it.
     """
     config = load_config(directory)
-    if not (directory / CHECKPOINTS).is_dir():
+    if not resumable(directory):
         state = report.read_metrics(directory).get("status")
         why = "it is finished" if state == "finished" else "it stopped before its first checkpoint"
-        raise MissingFile(
-            f"{directory} has nothing to resume: {why}. Start a new run: rankshift train {directory / CONFIG}"
-        )
+        raise MissingFile(f"{directory} has nothing to resume from: {why}.\n{anew(directory)}")
     return _run(prepare(config, console, resume=True), directory, console, resume=True)
+
+
+def anew(directory: Path) -> str:
+    """How to train the same again."""
+    name = load_config(directory).name
+    other = "" if name is None else f" name={name}-again"  # the directory of that name is there already
+    return f"Start anew with the same settings: rankshift train {directory / CONFIG}{other}"
+
+
+def resumable(directory: Path) -> bool:
+    """Whether a run directory has a complete checkpoint; the file is the last that transformers writes of one."""
+    return any((directory / CHECKPOINTS).glob("checkpoint-*/trainer_state.json"))
 
 
 def load_config(directory: Path) -> TrainConfig:
@@ -316,10 +327,15 @@ def load_config(directory: Path) -> TrainConfig:
 
 
 def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
-    from rankshift.train.progress import Bar, memory, named
+    from rankshift.train.progress import Bar, memory, named, said
 
     config, task = job.config, job.task
     bar = Bar(console, job.measure, "tok" if task.endswith("lm") else "examples")
+    if config.method.needs_data:
+        count = math.ceil(len(_looked_at(job)) / config.train.batch)
+        _line(
+            console, "looking", f"at up to {count} batches of the training data, for {type(config.method).__name__} …"
+        )
     try:
         trainer = _trainer(job, directory, bar)
     except BaseException:  # such as a method that does not fit: nothing has begun, so nothing stays behind
@@ -331,7 +347,11 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         report.write_text(directory / CONFIG, _HEADER + settings.write(config))
     summary = run.summary()
     _line(console, "method", _describe(config, run) + f" · {summary.trainable:,} of {summary.total:,} parameters train")
+    mixed = _mixed(run)
+    if mixed:
+        _line(console, "loss", f"in training {mixed}; in validation the task's alone")
     _line(console, "run", f"{directory}   (Ctrl-C stops and saves)")
+    bar.watched = frozenset(run.metrics())
     console.print()
     earlier = report.read_metrics(directory) if resume else {}
     base: dict[str, float] = earlier.get("base") or {}
@@ -373,6 +393,7 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
     run.model.eval()
     after = _sample(job, prompt)
     seconds = bar.seconds + float(earlier.get("seconds") or 0)
+    told = run.metrics()
     console.print()
     made = _write(job, run, directory)
     if _first():
@@ -381,15 +402,17 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
             "steps": trainer.state.global_step, "skipped": run.skipped, "seconds": seconds,
             "per_second": bar.speed, "unit": bar.unit, "memory": memory(),
             "trainable": summary.trainable, "total": summary.total,
-            "train_loss": losses, "validation": [{"step": step, **values} for step, values in checks],
+            "method": told, "train_loss": losses, "validation": [{"step": step, **values} for step, values in checks],
         }  # fmt: skip
         report.write_metrics(directory, record)
         title = f"{Path(config.model).name} · {type(config.method).__name__} · {sources.describe(config.data.train)}"
         points = [(step, values["loss"]) for step, values in checks if "loss" in values]
         words = "loss (nats per token)" if task.endswith("lm") else "loss"
+        words += f"; training: {mixed}" if mixed else ""
         report.plot(directory / "loss.png", title, losses, points, base.get("loss"), words)
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    _finish(console, job, directory, base, final, bar, before, after, prompt, made, _next(run, directory))
+    outcome, commands = _outcome(run, told, said(told)), _next(run, directory)
+    _finish(console, job, directory, base, final, bar, before, after, prompt, made, commands, outcome)
     return Result(directory, base, final, seconds)
 
 
@@ -449,7 +472,7 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
         eval_dataset=job.examples.validation,
         data_collator=job.examples.collate,
         processing_class=job.reader,
-        calibration=_calibration(job) if validates else None,
+        calibration=_calibration(job) if config.method.needs_data else None,
         compute_metrics=lambda p: {f"m_{k}": v for k, v in measured.compute(p).items()},
         preprocess_logits_for_metrics=measured.keep,
         callbacks=[bar],
@@ -467,11 +490,19 @@ def _recompute(wanted: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
 
 
+def _looked_at(job: Job) -> list[int]:
+    """Rows for methods that look at data before they start: as many batches as the config says, spread evenly over
+    the training data, which may be sorted."""
+    rows = len(job.examples.train)
+    count = min(rows, job.config.train.calibration * job.config.train.batch)
+    return [k * rows // count for k in range(count)]
+
+
 def _calibration(job: Job) -> Iterator[Any]:
-    """Batches of training data in order, for methods that look at data before they start."""
-    rows, size = job.examples.train, job.config.train.batch
+    """Batches of these rows."""
+    rows, size = _looked_at(job), job.config.train.batch
     for start in range(0, len(rows), size):
-        yield job.examples.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+        yield job.examples.collate([job.examples.train[i] for i in rows[start : start + size]])
 
 
 @contextlib.contextmanager
@@ -525,6 +556,34 @@ def _write(job: Job, run: Run, directory: Path) -> dict[str, str]:
 def _shrinks(run: Run) -> bool:
     """Whether the method leaves a smaller model behind rather than an adapter."""
     return any(adapter.leaves for name in run.active for adapter in run.adapter(name).values())
+
+
+def _mixed(run: Run) -> str:
+    """The loss in training, where the method makes it of more than the task's; else ""."""
+    method = run.method
+    if not isinstance(method, PCLoRA) or method.hears(run.model, list(run.sites)) is None:
+        return ""
+    return f"{method.task_weight:g} · task + {1 - method.task_weight:g} · distillation"
+
+
+def _outcome(run: Run, told: dict[str, float], words: str) -> list[tuple[str, str]]:
+    """(name, text) lines on what the method says of itself at the end."""
+    lines = [("method", f"{type(run.method).__name__}: {words}")] if told else []
+    if told.get("open_gates") == 0:
+        lines.append(
+            ("", "every gate is closed: the adapter changes nothing, and this is the base. Lower method.sparsity.")
+        )
+    if _shrinks(run):
+        saved = run.compression()
+        (before, after), (whole, left) = saved.adapted, saved.total
+        lines.append(
+            (
+                "smaller",
+                f"{saved.layers} layers {before:,} → {after:,} parameters ({saved.percent:.1f} % saved), whole model "
+                f"{whole:,} → {left:,}",
+            )
+        )
+    return lines
 
 
 def _next(run: Run, directory: Path) -> list[tuple[str, str]]:
@@ -635,6 +694,7 @@ def _finish(
     prompt: str | None,
     made: dict[str, str],
     commands: list[tuple[str, str]],
+    outcome: list[tuple[str, str]],
 ) -> None:
     """The last screen: before and after, what was written, what to type next."""
     from rich.panel import Panel
@@ -663,6 +723,8 @@ def _finish(
         f"{job.config.train.steps} updates in {_clock(bar.seconds)}, "
         f"{bar.speed:,.0f} {bar.unit}/s, {memory()}", highlight=False,
     )  # fmt: skip
+    for name, text in outcome:
+        _line(console, name, text)
     console.print()
     made = {**made, "loss.png": "training and validation loss", CONFIG: "every setting", "metrics.json": "every number"}
     for name, words in made.items():
