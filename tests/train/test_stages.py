@@ -139,6 +139,16 @@ def test_a_training_whose_last_gate_closes_stops_with_a_checkpoint_behind_it(tmp
     assert (tmp_path / "checkpoint-3").is_dir()
 
 
+def test_a_phase_that_cannot_begin_leaves_a_checkpoint_of_the_one_before(tmp_path):
+    method = rs.SoRA(rank=2, sparsity=(100, 200), targets="q_proj")
+    t = trainer(tmp_path, method, warmup_steps=0, save_strategy="no")
+    with pytest.raises(TrainingError):
+        t.train()
+    (saved,) = tmp_path.glob("checkpoint-*")
+    assert int(saved.name.split("-")[1]) == t.run.step > 0
+    assert same(tensors(rs.load(base(), saved)), tensors(t.run))
+
+
 @pytest.fixture
 def relay():
     """Two phases with schedules of their own, until steps 2 and 5, then one that follows the run's."""
