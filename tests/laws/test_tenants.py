@@ -36,7 +36,14 @@ def tenancy() -> None:
     """On shards of every kind of weight: enter, write, leave; one row for two ranks; a weight sharded along in."""
     from transformers.pytorch_utils import Conv1D
 
-    for make in (lambda: nn.Linear(6, 5), lambda: nn.Linear(6, 1), lambda: Conv1D(5, 7), lambda: nn.Conv2d(6, 5, 2)):
+    kinds = (
+        lambda: nn.Linear(6, 5),
+        lambda: nn.Linear(6, 1),
+        lambda: Conv1D(5, 7),
+        lambda: Conv1D(6, 6),  # its shard and that of D are the same slice, of inputs and of outputs
+        lambda: nn.Conv2d(6, 5, 2),
+    )
+    for make in kinds:
         torch.manual_seed(0)
         layer = make()
         W = layer.weight.detach().clone()

@@ -94,6 +94,17 @@ def test_epsilon_is_normal():
         assert abs((a * b).mean().item()) < 5 / count**0.5
 
 
+def test_draws_are_fp32_and_not_rounded_on_the_way():
+    """Those of torch's own generator, bit for bit: rounded to bf16, noise of fp32 layers would take 2^8 steps only."""
+    v = seeded(5, seed=1).abs().float()
+    z = torch.empty(5, 64).normal_(generator=torch.Generator().manual_seed(77))
+    eye = torch.eye(64, requires_grad=True)
+    y = noise_product(eye, v, key(77), Form())
+    assert torch.equal(y.t(), z * v[:, None])
+    (dx,) = torch.autograd.grad(y, eye, torch.ones_like(y))
+    torch.testing.assert_close(dx, (z * v[:, None]).sum(0).expand(64, 64), rtol=1e-5, atol=1e-6)
+
+
 def test_global_random_state_is_left_alone():
     torch.manual_seed(3)
     state, x = torch.get_rng_state(), seeded(4, 6).requires_grad_()

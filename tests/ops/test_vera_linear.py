@@ -263,6 +263,31 @@ def test_nothing_is_kept_without_gradients():
     assert kept(model, x) == 0  # frozen: the input's gradient needs the weights only
 
 
+# ---- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_narrow_vectors_are_summed_as_wide_as_the_pair(dtype: torch.dtype):
+    """FSDP2's mixed precision hands d and b over in bf16. Their gradients are rounded to it once, at the end: each is
+    the bf16 number next to the sum in float64."""
+    m, n, r, tokens = 70, 30, 50, 9
+    W, A, B = seeded(m, n, seed=1, dtype=dtype), seeded(r, n, seed=2).float(), seeded(m, r, seed=3).float()
+    d, b = (seeded(k, seed=4 + k, dtype=torch.bfloat16, grad=True) for k in (r, m))
+    x = seeded(tokens, n, seed=5, dtype=dtype)
+    y = vera_linear(x, A, B, d, b, None, dense, (W,))
+    assert y.dtype == dtype
+    dy = seeded(*y.shape, seed=6, dtype=dtype)
+    dd, db = torch.autograd.grad(y, (d, b), dy)
+    G = (dy.t() @ (x @ A.to(dtype).t())).to(F64)  # its factors are of the layer's dtype, and so is what it comes in
+    want = {
+        "d": torch.einsum("o,or,or->r", b.detach().to(F64), B.to(F64), G),
+        "b": torch.einsum("or,r,or->o", B.to(F64), d.detach().to(F64), G),
+    }
+    for name, found in {"d": dd, "b": db}.items():
+        assert found.dtype is torch.bfloat16
+        assert (found == want[name].to(torch.bfloat16)).float().mean() > 0.95, name
+
+
 # ---- meta and compile
 
 
