@@ -132,7 +132,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("sora-off", SoRA(rank=4, alpha=8, sparsity=0, gate_lr_ratio=0), off=LoRA(rank=4, alpha=8), alone=True),
         Case(
             "sora-embedding",
-            SoRA(rank=3, alpha=2, sparsity=(5, 9), gate_lr_ratio=2, dropout=0.1, targets=("embed", "up")),
+            SoRA(rank=3, alpha=2, sparsity=5, gate_lr_ratio=2, dropout=0.1, targets=("embed", "up")),
             kept=None,
             alone=True,
             noisy=True,
