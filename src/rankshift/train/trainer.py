@@ -228,7 +228,6 @@ class Trainer(transformers.Trainer):
         Raises:
             MissingFile: there is no complete checkpoint to resume from.
             NotWritable: a checkpoint could not be written; the earlier ones are untouched.
-            NotWritable: a checkpoint could not be written; earlier ones are untouched.
             OutOfMemory: the device is full.
             SystemExit: code 130 after Ctrl-C, with a checkpoint saved.
         """
