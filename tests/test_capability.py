@@ -71,6 +71,15 @@ def test_what_is_said_of_the_rest_is_so(kind: type[Method], tmp_path: Any) -> No
         rs.attach(nn.Sequential(nn.Linear(128, 128)), kind())
 
 
+def test_what_stages_ask_for_is_found() -> None:
+    staged = dict(capability.variants(methods()["sora"]))["sparsity=(0.1, 0.2)"]
+    alone = capability.probe(rs.SoRA())
+    assert not alone.total
+    assert not alone.second
+    assert capability.probe(staged).total
+    assert "goes through phases" in capability.probe(staged).second
+
+
 class Looked(Exception):
     """Data was asked for."""
 

@@ -103,6 +103,8 @@ def _values(hint: Any) -> tuple[Any, ...]:
         return (True, False)
     if get_origin(hint) is Literal:
         return get_args(hint)
+    if get_origin(hint) is tuple and get_args(hint)[0] is float:  # a schedule of numbers, such as SoRA's stages
+        return ((0.1, 0.2),)
     if get_origin(hint) in (Union, types.UnionType):
         return tuple(value for option in get_args(hint) for value in _values(option))
     return ()
