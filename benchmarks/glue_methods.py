@@ -55,8 +55,8 @@ def method_of(name: str, task: str) -> tuple[rs.Method, float]:
     if name == "VeRA":  # one rate for the vectors, one for the head
         lr, head = {"mrpc": (1e-2, 4e-3), "cola": (1e-2, 1e-2), "sst2": (4e-3, 4e-3)}[task]
         return rs.VeRA(rank=256, head_lr_ratio=head / lr, **body), lr
-    if name == "PaCA":  # the authors' scripts have s·lr from 4e-4 (MMLU, 1 epoch of 100 k rows) to about 5e-3 (Oasst1)
-        return rs.PaCA(rank=16, alpha=16, **body), 2e-3
+    if name.startswith("PaCA"):  # the authors' scripts have s·lr from 4e-4 (MMLU) to about 5e-3 (Oasst1)
+        return rs.PaCA(rank=16, alpha=16, **body), 4e-4 if name == "PaCA-slow" else 2e-3
     if name == "MELoRA":
         return rs.MELoRA(rank=8, blocks=2, alpha=16, **body), {"mrpc": 4e-4, "cola": 4e-4, "sst2": 5e-4}[task]
     if name == "SoRA":  # gates ten times as fast: these runs are short, and a gate starts at one
@@ -67,7 +67,7 @@ def method_of(name: str, task: str) -> tuple[rs.Method, float]:
     return rs.PCLoRA(rank=64, **body), 5e-4
 
 
-NAMES = ("Full", "LoRA", "VeRA", "PaCA", "MELoRA", "SoRA", "Flat-LoRA", "PC-LoRA")
+NAMES = ("Full", "LoRA", "VeRA", "PaCA", "PaCA-slow", "MELoRA", "SoRA", "Flat-LoRA", "PC-LoRA")
 
 
 def rows_of(data: Path, task: str, part: str) -> tuple[list[Any], list[int]]:

@@ -45,7 +45,6 @@ class Member:
 
     method: Method
     ranks: dict[str, int]
-    copies: tuple[str, ...]  # names of modules trained whole
     shared: Shared | None = None  # what its sites share
 
 
@@ -106,7 +105,7 @@ class Placement:
             untie(model, spec)
         ranks = dict(ranks) if ranks is not None else {s.name: method.rank_at(s.name, found.get(s.name)) for s in specs}
         shared = method.share(specs, ranks, saved)
-        self.members[name] = member = Member(method, {}, copies, shared)
+        self.members[name] = member = Member(method, {}, shared)
         try:
             for spec in specs:
                 site = self.sites[spec.name] = place(model, spec)
@@ -139,7 +138,6 @@ class Placement:
 
     def succeed(self, name: str, method: Method, estates: Mapping[str, Estate]) -> None:
         """Put adapters of another method in the place of one, with the values they take over. Copies stay."""
-        member = self.members[name]
         for site_name in estates:
             method.fit(self.sites[site_name].spec)
         shared = method.share(
@@ -164,7 +162,7 @@ class Placement:
                 site.adapters[name] = heirs[site_name]
             if not site.adapters:
                 self._remove(site)
-        self.members[name] = Member(method, {s: e.rank for s, e in estates.items()}, member.copies, shared)
+        self.members[name] = Member(method, {s: e.rank for s, e in estates.items()}, shared)
 
     def drop(self, name: str) -> None:
         """Take an adapter out of every site, and out of the model what then stands empty."""

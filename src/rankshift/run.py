@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -378,11 +377,6 @@ class Run:
                 raise AttachError(
                     f"{type(other).__name__} {other.solitary}: it stands alone. Use run.shift(method) to go on with "
                     "another method."
-                )
-            if other.phase_end(self.step, sys.maxsize) is not None:
-                raise AttachError(
-                    f"{type(other).__name__} as configured goes through phases, and a phase is of the whole run: it "
-                    "stands alone. Give it a single phase, or run.shift(method) to go on with another method."
                 )
         self._on.build(name, method, self.seed, data)
         self._on.use(*self._on.active)

@@ -6,9 +6,9 @@ import contextlib
 import copy
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from rankshift.core.base import Base, Dense, Slab
 from rankshift.core.errors import TiedWeights, UnmatchedTarget, UnsupportedLayer, nearest
 from rankshift.core.form import ConvForm, EmbeddingForm, ExpertsForm, Form, TransposedForm
 from rankshift.core.lowrank import LowRankSum
+
+T = TypeVar("T")
 
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -253,6 +255,11 @@ def form_of(module: nn.Module) -> Form | None:
 def matches(name: str, pattern: str) -> bool:
     """True if the dotted ``name`` is ``pattern`` or ends in it at a dot; ``*`` and ``?`` are wildcards."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
+
+
+def by_pattern(patterns: Mapping[str, T], name: str, default: T) -> T:
+    """The value of the last pattern that matches a name; ``default`` if none does."""
+    return next((value for pattern, value in reversed(list(patterns.items())) if matches(name, pattern)), default)
 
 
 def prefixes(name: str) -> list[str]:

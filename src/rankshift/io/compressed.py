@@ -68,11 +68,6 @@ def factors(run: Source) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
         acting = site.acting()
         if not acting:
             continue
-        if len(acting) > 1:
-            raise ExportError(
-                f"{len(acting)} adapters act at {name}: {', '.join(site.active)}. A compressed model has one pair of "
-                "thin layers there. Make one of them act: run.use(name)."
-            )
         parts = acting[0].alone()
         if isinstance(parts, str):
             raise ExportError(

@@ -27,7 +27,7 @@ from rankshift.core import shard
 from rankshift.core.errors import ConfigError, CorruptFile, MissingFile, TargetError, WrongBase, nearest
 from rankshift.core.form import ConvForm, Form, TransposedForm
 from rankshift.core.method import Method, to_dict
-from rankshift.core.site import Spec, base_parameters, form_of, matches, select, spec_of, walk
+from rankshift.core.site import Spec, base_parameters, by_pattern, form_of, select, spec_of, walk
 from rankshift.methods import lora_init
 from rankshift.methods.lora import LoRA
 from rankshift.methods.vera import VeRA
@@ -429,7 +429,7 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """rank_pattern or alpha_pattern, in our rule (the last match of a name's end), that gives each site its value."""
     pattern = {name: value for name, value in values.items() if value != default}
     for name, value in values.items():
-        if ([v for p, v in pattern.items() if matches(name, p)] or [default])[-1] != value:
+        if by_pattern(pattern, name, default) != value:
             return {name: values[name] for name in sorted(values, key=len)}  # a name that ends in another comes later
     return pattern
 

@@ -27,7 +27,7 @@ from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.form import EmbeddingForm
 from rankshift.core.method import Method
 from rankshift.core.random import Key
-from rankshift.core.site import Spec, matches
+from rankshift.core.site import Spec, by_pattern
 from rankshift.methods import lora_eva, lora_init
 from rankshift.ops.lora_linear import lora_linear
 from rankshift.ops.lora_linear.order import SAVES_Z, Backward, Forward, choose
@@ -282,13 +282,13 @@ class LoRA(Method):
     def rank_at(self, name: str, found: Any = None) -> int:
         if isinstance(found, Tensor):
             return found.shape[0]
-        return ([r for p, r in self.rank_pattern.items() if matches(name, p)] or [self.rank])[-1]
+        return by_pattern(self.rank_pattern, name, self.rank)
 
     def scale_at(self, name: str, rank: int) -> float:
         """s at a site. EVA moves ranks between layers and scales alpha along, so s stays alpha/rank of the config."""
         if self.init == "eva":
             rank = self.rank_at(name)
-        alpha = ([a for p, a in self.alpha_pattern.items() if matches(name, p)] or [self.alpha])[-1]
+        alpha = by_pattern(self.alpha_pattern, name, self.alpha)
         return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
     def fit(self, spec: Spec) -> None:

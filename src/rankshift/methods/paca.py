@@ -38,7 +38,7 @@ from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.form import ConvForm, EmbeddingForm
 from rankshift.core.method import Method
 from rankshift.core.random import Key
-from rankshift.core.site import Spec, matches
+from rankshift.core.site import Spec, by_pattern
 from rankshift.methods import paca_select
 from rankshift.ops.paca_linear import paca_conv, paca_linear
 
@@ -266,7 +266,7 @@ class PaCA(Method):
     # ---- one site
 
     def rank_at(self, name: str, found: Any = None) -> int:
-        return ([r for p, r in self.rank_pattern.items() if matches(name, p)] or [self.rank])[-1]
+        return by_pattern(self.rank_pattern, name, self.rank)
 
     def fit(self, spec: Spec) -> None:
         leaf = spec.name.rpartition(".")[2]
@@ -289,7 +289,7 @@ class PaCA(Method):
 
     def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
         _channels(spec, rank)  # a rank that was saved elsewhere
-        alpha = ([a for p, a in self.alpha_pattern.items() if matches(spec.name, p)] or [self.alpha])[-1]
+        alpha = by_pattern(self.alpha_pattern, spec.name, self.alpha)
         return PaCALayer(base, spec, rank, alpha / rank)
 
     @torch.no_grad()

@@ -38,7 +38,7 @@ from rankshift.core.form import EmbeddingForm
 from rankshift.core.lesson import Heard, Lesson
 from rankshift.core.method import Method
 from rankshift.core.random import Key
-from rankshift.core.site import Spec, matches, walk
+from rankshift.core.site import Spec, by_pattern, matches, walk
 from rankshift.methods import lora_init
 
 
@@ -217,7 +217,7 @@ class PCLoRA(Method):
         return super().sites(model)
 
     def rank_at(self, name: str, found: Any = None) -> int:
-        return ([r for p, r in self.rank_pattern.items() if matches(name, p)] or [self.rank])[-1]
+        return by_pattern(self.rank_pattern, name, self.rank)
 
     def fit(self, spec: Spec) -> None:
         if spec.form.stacked or isinstance(spec.form, EmbeddingForm):

@@ -217,6 +217,12 @@ class SoRA(Method):
     # ---- stages
 
     @property
+    def solitary(self) -> str:
+        if len(self.stages) == 1:
+            return ""
+        return "as configured goes through phases, and a phase is of the whole run"
+
+    @property
     def needs_total(self) -> bool:
         return len(self.stages) > 1
 

@@ -1,9 +1,20 @@
-"""Products that the fused nodes share: into memory that is there, and accumulated wider than their factors."""
+"""What the fused nodes share: the dtype they compute in, products into memory that is there or wider than factors."""
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> tuple[torch.dtype, contextlib.AbstractContextManager[Any]]:
+    """What a layer computes in here, and a ``with`` block in which nothing is cast again."""
+    kind = x.device.type
+    castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
+    dtype = torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else x.dtype
+    return dtype, torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext()
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

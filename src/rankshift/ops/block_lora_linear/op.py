@@ -12,7 +12,6 @@ with more of them W + BA is never formed.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankshift.ops.lora_linear import lora_linear
+from rankshift.ops.products import compute_dtype
 
 
 def block_lora_linear(
@@ -39,12 +39,10 @@ def block_lora_linear(
     """
     if blocks == 1:
         return lora_linear(x, A, B, scale, bias, dense, packed)
-    kind = x.device.type
-    castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
-    dtype = torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else x.dtype
+    dtype, uncast = compute_dtype(x)
     graph, m, (r, i) = torch.is_grad_enabled(), B.shape[0], (B.shape[1], A.shape[1])
     cast = dtype != x.dtype or dtype != packed[0].dtype
-    with torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext():
+    with uncast:
         y: Tensor = _BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, blocks * i).to(dtype), A.view(blocks, r, i), B.view(blocks, -1, r), bias, scale,
             graph and A.requires_grad, graph and B.requires_grad, cast, dense, *packed,

@@ -10,7 +10,6 @@ gradients come back in their own dtype.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankshift.ops.lora_linear.order import SAVES_Z, Backward, Forward, choose
-from rankshift.ops.products import accumulate, into
+from rankshift.ops.products import accumulate, compute_dtype, into
 
 
 def lora_linear(
@@ -38,15 +37,13 @@ def lora_linear(
     ``dense(*packed)`` gives the frozen (out, in) weight; ``packed`` is saved, what it unpacks to is not. ``forward``
     and ``backward`` name an order of multiplication (see :mod:`.order`); None chooses the cheapest that is safe.
     """
-    kind = x.device.type
-    castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
-    dtype = torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else x.dtype
+    dtype, uncast = compute_dtype(x)
     b, n, m, r = x.shape[:-1].numel(), A.shape[1], B.shape[0], A.shape[0]
     graph = torch.is_grad_enabled()
     needs = (graph and x.requires_grad, graph and A.requires_grad, graph and B.requires_grad)
     forward, backward = choose(b, n, m, r, dtype, *needs, forward, backward)
     cast = dtype != x.dtype or dtype != packed[0].dtype
-    with torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext():
+    with uncast:
         y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, n).to(dtype), A, B, bias, scale, forward, backward, needs[1], needs[2], cast, dense, *packed
         )

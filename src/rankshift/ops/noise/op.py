@@ -11,7 +11,6 @@ The key is a tensor on the CPU: another value is no other graph, and reading it 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from torch.nn import grad
 
 from rankshift.core.base import blocks
 from rankshift.core.form import ConvForm, Form
+from rankshift.ops.products import compute_dtype
 
 
 def noise_product(x: Tensor, v: Tensor, word: Tensor, form: Form) -> Tensor:
@@ -33,10 +33,8 @@ def noise_product(x: Tensor, v: Tensor, word: Tensor, form: Form) -> Tensor:
         v: (out,), standard deviation of ε in each row.
         word: the key, int64 on the CPU.
     """
-    kind = x.device.type
-    castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
-    dtype = torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else x.dtype
-    with torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext():
+    dtype, uncast = compute_dtype(x)
+    with uncast:
         x = x.to(dtype)
         if not isinstance(form, ConvForm):
             linear: Tensor = _product(x, v, word, (), (), ())

@@ -11,7 +11,6 @@ comes back in its own dtype.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import grad
 
 from rankshift.core.form import ConvForm
-from rankshift.ops.products import into
+from rankshift.ops.products import compute_dtype, into
 
 
 def paca_linear(
@@ -30,8 +29,8 @@ def paca_linear(
 ) -> Tensor:
     """x (…, in), D (out, r), channels (r,) int64, weight (out, in) that holds the trained columns → (…, out)."""
     m, n = weight.shape
-    dtype, scope = _compute_dtype(x)
-    with scope:
+    dtype, uncast = compute_dtype(x)
+    with uncast:
         y: Tensor = _PaCALinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, n).to(dtype), D, weight, bias, scale, channels, _trains(D), dtype != weight.dtype
         )
@@ -44,21 +43,13 @@ def paca_conv(
 ) -> Tensor:
     """The same for a convolution: channels of the input, D (out, r·∏kernel), weight as the layer stores it."""
     single = x.dim() == len(form.kernel) + 1
-    dtype, scope = _compute_dtype(x)
-    with scope:
+    dtype, uncast = compute_dtype(x)
+    with uncast:
         x = (x[None] if single else x).to(dtype)
         y: Tensor = _PaCAConv.apply(  # type: ignore[no-untyped-call]
             x, D, weight, bias, scale, channels, _trains(D), dtype != weight.dtype, form
         )
     return y[0] if single else y
-
-
-def _compute_dtype(x: Tensor) -> tuple[torch.dtype, contextlib.AbstractContextManager[Any]]:
-    """What the layer computes in here, and a ``with`` block in which nothing is cast again."""
-    kind = x.device.type
-    castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
-    dtype = torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else x.dtype
-    return dtype, torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext()
 
 
 def _trains(D: Tensor) -> bool:

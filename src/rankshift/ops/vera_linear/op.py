@@ -12,7 +12,6 @@ rows and columns of a pair that many layers share, usually wider than the comput
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankshift.ops.products import accumulate, into
+from rankshift.ops.products import accumulate, compute_dtype, into
 
 
 def vera_linear(
@@ -37,12 +36,10 @@ def vera_linear(
 
     ``dense(*packed)`` gives the frozen (out, in) weight; ``packed`` is saved, what it unpacks to is not.
     """
-    kind = x.device.type
-    castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
-    dtype = torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else x.dtype
+    dtype, uncast = compute_dtype(x)
     learns = torch.is_grad_enabled() and (d.requires_grad or b.requires_grad)
     cast = dtype != x.dtype or dtype != packed[0].dtype
-    with torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext():
+    with uncast:
         y: Tensor = _VeRALinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, A.shape[1]).to(dtype), A, B, d, b, bias, learns, cast, dense, *packed
         )
