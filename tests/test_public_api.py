@@ -16,8 +16,10 @@ from rankshift.core.config import field_docs
 from rankshift.methods import methods
 
 NAMES = {
+    "AdaRankGrad",
     "FlatLoRA",
     "Full",
+    "GaLore",
     "LoRA",
     "MELoRA",
     "Method",

@@ -18,8 +18,10 @@ _HOME = {
     "load_compressed": "train.compressed",
     "restore": "run",
     "Run": "run",
+    "AdaRankGrad": "methods",
     "FlatLoRA": "methods",
     "Full": "methods",
+    "GaLore": "methods",
     "LoRA": "methods",
     "MELoRA": "methods",
     "SoRA": "methods",
@@ -39,8 +41,10 @@ __all__ = sorted([*_HOME, "__version__"])
 if TYPE_CHECKING:
     from rankshift.core import errors as errors
     from rankshift.core.errors import RankshiftError as RankshiftError
+    from rankshift.methods import AdaRankGrad as AdaRankGrad
     from rankshift.methods import FlatLoRA as FlatLoRA
     from rankshift.methods import Full as Full
+    from rankshift.methods import GaLore as GaLore
     from rankshift.methods import LoRA as LoRA
     from rankshift.methods import MELoRA as MELoRA
     from rankshift.methods import Method as Method

@@ -56,6 +56,7 @@ class Placement:
         self.members: dict[str, Member] = {}
         self.active: tuple[str, ...] = ()
         self.sites: dict[str, Site] = {}  # by the name of the layer
+        self.projected: dict[str, Spec] = {}  # weights whose gradients are projected, by name
         self.originals: dict[str, Tensor] = {}  # of base tensors that train in place and can be put back
 
     # ---- placing
@@ -66,6 +67,7 @@ class Placement:
         """The layers and the whole modules a method will take. Every refusal comes here; nothing is changed."""
         model = self.model
         specs = [spec_of(model, site) for site in (method.sites(model) if ranks is None else ranks)]
+        method.projects(model)
         copies = _copies(model, method)
         specs = [s for s in specs if not any(s.name == c or s.name.startswith(c + ".") for c in copies)]
         for spec in specs:
@@ -210,9 +212,11 @@ class Placement:
     def train_in_place(self, method: Method) -> set[str]:
         """Freeze the base but for what the method trains where it is; the names of that."""
         names = set()
+        self.projected = method.projects(self.model)
         copied = tuple(f"{name}." for name in self.replicas())  # there the copies train
         for name, parameter, adapted in base_parameters(self.model):
-            trains = method.in_place(name, adapted) and not name.startswith(copied)
+            chosen = name in self.projected or method.in_place(name, adapted)
+            trains = chosen and not name.startswith(copied)
             parameter.requires_grad_(trains)
             if trains:
                 names.add(name)

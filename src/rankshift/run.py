@@ -89,6 +89,7 @@ class Run:
         self.phases: list[Phase] = []
         self._on = Placement(model)
         self._changed: set[str] = set()
+        self._ranks: dict[str, int] = {}  # of the subspaces of projected gradients, where no optimizer knows them
         self._frozen = {name: p.requires_grad for name, p, _ in base_parameters(model)}
         self._closed = self._suspended = ""
         self._ear = Ear()
@@ -174,6 +175,11 @@ class Run:
         """The adapter's part at each of its sites."""
         return self._on.adapter(name)
 
+    @property
+    def subspaces(self) -> dict[str, int]:
+        """The rank that each projected gradient's subspace has now, by the name of its weight."""
+        return self._ranks | self._driver.ranks()
+
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, tensor) of everything that trains, in a fixed order: sites, whole copies, base parameters in place."""
         return ((name, parameter) for name, parameter, _ in self._on.trainable())
@@ -241,7 +247,7 @@ class Run:
             factors |= method.learning_rates([name for name, _, owner in owned if owner is method])
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for name, tensor, method in owned:
-            transform: Transform = method.transform(name, tensor) or Adam()
+            transform: Transform = method.transform(name, tensor, self._on.projected.get(name)) or Adam()
             decays = method.decays(name, tensor) and (decay is None or decay(name, tensor))
             factor = factors.get(name, 1.0)
             group = groups.setdefault(
@@ -249,7 +255,9 @@ class Run:
                 {"params": [], "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0},
             )
             group["params"].append((name, tensor))
-        optimizer = Optimizer(groups.values(), [key[0] for key in groups], lr, betas, eps, weight_decay)
+        optimizer = Optimizer(
+            groups.values(), [key[0] for key in groups], lr, betas, eps, weight_decay, self.seed, self._ranks
+        )
         self._driver.check_gradients = check_gradients
         self._driver.bind(optimizer, self.model, optimizer.initial)
         self._driver.refusal = ""
@@ -683,6 +691,7 @@ class Run:
             "skipped": self.skipped,
             "phases": [phase.to_mapping() for phase in self.phases],
             "changed": sorted(self.changed),
+            "subspaces": self.subspaces,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -727,6 +736,7 @@ class Run:
         self.total_steps = state["total_steps"]
         self.phases = [Phase.from_mapping(phase) for phase in state["phases"]]
         self._changed = set(state["changed"])
+        self._ranks = dict(state.get("subspaces", {}))
         self.use(*state["active"])
         self._driver.step, self._driver.skipped = int(state["step"]), int(state.get("skipped", 0))
         self._driver.open_window()

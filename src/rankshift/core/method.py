@@ -138,8 +138,13 @@ class Method:
         """Whether weight decay may apply to a trainable tensor."""
         return True
 
-    def transform(self, name: str, tensor: Tensor) -> Any:
-        """The optimizer transform of one trainable tensor; None for AdamW."""
+    def projects(self, model: nn.Module) -> dict[str, Spec]:
+        """Weights of the model whose gradients are projected into a subspace, by name, and the layers they belong to.
+        They train in place."""
+        return {}
+
+    def transform(self, name: str, tensor: Tensor, spec: Spec | None = None) -> Any:
+        """The optimizer transform of a trainable tensor; None for AdamW. ``spec``: where :meth:`projects` named one."""
         return None
 
     def must_learn(self, name: str) -> bool:

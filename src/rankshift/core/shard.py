@@ -72,6 +72,49 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
+def zeros(shape: Sequence[int], like: Tensor, dtype: torch.dtype, split: bool) -> Tensor:
+    """Zeros of this whole shape on the device of ``like``, and split along axis 0 over ranks as it is if ``split``."""
+    if not split or not isinstance(like, DTensor):
+        return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
+    width = local(like)[1]
+    part = torch.zeros((width.stop - width.start, *shape[1:]), dtype=dtype, device=held(like).device)
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    placed = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    assert isinstance(placed, DTensor)
+    return placed
+
+
+def _reduced(value: Tensor, like: Tensor, op: Any) -> Tensor:
+    if not isinstance(like, DTensor):
+        return value
+    value = value.contiguous()
+    for axis, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            dist.all_reduce(value, op, group=like.device_mesh.get_group(axis))
+    return value
+
+
+def sum_like(value: Tensor, like: Tensor) -> Tensor:
+    """The sum of ``value`` over the ranks among which ``like`` is split; every one of them must call this."""
+    return _reduced(value, like, dist.ReduceOp.SUM)
+
+
+def max_like(value: Tensor, like: Tensor) -> Tensor:
+    """The largest ``value`` on the ranks among which ``like`` is split; every one of them must call this."""
+    return _reduced(value, like, dist.ReduceOp.MAX)
+
+
+def from_rank_zero(tensor: Tensor) -> Tensor:
+    """The first rank's tensor on every rank, which must all have one of its shape; in place where it is contiguous."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def pick(tensor: Tensor, at: Tensor) -> Tensor:
     """The values of the full tensor at some flat positions, without gathering it. Under sharding every rank calls."""
     if not isinstance(tensor, DTensor):

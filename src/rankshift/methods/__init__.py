@@ -1,8 +1,10 @@
 """One paper per file. Importing this package fills the registry; read it to learn the field."""
 
 from rankshift.core.method import Method, from_dict, methods, to_dict
+from rankshift.methods.adarankgrad import AdaRankGrad
 from rankshift.methods.flat_lora import FlatLoRA
 from rankshift.methods.full import Full
+from rankshift.methods.galore import GaLore
 from rankshift.methods.lora import LoRA
 from rankshift.methods.melora import MELoRA
 from rankshift.methods.paca import PaCA
@@ -11,8 +13,10 @@ from rankshift.methods.sora import SoRA
 from rankshift.methods.vera import VeRA
 
 __all__ = [
+    "AdaRankGrad",
     "FlatLoRA",
     "Full",
+    "GaLore",
     "LoRA",
     "MELoRA",
     "Method",

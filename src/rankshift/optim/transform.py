@@ -6,7 +6,7 @@ its small gradient to the one inside it, with ``p=None`` because there is no par
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rankshift.core.errors import ConfigError
+from rankshift.core.random import Key
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,13 @@ class Hyper:
 class Transform(Protocol):
     """How the gradient of one tensor becomes a direction of descent."""
 
-    def init(self, p: Tensor) -> dict[str, Tensor]:
-        """State for a tensor like ``p``: every key, in its final shape. Nothing adds a key later."""
+    def init(self, p: Tensor, key: Key | None = None, rank: int | None = None) -> dict[str, Tensor]:
+        """State for a tensor like ``p``: every key. Nothing adds one later; of a shape only the rank may change.
+
+        Args:
+            key: of what the transform draws for this tensor.
+            rank: of its subspace, where it is known from a saved run; else the largest.
+        """
         ...
 
     def update(self, g: Tensor, state: dict[str, Tensor], p: Tensor | None, hyper: Hyper) -> Tensor:
@@ -80,6 +86,8 @@ class Optimizer(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        seed: int = 0,
+        ranks: Mapping[str, int] | None = None,
     ):
         if lr < 0:
             raise ConfigError(f"lr = {lr} is negative.")
@@ -89,14 +97,17 @@ class Optimizer(torch.optim.Optimizer):
             raise ConfigError(f"eps = {eps} and weight_decay = {weight_decay} must not be negative.")
         super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.transforms = tuple(transforms)
+        self.seed, self.ranks = seed, dict(ranks or {})
         if len(self.transforms) != len(self.param_groups):
             raise ConfigError(f"{len(self.transforms)} transforms for {len(self.param_groups)} parameter groups.")
 
     def initial(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter before its first step."""
         for group, transform in zip(self.param_groups, self.transforms, strict=True):
-            if any(p is other for other in group["params"]):
-                return transform.init(p)
+            for index, other in enumerate(group["params"]):
+                if p is other:
+                    name = group["param_names"][index] if "param_names" in group else str(index)
+                    return transform.init(p, Key(self.seed) / name, self.ranks.get(name))
         raise ConfigError(f"A tensor of shape {tuple(p.shape)} is not one that this optimizer steps.")
 
     @torch.no_grad()
@@ -112,7 +123,7 @@ class Optimizer(torch.optim.Optimizer):
                 if p.grad.is_sparse or p.grad.is_complex():
                     raise ConfigError(f"A gradient of shape {tuple(p.shape)} is sparse or complex: not supported.")
                 if not self.state[p]:
-                    self.state[p].update(transform.init(p))
+                    self.state[p].update(self.initial(p))
             hyper = Hyper(
                 float(group["lr"]), (group["betas"][0], group["betas"][1]), group["eps"], group["weight_decay"]
             )
@@ -126,8 +137,17 @@ class Optimizer(torch.optim.Optimizer):
         for index, p in zip(saved, mine, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 # torch casts everything but "step" to the parameter's dtype
-                if torch.is_tensor(value) and value.dtype != self.state[p][key].dtype:
+                if not torch.is_tensor(value):
+                    continue
+                if value.dim() == 0 and not value.is_floating_point():
+                    self.state[p][key] = value.to("cpu", copy=True)  # a counter, read every step
+                elif value.dtype != self.state[p][key].dtype:
                     self.state[p][key] = value.to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "transforms": self.transforms}  # torch's own names what is copied
+        return {
+            **super().__getstate__(),
+            "transforms": self.transforms,
+            "seed": self.seed,
+            "ranks": self.ranks,
+        }  # torch's own names what is copied

@@ -1,0 +1,104 @@
+"""GaLore: Adam in the leading subspace of each weight's gradient. Zhao et al. 2024, arXiv 2403.03507.
+
+    G = ∂L/∂W (m, n);  m > n: X = G Q, Q the n × r leading right singular vectors;  m < n: X = Pᵀ G, P those of the left
+    every T updates   Q ← of the gradient of now; Adam's moments stay where they stand
+    W ← (1 − lr·wd) W − lr·α·N Qᵀ,   N = Adam(X)
+
+Every weight trains, in place, as in full fine-tuning; what is small is Adam's state. What has no (out, in) matrix to
+project (embeddings, norms, biases, a head that ``targets`` does not name) takes ordinary AdamW at lr, without α.
+
+Beyond the paper: cheaper finders of the subspace, moments that go along (``transport``), Fira's residual, and renewals
+spread over the updates. Where the paper's algorithm writes bias-corrected moments back into the state, which would
+destroy the averages, they are temporaries here, as in the authors' code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from rankshift.core.errors import ConfigError
+from rankshift.core.form import EmbeddingForm
+from rankshift.core.method import Method
+from rankshift.core.site import Spec, select, spec_of
+from rankshift.optim.project import Clock, Project
+from rankshift.optim.subspace import Finder, Transport
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaLore(Method):
+    """Full-parameter training with Adam's moments in an r-dimensional subspace of each layer's gradient."""
+
+    name: ClassVar[str] = "galore"
+    paper: ClassVar[str] = "Zhao et al. 2024, arXiv 2403.03507"
+    summary: ClassVar[str] = "every weight; Adam's moments in the leading subspace of each gradient"
+    formula: ClassVar[str] = "out·in"
+    reversible: ClassVar[bool] = False
+    default_lr: ClassVar[float] = 1e-2
+
+    rank: int = 128
+    """Dimensions of the subspace; where a side of a layer is smaller, that. The paper has a quarter of the model's
+    width, and 4 or 8 to fine-tune."""
+    scale: float = 0.25
+    """α, a factor on the step of projected weights. The paper: 0.25 to pre-train, 4 and 2 at ranks 4 and 8."""
+    every: int = 200
+    """T: updates between two renewals of a subspace; 0: it is found once."""
+    stagger: bool = True
+    """Renew one layer after the other, spread over T updates, instead of all in one, as the paper does."""
+    finder: Finder = "range"
+    """How a subspace is found: "svd" as in the paper, "eigh" of the Gram matrix (the same subspace, faster), "range"
+    (randomised, 99 % of the energy at a fraction of the time), "warm" (one iteration from the last one)."""
+    transport: Transport = "none"
+    """What happens to Adam's moments at a renewal: "none" as in the paper, "reset", "square" or "centred"."""
+    residual: Literal["none", "fira"] = "none"
+    """"fira": what lies outside the subspace goes along, scaled row by row as Adam scaled what lies inside (Chen et
+    al. 2024, arXiv 2410.01623)."""
+    side: Literal["smaller", "larger", "in"] = "smaller"
+    """Which side of a layer is projected. "smaller" as in the paper; "larger" keeps less state; "in" is cheapest where
+    rows are sharded."""
+    rest: Literal["train", "freeze"] = "train"
+    """What is not projected: trained by AdamW, as in the paper, or left as it is."""
+
+    def check(self) -> None:
+        kind = type(self).__name__
+        for name in ("rank",):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{kind}({name}={getattr(self, name)}): it must be at least 1.")
+        if self.every < 0:
+            raise ConfigError(f"{kind}(every={self.every}): updates between two renewals, or 0 for never.")
+        if not self.scale > 0:
+            raise ConfigError(f"{kind}(scale={self.scale}): a factor on the step, above 0.")
+        if self.modules_to_save:
+            raise ConfigError(f"{kind} trains modules where they are, without copies: leave modules_to_save out.")
+
+    def sites(self, model: nn.Module) -> list[str]:
+        return []
+
+    def projects(self, model: nn.Module) -> dict[str, Spec]:
+        specs = [spec_of(model, name) for name in select(model, self.targets, self.exclude)]
+        specs = [spec for spec in specs if not isinstance(spec.form, EmbeddingForm)]
+        return {s.name if s.form.stacked else f"{s.name}.weight": s for s in specs}
+
+    def in_place(self, name: str, adapted: bool) -> bool:
+        return self.rest == "train"
+
+    def must_learn(self, name: str) -> bool:
+        return False
+
+    def transform(self, name: str, tensor: Tensor, spec: Spec | None = None) -> Any:
+        return None if spec is None else self.project(spec)
+
+    def project(self, spec: Spec) -> Project:
+        """The transform of one layer's weight."""
+        return Project(
+            rank=self.rank,
+            clock=Clock(self.every, stagger=self.stagger),
+            finder=self.finder,
+            transport=self.transport,
+            residual=self.residual == "fira",
+            side=self.side,
+            scale=self.scale,
+            form=spec.form,
+        )

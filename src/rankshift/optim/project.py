@@ -1,0 +1,337 @@
+"""Project: Adam in a subspace of each weight's gradient, which is renewed now and then. GaLore, AdaRankGrad, Fira.
+
+For G (out, in), seen from the side that is projected as A (l, s) — G itself, or Gᵀ for the output side:
+
+    now and then  Q ← leading right singular directions of A, (s, r): a fixed number, or the fewest that keep a share
+                  m, v ← in the new basis (:func:`rankshift.optim.subspace.transport`)
+    always        X = A Q, (l, r)
+                  m ← β1 m + (1−β1) X,  v ← β2 v + (1−β2) X²,  c ← β2 c + (1−β2)
+                  N = (m / (1−β1ᵗ)) / (√(v / c) + ε)
+                  W ← (1 − lr·wd) W − lr·α·N Qᵀ
+
+c, one number a direction, is how much of the average v has been filled: 1 − β2ᵗ for a direction that was always there,
+0 for one that was never seen; without it a new direction would be stepped along several times too far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rankshift.core import shard
+from rankshift.core.form import EmbeddingForm, Form, TransposedForm
+from rankshift.core.random import Key
+from rankshift.optim import subspace
+from rankshift.optim.moments import Store, Wide
+from rankshift.optim.subspace import Finder, Transport
+from rankshift.optim.transform import Hyper
+
+_TOGETHER = 1 << 26  # elements of the gradients that are decomposed at once
+_FIRST = 5  # updates after a renewal whose mean gradient is the measure of convergence
+_FADE = 0.9  # of the running mean that is compared with it
+_NEVER = 1 << 62  # updates
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When a basis is renewed: every so many updates, or earlier, once training inside the subspace has converged.
+
+    Converged: the running mean of ‖X‖ is at most ``kappa`` times what it was just after the renewal.
+    """
+
+    every: int = 200
+    """Updates between two renewals, at most. ∞ is 0: never again after the first."""
+    earliest: int | None = None
+    """Updates before which no convergence is looked for; None: the clock alone."""
+    kappa: float = 0.5
+    look: int = 10
+    """Updates between two looks: one transfer to the host each."""
+    stagger: bool = True
+    """Spread the second renewal of all tensors evenly over the first ``every`` updates, so that no update has them
+    all; False renews all at once, as GaLore does."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """A transform for weights; what its fields choose is described where they are typed."""
+
+    rank: int
+    energy: float | None = None  # the share of ‖A‖² to keep; None: the rank is fixed
+    min_rank: int = 1
+    multiple: int = 1  # ranks chosen by energy are multiples of this
+    clock: Clock = field(default_factory=Clock)
+    finder: Finder = "eigh"
+    oversample: int = 8
+    power: int = 1
+    transport: Transport = "none"
+    residual: bool = False  # Fira: what lies outside the subspace goes along, scaled as Adam scaled what lies inside
+    side: str = "smaller"  # of W, to project: "smaller" | "larger" | "in"
+    scale: float = 1.0
+    form: Form = field(default_factory=Form)
+    store: Store = field(default_factory=Wide)
+
+    # ---- geometry
+
+    def face(self, p: Tensor) -> tuple[tuple[int, ...], bool]:
+        """(…, l, s) of a whole parameter, and whether its input side is projected; of equal sides it is."""
+        *batch, out, into = self.form.matrix(torch.empty(p.shape, device="meta")).shape
+        on_input = self.side == "in" or out == into or (into < out) == (self.side == "smaller")
+        return ((*batch, out, into) if on_input else (*batch, into, out)), on_input
+
+    def facing(self, p: Tensor, stored: Tensor) -> Tensor:
+        """A tensor stored as ``p`` is, or this rank's part of one, as A."""
+        matrix = self.form.matrix(stored)
+        return matrix if self.face(p)[1] else matrix.mT
+
+    def split(self, p: Tensor) -> str:
+        """Which part of A other ranks hold: "" none, "rows", "columns", or "batch" for whole matrices."""
+        if not shard.is_sharded(p):
+            return ""
+        if self.form.stacked:
+            return "batch"
+        by_out = not isinstance(self.form, (TransposedForm, EmbeddingForm))
+        return "rows" if by_out == self.face(p)[1] else "columns"
+
+    def limit(self, p: Tensor) -> int:
+        """The largest rank of a parameter: ``rank``, or what its sides allow."""
+        return min(self.rank, *self.face(p)[0][-2:])
+
+    # ---- state
+
+    def init(self, p: Tensor, key: Key | None = None, rank: int | None = None) -> dict[str, Tensor]:
+        """Counters, on the CPU; basis (…, s, r) and moments (…, l, r) of zeros, in the rank of now.
+
+        Basis and mass are held whole on every rank, moments as the rows of A are.
+        """
+        rank = self.limit(p) if rank is None else rank
+        *batch, length, s = self.face(p)[0]
+        split, wide, device = self.split(p), torch.promote_types(p.dtype, torch.float32), p.device
+        counters = ("step", "born", "renewed", "renewals", "next")
+        state = {name: torch.zeros((), dtype=torch.int64) for name in counters}
+        word = (Key(0) if key is None else key / "basis").word
+        state["key"] = torch.tensor(word - (word >> 63 << 64), dtype=torch.int64)  # its bits as a signed number
+        state["basis"] = shard.zeros((*batch, s, rank), p, wide, split == "batch")
+        state |= self.store.init("exp_avg", (*batch, length, rank), p, split in ("rows", "batch"))
+        state |= self.store.init("exp_avg_sq", (*batch, length, rank), p, split in ("rows", "batch"))
+        state["mass"] = shard.zeros((*batch, rank), p, wide, split == "batch")
+        state["energy"] = torch.zeros((), dtype=wide, device=device)  # E(r) at the last renewal
+        if self.clock.earliest is not None:
+            state["pace"] = torch.zeros(2, dtype=wide, device=device)  # mean ‖X‖² now, and just after the renewal
+        if self.residual:
+            state["limit"] = torch.zeros((), dtype=wide, device=device)  # norm of the last residual
+        return state
+
+    # ---- a step
+
+    def update(self, g: Tensor, state: dict[str, Tensor], p: Tensor | None, hyper: Hyper) -> Tensor:
+        """The direction for one parameter, dense, of the part held here. It needs the parameter: there is no other."""
+        assert p is not None, "a projection has nothing to project inside another"
+        if _due(state):
+            self.renew([p], [g], [state], hyper)
+        A = self.facing(p, shard.held(g)).to(shard.held(state["basis"]).dtype)
+        N, X = self.advance(A, p, state, hyper)
+        self.look([p], [X], [state])
+        direction = self.lift(N, X, A, p, state)
+        return self.form.stored(direction if self.face(p)[1] else direction.mT)
+
+    def step(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        hyper: Hyper,
+    ) -> None:
+        due = [i for i, state in enumerate(states) if _due(state)]
+        if due:
+            self.renew([parameters[i] for i in due], [gradients[i] for i in due], [states[i] for i in due], hyper)
+        seen = []
+        for p, g, state in zip(parameters, gradients, states, strict=True):
+            A = self.facing(p, shard.held(g)).to(shard.held(state["basis"]).dtype)
+            N, X = self.advance(A, p, state, hyper)
+            direction = self.lift(N, X, A, p, state)
+            here = shard.held(p)
+            direction = self.form.stored(direction if self.face(p)[1] else direction.mT)
+            here.mul_(1 - hyper.lr * hyper.weight_decay).sub_(direction.to(here.dtype), alpha=hyper.lr)
+            seen.append(X.square().sum())
+        self.look(parameters, seen, states)
+
+    def advance(self, A: Tensor, p: Tensor, state: dict[str, Tensor], hyper: Hyper) -> tuple[Tensor, Tensor]:
+        """(N, X): Adam inside the subspace, for the rows of A held here."""
+        basis = shard.held(state["basis"])
+        X = A @ (basis if self.split(p) != "columns" else basis[shard.local(p)[1]])
+        X = shard.sum_like(X, p) if self.split(p) == "columns" else X
+        return self.adam(X, state, hyper), X
+
+    def adam(self, X: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
+        """N of a projected gradient X, with the moments advanced."""
+        beta1, beta2 = hyper.betas
+        state["step"] += 1
+        t = int(state["step"]) - int(state["born"])
+        mass = shard.held(state["mass"]).mul_(beta2).add_(1 - beta2)
+        m, v = self.store.read(state, "exp_avg"), self.store.read(state, "exp_avg_sq")
+        m.lerp_(X, 1 - beta1)
+        v.mul_(beta2).addcmul_(X, X, value=1 - beta2)
+        N = (m / (1 - beta1**t)) / ((v / mass[..., None, :]).sqrt_() + hyper.eps)
+        self.store.write(state, "exp_avg", m)
+        self.store.write(state, "exp_avg_sq", v)
+        return N
+
+    def lift(self, N: Tensor, X: Tensor, A: Tensor, p: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """α N Qᵀ, with Fira's residual where it is asked for; this rank's part of A's shape."""
+        basis = shard.held(state["basis"])
+        basis = basis[shard.local(p)[1]] if self.split(p) == "columns" else basis
+        direction = self.scale * (N @ basis.mT)
+        if not self.residual:
+            return direction
+        tiny = torch.finfo(X.dtype).tiny
+        gain = N.norm(dim=-1, keepdim=True) / X.norm(dim=-1, keepdim=True).clamp(min=tiny)
+        rest = gain * (A - X @ basis.mT)
+        norm = (shard.sum_like(rest.square().sum(), p) if self.split(p) else rest.square().sum()).sqrt()
+        bound = 1.01 * state["limit"]
+        shrink = torch.where((state["limit"] > 0) & (norm > bound), bound / norm.clamp(min=tiny), torch.ones_like(norm))
+        state["limit"].copy_(norm * shrink)
+        direction += shrink * rest
+        return direction
+
+    # ---- renewal
+
+    def renew(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        hyper: Hyper,
+    ) -> None:
+        """A new basis for each, decided once for all ranks; the moments go along."""
+        shapes = [(*self.face(p)[0], self.split(p) == "rows") for p in parameters]
+        for batch in subspace.same_shape(shapes, _TOGETHER):
+            ps, ss = [parameters[i] for i in batch], [states[i] for i in batch]
+            found = self._find(ps, [gradients[i] for i in batch], ss)
+            ranks = self._ranks(ps, ss, found)
+            for p, state, basis, rank in zip(ps, ss, found, ranks, strict=True):
+                self._move(p, state, basis, rank, hyper)
+        first = [state for state in states if int(state["renewals"]) == 1]
+        for i, state in enumerate(first if self.clock.stagger else ()):
+            if self.clock.every:
+                state["next"].fill_(int(state["step"]) + math.ceil(self.clock.every * (i + 1) / len(first)))
+
+    def _find(
+        self, ps: Sequence[Tensor], gs: Sequence[Tensor], states: Sequence[dict[str, Tensor]]
+    ) -> list[subspace.Basis]:
+        """Bases of gradients of one shape, equal on all ranks that hold a part of them."""
+        split, wide = self.split(ps[0]), shard.held(states[0]["basis"]).dtype
+        gather = split == "columns" or (split == "rows" and self.finder == "svd")
+        parts = [shard.whole(g) if gather else shard.held(g) for g in gs]
+        A = torch.stack([self.facing(p, part).to(wide) for p, part in zip(ps, parts, strict=True)])
+        s = A.shape[-1]
+        width = self.limit(ps[0]) if self.finder in ("eigh", "svd") else min(s, self.limit(ps[0]) + self.oversample)
+        draw = start = None
+        if self.finder in ("range", "warm"):
+            draws = [_draw(state, (*A.shape[1:-2], s, width), A) for state in states]
+            draw = torch.stack(draws)
+        if self.finder == "warm" and all(int(state["renewals"]) for state in states):
+            bases = [shard.held(state["basis"]) for state in states]
+            if len({basis.shape for basis in bases}) == 1:
+                start = torch.stack(bases)
+        rows = split == "rows" and not gather
+        found = subspace.find(
+            A, width, self.finder, draw=draw, start=start, power=self.power,
+            reduce=(lambda part: shard.sum_like(part, ps[0])) if rows else (lambda part: part),
+        )  # fmt: skip
+        if split != "batch":  # there every rank has matrices of its own
+            found = subspace.Basis(*(shard.from_rank_zero(t) for t in (found.vectors, found.energies, found.total)))
+        return [subspace.Basis(v, e, t) for v, e, t in zip(found.vectors, found.energies, found.total, strict=True)]
+
+    def _ranks(
+        self, ps: Sequence[Tensor], states: Sequence[dict[str, Tensor]], found: Sequence[subspace.Basis]
+    ) -> list[int]:
+        """The rank of each from now on; one transfer to the host."""
+        most = self.limit(ps[0])
+        if self.energy is None:
+            return [most] * len(ps)
+        wanted = torch.stack([subspace.needed(basis, self.energy).amax() for basis in found])
+        empty = torch.stack([basis.total.amax() == 0 for basis in found])
+        if self.split(ps[0]) == "batch":  # one rank for all matrices of a stack, wherever they are
+            wanted = shard.max_like(wanted, ps[0])
+            empty = -shard.max_like(-empty.to(wanted.dtype), ps[0])
+        ranks = []
+        for state, rank, nothing in zip(states, *torch.stack([wanted, empty.to(wanted.dtype)]).tolist(), strict=True):
+            if nothing:  # a gradient of zeros says nothing of ranks
+                ranks.append(state["basis"].shape[-1])
+            else:
+                ranks.append(subspace.rounded_up(max(rank, min(self.min_rank, most)), self.multiple, most))
+        return ranks
+
+    def _move(self, p: Tensor, state: dict[str, Tensor], found: subspace.Basis, rank: int, hyper: Hyper) -> None:
+        """Put one tensor's state into its new basis."""
+        old = shard.held(state["basis"])
+        first = int(state["renewals"]) == 0
+        new = found.narrow(rank)
+        if not first and new.shape == old.shape:  # what got no gradient, as an expert without tokens, stays
+            new = torch.where((found.total > 0)[..., None, None], new, old)
+        if not first and self.transport != "none":
+            seen = 1 - hyper.betas[0] ** (int(state["step"]) - int(state["born"]))
+            moments = subspace.Moments(
+                self.store.read(state, "exp_avg"), self.store.read(state, "exp_avg_sq"), shard.held(state["mass"])
+            )
+            moments = subspace.transport(moments, new.mT @ old, self.transport, seen)
+            if rank != old.shape[-1]:
+                state |= self._sized(p, rank)
+            self.store.write(state, "exp_avg", moments.first)
+            self.store.write(state, "exp_avg_sq", moments.second)
+            shard.held(state["mass"]).copy_(moments.mass)
+            if self.transport == "reset":
+                state["born"].copy_(state["step"])
+        elif rank != old.shape[-1]:
+            state |= self._sized(p, rank)
+        shard.held(state["basis"]).copy_(new)
+        state["energy"].copy_(subspace.captured(found, rank).mean())
+        state["renewals"] += 1
+        state["renewed"].copy_(state["step"])
+        state["next"].fill_(int(state["step"]) + self.clock.every if self.clock.every else _NEVER)
+        if "pace" in state:
+            state["pace"].zero_()
+
+    def _sized(self, p: Tensor, rank: int) -> dict[str, Tensor]:
+        """Fresh memory for what has the rank in its shape."""
+        fresh = self.init(p, None, rank)
+        return {name: fresh[name] for name in fresh if name in ("basis", "mass") or name.startswith("exp_avg")}
+
+    def look(self, parameters: Sequence[Tensor], sizes: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> None:
+        """Follow ‖X‖², and let those be renewed next whose training in the subspace has converged."""
+        clock = self.clock
+        if clock.earliest is None or not states:
+            return
+        parts = torch.stack(list(sizes))
+        cut = [i for i, p in enumerate(parameters) if self.split(p) in ("rows", "batch")]
+        if cut:
+            parts[cut] = shard.sum_like(parts[cut], parameters[cut[0]])
+        asked = []
+        for size, state in zip(parts, states, strict=True):
+            age = int(state["step"]) - int(state["renewed"])  # 1 in the update of the renewal
+            now, after = state["pace"]
+            now.copy_(size if age == 1 else now.lerp(size, 1 - _FADE))
+            if age <= _FIRST:
+                after.add_(size / _FIRST)
+            if age >= max(clock.earliest, _FIRST) and age % clock.look == 0 and int(state["next"]) > int(state["step"]):
+                asked.append(state)
+        if asked:
+            done = torch.stack([state["pace"][0] <= clock.kappa**2 * state["pace"][1] for state in asked])
+            for state, converged in zip(asked, done.tolist(), strict=True):
+                if converged:
+                    state["next"].copy_(state["step"])
+
+
+def _due(state: dict[str, Tensor]) -> bool:
+    return int(state["step"]) >= int(state["next"])
+
+
+def _draw(state: dict[str, Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Random numbers of one tensor's renewal, from a generator of its own: equal on devices of one kind."""
+    word = (int(state["key"]) + int(state["renewals"]) * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
+    generator = torch.Generator(device=like.device).manual_seed(word)
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)

@@ -1,0 +1,150 @@
+"""Subspaces of a gradient: finding one, choosing its rank, and carrying Adam's moments from one to the next.
+
+A matrix A (l, s) is projected along its last axis: a basis Q (s, r) with orthonormal columns, X = A Q (l, r), lifted
+X Qᵀ. Whoever projects the other axis hands over Aᵀ. Leading axes are a batch of matrices of one shape.
+
+Zhao et al. 2024, arXiv 2403.03507 (GaLore); Refael et al. 2024, arXiv 2410.17881 (AdaRankGrad); Robert et al. 2024,
+arXiv 2410.16103 (LDAdam).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Finder = Literal["eigh", "range", "warm", "svd"]
+Transport = Literal["none", "reset", "square", "centred"]
+
+FINDERS: tuple[str, ...] = ("eigh", "range", "warm", "svd")
+TRANSPORTS: tuple[str, ...] = ("none", "reset", "square", "centred")
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Directions of a matrix by falling energy."""
+
+    vectors: Tensor  # (…, s, k), orthonormal columns
+    energies: Tensor  # (…, k): ‖A q‖² of each; their sum is exactly what the basis captures
+    total: Tensor  # (…): ‖A‖²_F
+
+    def narrow(self, rank: int) -> Tensor:
+        """(…, s, rank): the leading directions, in memory of their own."""
+        return self.vectors[..., :rank].clone(memory_format=torch.contiguous_format)
+
+
+def find(
+    A: Tensor,
+    width: int,
+    finder: Finder = "eigh",
+    *,
+    draw: Tensor | None = None,
+    start: Tensor | None = None,
+    power: int = 1,
+    reduce: Callable[[Tensor], Tensor] = lambda part: part,
+) -> Basis:
+    """The ``width`` leading right singular directions of A, exact ("svd", "eigh") or nearly so ("range", "warm").
+
+    "svd" decomposes A. "eigh" decomposes the Gram AᵀA: the same subspace as far as the dtype tells σ² apart. "range" is
+    the randomised range finder (Halko, Martinsson & Tropp 2011) with ``power`` iterations. "warm" begins where the last
+    basis was, which drifts slowly, and takes one iteration.
+
+    Args:
+        A: (…, l, s), in fp32 or wider. Rows may be spread over ranks.
+        draw: (…, s, width) random numbers, for "range", and for what "warm" has no direction for.
+        start: (…, s, r) the last basis, for "warm".
+        reduce: sums over the ranks that hold other rows of A; "svd" needs all rows here.
+    """
+    width = min(width, A.shape[-1])
+    total = reduce(A.square().sum((-2, -1)))
+    if finder == "svd":
+        _, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
+        width = min(width, sigma.shape[-1])
+        return Basis(Vh[..., :width, :].mT, sigma[..., :width].square(), total)
+    if finder == "eigh":
+        energies, vectors = torch.linalg.eigh(reduce(A.mT @ A))
+        return Basis(vectors.flip(-1)[..., :width], energies.flip(-1)[..., :width].clamp(min=0), total)
+    assert draw is not None
+    Z = draw[..., :width]
+    if finder == "warm" and start is not None:
+        Z = torch.cat([start, Z], -1)[..., :width]
+    for _ in range(1 if finder == "warm" else 1 + power):
+        Z = torch.linalg.qr(reduce(A.mT @ (A @ torch.linalg.qr(Z).Q))).Q
+    B = A @ Z
+    energies, rotation = torch.linalg.eigh(reduce(B.mT @ B))
+    return Basis(Z @ rotation.flip(-1), energies.flip(-1).clamp(min=0), total)
+
+
+def needed(basis: Basis, energy: float) -> Tensor:
+    """(…): the fewest directions that keep ``energy`` of ‖A‖², int64; one more than there are if none do.
+
+    The number r with E(r) ≥ energy > E(r − 1), E(r) = Σ_{i≤r} σ_i² / ‖A‖²_F; the published rule, read literally, is a
+    supremum over a set without one.
+    """
+    share = basis.energies.cumsum(-1) / basis.total.clamp(min=torch.finfo(basis.total.dtype).tiny)[..., None]
+    # energy = 1 is met when nothing but rounding is missing
+    return (share < energy - 4 * torch.finfo(share.dtype).eps).sum(-1) + 1
+
+
+def captured(basis: Basis, rank: int) -> Tensor:
+    """(…): E(rank), the share of ‖A‖² along the leading directions; 0 for a matrix of zeros."""
+    tiny = torch.finfo(basis.total.dtype).tiny
+    return basis.energies[..., :rank].sum(-1) / basis.total.clamp(min=tiny)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's averages in some basis."""
+
+    first: Tensor  # (…, l, r)
+    second: Tensor  # (…, l, r)
+    mass: Tensor  # (…, r): 1 − β2ᵗ of each direction, 0 for one never seen
+
+
+def transport(moments: Moments, R: Tensor, how: Transport, seen: float) -> Moments:
+    """The moments in a new basis.
+
+    With R = Q_newᵀ Q_old: the first goes over exactly, M Rᵀ. The second is known as a diagonal only. "square" takes
+    directions as uncorrelated around zero, (R∘R) V; "centred" as uncorrelated around their mean (LDAdam); both stay
+    non-negative, where R V does not. What a direction was never seen along is said by the mass, (R∘R) c.
+
+    Args:
+        R: (…, r', r).
+        how: "none" leaves the numbers where they stand, as GaLore does: r' = r. "reset" begins anew.
+        seen: 1 − β1ᵗ, which the first moment is divided by, for "centred".
+    """
+    if how == "none":
+        return moments
+    square = R.square()
+    mass = (square @ moments.mass[..., None])[..., 0]
+    if how == "reset":
+        shape = (*moments.first.shape[:-1], R.shape[-2])
+        return Moments(moments.first.new_zeros(shape), moments.second.new_zeros(shape), torch.zeros_like(mass))
+    first = moments.first @ R.mT
+    if how == "square":
+        return Moments(first, moments.second @ square.mT, mass)
+    old = moments.mass.clamp(min=torch.finfo(mass.dtype).tiny)[..., None, :]
+    mean = moments.first / max(seen, torch.finfo(mass.dtype).tiny)
+    variance = moments.second / old - mean.square()
+    second = (variance @ square.mT + (mean @ R.mT).square()).abs()
+    return Moments(first, second * mass[..., None, :], mass)
+
+
+def rounded_up(rank: int, multiple: int, most: int) -> int:
+    """A rank as a multiple of some number, at most ``most``."""
+    return min(-(-rank // multiple) * multiple, most)
+
+
+def same_shape(shapes: Sequence[tuple[int, ...]], limit: int) -> list[list[int]]:
+    """Indices of matrices to decompose together: of one shape, at most ``limit`` elements at a time."""
+    together: dict[tuple[int, ...], list[list[int]]] = {}
+    for index, shape in enumerate(shapes):
+        most = max(1, limit // max(1, torch.Size(shape).numel()))
+        batches = together.setdefault(shape, [[]])
+        if len(batches[-1]) >= most:
+            batches.append([])
+        batches[-1].append(index)
+    return [batch for batches in together.values() for batch in batches]
