@@ -27,7 +27,7 @@ TRANSPORTS: tuple[str, ...] = ("none", "reset", "square", "centred")
 class Basis:
     """Directions of a matrix by falling energy."""
 
-    vectors: Tensor  # (…, s, k), orthonormal columns
+    vectors: Tensor  # (…, s, k), orthonormal columns, the largest entry of each positive
     energies: Tensor  # (…, k): ‖A q‖² of each; their sum is exactly what the basis captures
     total: Tensor  # (…): ‖A‖²_F
 
@@ -63,10 +63,10 @@ def find(
     if finder == "svd":
         _, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
         width = min(width, sigma.shape[-1])
-        return Basis(Vh[..., :width, :].mT, sigma[..., :width].square(), total)
+        return Basis(_signed(Vh[..., :width, :].mT), sigma[..., :width].square(), total)
     if finder == "eigh":
         energies, vectors = torch.linalg.eigh(reduce(A.mT @ A))
-        return Basis(vectors.flip(-1)[..., :width], energies.flip(-1)[..., :width].clamp(min=0), total)
+        return Basis(_signed(vectors.flip(-1)[..., :width]), energies.flip(-1)[..., :width].clamp(min=0), total)
     assert draw is not None
     Z = draw[..., :width]
     if finder == "warm" and start is not None:
@@ -75,7 +75,13 @@ def find(
         Z = torch.linalg.qr(reduce(A.mT @ (A @ torch.linalg.qr(Z).Q))).Q
     B = A @ Z
     energies, rotation = torch.linalg.eigh(reduce(B.mT @ B))
-    return Basis(Z @ rotation.flip(-1), energies.flip(-1).clamp(min=0), total)
+    return Basis(_signed(Z @ rotation.flip(-1)), energies.flip(-1).clamp(min=0), total)
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """The same directions, the largest entry of each positive: a factorisation leaves the sign to rounding."""
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
 
 
 def needed(basis: Basis, energy: float) -> Tensor:
