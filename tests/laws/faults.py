@@ -19,8 +19,10 @@ from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.method import _REGISTRY
 from rankshift.core.random import Key
 from rankshift.core.site import Spec
+from rankshift.methods.galore import GaLore
 from rankshift.methods.lora import LoRA, LoRALayer
 from rankshift.optim import Adam, Hyper
+from rankshift.optim.project import Clock, Project
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Faulty(LoRA):
         if isinstance(adapter, Unsaved):
             adapter.factor.fill_(1.5)
 
-    def transform(self, name: str, tensor: Tensor) -> Any:
+    def transform(self, name: str, tensor: Tensor, spec: Spec | None = None) -> Any:
         return LateKey() if self.fault == "transform invents a key" else None
 
 
@@ -257,6 +259,45 @@ class LateKey(Adam):
         super().step(parameters, gradients, states, hyper)
         for state in states:
             state.setdefault("late", torch.zeros(()))
+
+
+@dataclass(frozen=True)
+class Wandering(Project):
+    """A projection that renews its basis in every update, with the fault that ``fault`` names."""
+
+    fault: str = ""
+
+    def _move(self, p: Any, state: Any, found: Any, rank: int, hyper: Hyper) -> None:
+        before = state["exp_avg"]
+        super()._move(p, state, found, rank, hyper)
+        if self.fault == "moves at every renewal":
+            state["exp_avg"] = state["exp_avg"].clone()
+        if self.fault == "keeps what it freed" and state["exp_avg"].numel() < before.numel():
+            state["exp_avg"] = before.view(-1)[: state["exp_avg"].numel()].view_as(state["exp_avg"])
+        if self.fault == "another shape":
+            state["energy"] = state["energy"].reshape(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unsettled(GaLore):
+    """GaLore, or AdaRankGrad where ``energy`` says so, with a state that does not stay where it is."""
+
+    name: ClassVar[str] = "unsettled"
+    fault: str = ""
+    energy: float | None = None
+
+    def project(self, spec: Spec) -> Project:
+        return Wandering(
+            rank=self.rank,
+            energy=self.energy,
+            clock=Clock(1, stagger=False),
+            transport="square",
+            form=spec.form,
+            fault=self.fault,
+        )
+
+
+_REGISTRY.pop(Unsettled.name)
 
 
 # ---- the pulse with a fault

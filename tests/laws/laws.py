@@ -268,27 +268,38 @@ def same_generators(what: str) -> Iterator[None]:
 
 
 def in_place(case: Case, engine: Engine) -> None:
-    """Optimizer keys, shapes and dtypes are those of ``init``; every tensor stays where it is in memory."""
+    """Optimizer keys, shapes and dtypes are those of ``init`` at the rank of now, in memory of just that size; every
+    tensor stays where it is in memory. Only the state of a subspace whose rank has changed may be somewhere else."""
     session = begin(engine, case.method, noisy=case.noisy)
     session.step()
-    optimizer = session.optimizer
+    first, ranks = _places(session), session.run.subspaces
+    for _ in range(length(engine) - 1):
+        session.step()
+        now = _places(session)
+        assert now.keys() == first.keys(), f"new state: {sorted(now.keys() ^ first.keys())[:3]}"
+        free = {name for name, rank in session.run.subspaces.items() if rank != ranks[name]}
+        moved = [name for name, place in now.items() if place != first[name] and name.rpartition("/")[0] not in free]
+        assert not moved, f"{moved[:3]} moved in memory or changed shape"
+        first, ranks = now, session.run.subspaces
 
-    def places() -> dict[str, tuple[int, torch.Size, torch.dtype]]:
-        tensors = {f"model/{name}": p for name, p in session.model.named_parameters()}
-        for name, parameter in session.run.trainable():
-            tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
-        return {name: (shard.local(t)[0].data_ptr(), t.shape, t.dtype) for name, t in tensors.items()}
 
-    first = places()
+def _places(session: Session) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
+    """Where parameters and optimizer state are; of the latter also that it is what ``init`` makes."""
+    optimizer, tensors = (
+        session.optimizer,
+        dict[str, Tensor]((f"model/{name}", p) for name, p in session.model.named_parameters()),
+    )
     for group, transform in zip(optimizer.param_groups, optimizer.transforms, strict=True):
-        for parameter in group["params"]:
-            promised = {k: (v.shape, v.dtype) for k, v in transform.init(parameter).items()}
-            found = {k: (v.shape, v.dtype) for k, v in optimizer.state[parameter].items()}
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            state, rank = optimizer.state[parameter], session.run.subspaces.get(name)
+            promised = {k: (v.shape, v.dtype) for k, v in transform.init(parameter, rank=rank).items()}
+            found = {k: (v.shape, v.dtype) for k, v in state.items()}
             assert found == promised, f"optimizer state {found} is not what init made, {promised}"
-    session.steps(length(engine) - 1)
-    assert places().keys() == first.keys(), f"new state: {sorted(places().keys() ^ first.keys())[:3]}"
-    moved = [name for name, place in places().items() if place != first[name]]
-    assert not moved, f"{moved[:3]} moved in memory or changed shape"
+            for key, value in state.items():
+                part = shard.held(value)
+                assert part.untyped_storage().nbytes() == part.nbytes, f"{name}/{key} holds more memory than it fills"
+            tensors |= {f"{name}/{key}": value for key, value in state.items()}
+    return {name: (shard.local(t)[0].data_ptr(), t.shape, t.dtype) for name, t in tensors.items()}
 
 
 # ---- 7. shapes

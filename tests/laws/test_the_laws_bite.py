@@ -10,7 +10,7 @@ import pytest
 import rankshift as rs
 from laws import laws
 from laws.cases import Case
-from laws.faults import Faulty, FaultyPulse
+from laws.faults import Faulty, FaultyPulse, Unsettled
 from laws.pool import Pool
 from laws.pulse import registered
 from laws.world import Engine
@@ -41,7 +41,7 @@ ONE: list[tuple[Callable[..., None], str, str]] = [
     (laws.quiet, "writes behind the back", "run.changed does not say so"),
     (laws.quiet, "flips what trains", "set of parameters"),
     (laws.quiet, "adds a parameter", "set of parameters"),
-    (laws.in_place, "adds a key", "new state"),
+    (laws.in_place, "adds a key", "not what init made"),
     (laws.in_place, "replaces a moment", "moved in memory"),
     (laws.in_place, "replaces data", "moved in memory"),
     (laws.in_place, "transform invents a key", "not what init made"),
@@ -81,6 +81,22 @@ def test_the_laws_hold_for_the_same_method_without_a_fault() -> None:
 def test_an_event_that_folds_and_forgets_is_found() -> None:
     assert "changes W + ΔW" in verdict(laws.preserve, FaultyPulse(forget=True), "one")
     assert verdict(laws.preserve, FaultyPulse(), "one") == ""
+
+
+@pytest.mark.parametrize(
+    ("fault", "fixed", "adaptive"),
+    [
+        ("", "", ""),
+        ("moves at every renewal", "moved in memory", "moved in memory"),
+        ("another shape", "not what init made", "not what init made"),
+        ("keeps what it freed", "", "more memory than it fills"),
+    ],
+)
+def test_a_subspace_that_is_not_where_it_was_is_found(fault: str, fixed: str, adaptive: str) -> None:
+    for energy, says in ((None, fixed), (0.9, adaptive)):
+        text = verdict(laws.in_place, Unsettled(rank=6, fault=fault, energy=energy), "one")
+        assert says in text
+        assert bool(says) == bool(text), text
 
 
 def test_a_dose_that_is_not_zero_is_found() -> None:
