@@ -15,7 +15,7 @@ from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.errors import AttachError, ConfigError, RankTooLarge, UnmatchedTarget, nearest
 from rankshift.core.event import Event, Needs
-from rankshift.core.method import Estate, Method, Shared
+from rankshift.core.method import Estate, Method, Shared, Subspace
 from rankshift.core.random import Key
 from rankshift.core.site import (
     Replica,
@@ -356,6 +356,11 @@ class Placement:
             if parameter.requires_grad:
                 must = self.method.must_learn(base_name)
                 yield base_name, parameter, Needs.GRADIENT if must else Needs.NOTHING
+
+    def subspaces(self, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Subspace]:
+        """Where gradients are projected to, by the name of the weight; ``states``: of the optimizer, by name."""
+        adapters = self.adapter(self.active[0]) if self.active else {}
+        return self.method.subspaces(self.projected, states, adapters)
 
     def audience(self) -> Iterator[tuple[Event, Sequence[Adapter]]]:
         """The events of the acting adapters, and where they apply."""

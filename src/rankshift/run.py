@@ -7,6 +7,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from rankshift.placement import (
     weight_name,
     weights,
 )
-from rankshift.summary import Compression, Summary, compression, summarise
+from rankshift.summary import Compression, Projections, Summary, compression, projections, summarise
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -187,7 +188,16 @@ class Run:
     def summary(self) -> Summary:
         """Matched layers, trainable and total parameters, bytes; prints as a table."""
         shard.settle(self.model)
-        return summarise(self)
+        return summarise(self, self._on)
+
+    def subspace_table(self) -> Projections:
+        """Rank, captured energy and renewals of every projected weight; prints as a table.
+
+        :meth:`metrics` has the means. Without projected weights it is empty. One transfer to the host.
+        """
+        ranks = self.subspaces
+        found = self._on.subspaces(self._driver.states())
+        return projections(self.step, {n: replace(s, rank=ranks.get(n, s.rank)) for n, s in found.items()})
 
     def compression(self) -> Compression:
         """Parameters and multiply-adds before and after :meth:`compress`, known from the start; prints as a table.
@@ -214,7 +224,7 @@ class Run:
             prefix = "" if name == DEFAULT else f"{name}_"
             values = self._on.members[name].method.metrics(self._on.adapter(name))
             found |= {prefix + key: value for key, value in values.items()}
-        return found
+        return found | self.subspace_table().means()
 
     # ---- training
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from rankshift.core.form import ConvForm, EmbeddingForm
 from rankshift.core.site import bare, base_parameters, form_of
+from rankshift.optim import Adam, Transform
 
 if TYPE_CHECKING:
+    from rankshift.core.method import Subspace
+    from rankshift.placement import Placement
     from rankshift.run import Run
 
 
 @dataclass(frozen=True)
 class Row:
-    """Sites that share a layer name."""
+    """Sites, or projected weights, that share a layer name."""
 
     layer: str  # last part of the dotted name
     sites: int
@@ -37,7 +43,8 @@ class Summary:
     bytes_base: int
     bytes_frozen: int  # what adapters hold and do not train: a shared pair of projections, an anchor
     bytes_trainable: int
-    bytes_optimizer: int  # AdamW's two moments of what trains
+    bytes_optimizer: int  # its state for what trains, at the ranks of now
+    bytes_adamw: int  # AdamW's state for the same tensors
     left_alone: tuple[str, ...]  # modules with weights outside every site that do not train
 
     @property
@@ -46,19 +53,17 @@ class Summary:
         return 100 * self.trainable / max(1, self.total)
 
     def __str__(self) -> str:
-        table = [("layer", "sites", "out × in", "rank", "trainable")]
-        table += [(r.layer, str(r.sites), r.shape, r.rank, f"{r.trainable:,}") for r in self.rows]
-        widths = [max(len(row[i]) for row in table) for i in range(5)]
+        saved = 100 * (1 - self.bytes_optimizer / max(1, self.bytes_adamw))
         lines = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in table
-        ]
-        lines.insert(1, "─" * len(lines[0]))
-        lines += [
+            *_table(
+                ("layer", "sites", "out × in", "rank", "trainable"),
+                [(r.layer, str(r.sites), r.shape, r.rank, f"{r.trainable:,}") for r in self.rows],
+            ),
             "",
             f"{self.method}: {self.trainable:,} of {self.total:,} parameters train ({self.percent:.2f} %)",
             f"base {_size(self.bytes_base)}, trained {_size(self.bytes_trainable)}, "
             f"gradients {_size(self.bytes_trainable)}, optimizer {_size(self.bytes_optimizer)}"
+            + (f" ({saved:.0f} % below AdamW's {_size(self.bytes_adamw)})" if saved >= 1 else "")
             + (f", frozen beside the base {_size(self.bytes_frozen)}" if self.bytes_frozen else ""),
         ]
         if self.left_alone:
@@ -92,14 +97,77 @@ class Compression:
         if self.macs_adapted[0]:
             rows["multiply-adds a token, adapted linear layers"] = self.macs_adapted
             rows["multiply-adds a token, all linear layers"] = self.macs_total
-        cells = [("", "before", "after", "left")]
-        cells += [(k, f"{a:,}", f"{b:,}", f"{100 * b / max(1, a):.2f} %") for k, (a, b) in rows.items()]
-        widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        lines = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in cells
-        ]
-        return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+        cells = [(k, f"{a:,}", f"{b:,}", f"{100 * b / max(1, a):.2f} %") for k, (a, b) in rows.items()]
+        return "\n".join(_table(("", "before", "after", "left"), cells))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One weight whose gradient is projected, as the optimizer's state has it now."""
+
+    name: str  # of the weight, as in ``run.subspaces``
+    shape: tuple[int, ...]  # (out, in); (experts, out, in) of a stack
+    rank: int
+    limit: int  # the largest rank that it may have
+    energy: float  # share of ‖G‖² that the subspace kept when it was renewed; 0 before the first update
+    saturated: bool  # its rank is chosen by energy, and the largest does not keep what was asked for
+    renewals: int
+    renewed: int  # the weight's update in which the last one was
+    bytes: int  # of the basis and the moments
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The subspaces of all projected weights at one moment; prints as a table."""
+
+    step: int
+    rows: tuple[Projection, ...]
+    by_energy: bool  # ranks follow the gradient
+
+    def means(self) -> dict[str, float]:
+        """What is logged of all together: mean rank and captured energy, saturated share, sum of renewals."""
+        if not self.rows:
+            return {}
+        count = len(self.rows)
+        found = {
+            "subspace_rank": sum(row.rank for row in self.rows) / count,
+            "subspace_energy": sum(row.energy for row in self.rows) / count,
+        }
+        if self.by_energy:
+            found["subspace_saturated"] = sum(row.saturated for row in self.rows) / count
+        return {**found, "subspace_renewals": sum(row.renewals for row in self.rows)}
+
+    def __str__(self) -> str:
+        cells = [
+            (
+                row.name, " × ".join(map(str, row.shape)), f"{row.rank} of {row.limit}",
+                f"{100 * row.energy:.1f} %" + (" !" if row.saturated else "") if row.renewals else "–",
+                str(row.renewals), str(row.renewed) if row.renewals else "–",
+                _size(row.bytes) if row.bytes else "–",
+            )
+            for row in self.rows
+        ]  # fmt: skip
+        lines = _table(("weight", "shape", "rank", "energy", "renewals", "last in", "state"), cells)
+        if any(row.saturated for row in self.rows):
+            lines += ["", "!: the largest rank keeps less than was asked for"]
+        return "\n".join(lines)
+
+
+def projections(step: int, found: Mapping[str, Subspace]) -> Projections:
+    """What :meth:`Method.subspaces` found as plain numbers, with one transfer to the host."""
+    seen = {name: s.energy for name, s in found.items() if s.energy is not None and s.renewals}
+    read = torch.stack([energy.to(torch.float64) for energy in seen.values()]).tolist() if seen else []
+    energies = dict(zip(seen, read, strict=True))
+    rows = []
+    for name, s in found.items():
+        energy = energies.get(name, 0.0)
+        short = s.wish is not None and name in energies and energy < s.wish - 1e-6  # by more than rounding
+        rows.append(
+            Projection(
+                name, s.shape, s.rank, s.limit, energy, short and s.rank >= s.limit, s.renewals, s.renewed, s.bytes
+            )
+        )
+    return Projections(step, tuple(rows), any(s.wish is not None for s in found.values()))
 
 
 def compression(run: Run) -> Compression | None:
@@ -129,7 +197,7 @@ def compression(run: Run) -> Compression | None:
     )
 
 
-def summarise(run: Run) -> Summary:
+def summarise(run: Run, placement: Placement) -> Summary:
     """The summary of a run's active adapters and everything it trains in place."""
     trainable = dict(run.trainable())
     kinds: dict[str, list[tuple[str, int, int]]] = {}
@@ -142,6 +210,11 @@ def summarise(run: Run) -> Summary:
         rank = sum(a.rank for a in site.acting())
         kinds.setdefault(leaf, []).append((name, rank, count))
         shapes.setdefault(leaf, set()).add(f"{site.spec.out} × {site.spec.into}")
+    subspaces = run.subspaces
+    for name, found in placement.subspaces({}).items():
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        kinds.setdefault(leaf, []).append((name, subspaces.get(name, found.rank), math.prod(found.shape)))
+        shapes.setdefault(leaf, set()).add(" × ".join(map(str, found.shape)))
     rows = []
     for leaf, members in kinds.items():
         ranks = sorted({rank for _, rank, _ in members})
@@ -158,7 +231,7 @@ def summarise(run: Run) -> Summary:
     rest = sum(p.numel() for p in trainable.values()) - in_sites
     base = list(base_parameters(run.model))
     if rest:
-        rows.append(Row("whole tensors", len(trainable) - _site_tensors(run), "various", "–", rest))
+        rows.append(Row("whole tensors", len(trainable) - _counted(run, placement), "various", "–", rest))
     alone = Counter(
         name.rpartition(".")[0].rpartition(".")[2] for name, p, adapted in base if not adapted and not p.requires_grad
     )
@@ -167,7 +240,10 @@ def summarise(run: Run) -> Summary:
         if leaf not in a.derived
     )  # fmt: skip
     held = [t for s in run.sites.values() for a in s.acting() for t in [*a.parameters(), *a.buffers()]]
-    moments = sum(2 * p.numel() * p.element_size() for p in trainable.values())
+    states = [
+        (t, method.transform(name, t, placement.projected.get(name)) or Adam(), subspaces.get(name))
+        for name, t, method in placement.trainable()
+    ]
     return Summary(
         method=type(run.method).__name__,
         rows=tuple(rows),
@@ -176,13 +252,33 @@ def summarise(run: Run) -> Summary:
         bytes_base=sum(p.numel() * p.element_size() for _, p, _ in base),
         bytes_frozen=sum(t.numel() * t.element_size() for t in held if not t.requires_grad),
         bytes_trainable=sum(p.numel() * p.element_size() for p in trainable.values()),
-        bytes_optimizer=moments,
+        bytes_optimizer=sum(_state(transform, tensor, rank) for tensor, transform, rank in states),
+        bytes_adamw=sum(_state(Adam(), tensor) for tensor, _, _ in states),
         left_alone=tuple(f"{leaf} (×{n})" if n > 1 else leaf for leaf, n in alone.most_common(8)),
     )
 
 
-def _site_tensors(run: Run) -> int:
-    return sum(1 for s in run.sites.values() for a in s.acting() for p in a.parameters() if p.requires_grad)
+def _state(transform: Transform, tensor: Tensor, rank: int | None = None) -> int:
+    """Bytes of a tensor's optimizer state, counters aside."""
+    like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return sum(t.numel() * t.element_size() for t in transform.init(like, None, rank).values() if t.dim())
+
+
+def _counted(run: Run, placement: Placement) -> int:
+    """Tensors that train in the rows of layers."""
+    factors = sum(1 for s in run.sites.values() for a in s.acting() for p in a.parameters() if p.requires_grad)
+    return factors + len(placement.projected)
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right, a rule under the head."""
+    cells = [head, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return [lines[0], "─" * len(lines[0]), *lines[1:]]
 
 
 def _size(count: float) -> str:

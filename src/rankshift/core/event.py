@@ -194,12 +194,16 @@ class Driver:
         held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         return next((name for name, tensor in tensors if id(tensor) not in held), None)
 
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's state of every tensor that has one, by name."""
+        optimizer = self._optimizer
+        groups = [] if optimizer is None else optimizer.param_groups
+        named = [pair for group in groups for pair in zip(group.get("param_names", ()), group["params"], strict=False)]
+        return {name: optimizer.state[p] for name, p in named if optimizer is not None and optimizer.state.get(p)}
+
     def ranks(self) -> dict[str, int]:
         """Ranks of the subspaces that the optimizer's state is in, by the name of a tensor."""
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        named = [pair for group in groups for pair in zip(group.get("param_names", ()), group["params"], strict=False)]
-        states = [(name, self._optimizer.state.get(p, {})) for name, p in named if self._optimizer is not None]
-        return {name: state["basis"].shape[-1] for name, state in states if "basis" in state}
+        return {name: state["basis"].shape[-1] for name, state in self.states().items() if "basis" in state}
 
     # ---- binding
 

@@ -43,6 +43,20 @@ class Estate:
     tensors: Mapping[str, Tensor]  # by name in the new adapter, whole; every tensor of it
 
 
+@dataclass(frozen=True)
+class Subspace:
+    """The subspace that one weight's gradient is projected into, as the optimizer's state has it."""
+
+    shape: tuple[int, ...]  # of the weight as a matrix, (out, in); (experts, out, in) of a stack
+    rank: int  # now, or to begin with
+    limit: int  # the largest that it may have
+    wish: float | None  # share of ‖G‖² that the rank is chosen to keep; None: it is fixed
+    energy: Tensor | None  # (), the share kept at the last renewal; None before the first
+    renewals: int
+    renewed: int  # the weight's update in which the last one was
+    bytes: int  # of basis and moments
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What a paper chooses on the four axes. Subclasses set ``name``, ``paper`` and ``summary`` and override verbs."""
@@ -157,6 +171,20 @@ class Method:
 
     def metrics(self, adapters: Mapping[str, Adapter]) -> dict[str, float]:
         """What is worth seeing while it trains, for logs. Under sharding every rank must call this."""
+        return {}
+
+    def subspaces(
+        self,
+        specs: Mapping[str, Spec],
+        states: Mapping[str, Mapping[str, Tensor]],
+        adapters: Mapping[str, Adapter],
+    ) -> dict[str, Subspace]:
+        """Where gradients are projected to, by the name of the weight.
+
+        Args:
+            specs: what :meth:`projects` named.
+            states: of the optimizer, by the name of a trainable tensor; empty before its first update.
+        """
         return {}
 
     def hears(self, model: nn.Module, sites: Sequence[str]) -> tuple[str, ...] | None:

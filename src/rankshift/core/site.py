@@ -47,6 +47,12 @@ class Spec:
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in); (experts, out, in) of a stack."""
+        batch = (self.form.experts,) if isinstance(self.form, ExpertsForm) else ()
+        return (*batch, self.out, self.into)
+
+    @property
     def max_rank(self) -> int:
         """min(out, in)."""
         return min(self.out, self.into)

@@ -14,14 +14,16 @@ destroy the averages, they are temporaries here, as in the authors' code.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from rankshift.core.adapter import Adapter
 from rankshift.core.errors import ConfigError
 from rankshift.core.form import EmbeddingForm
-from rankshift.core.method import Method
+from rankshift.core.method import Method, Subspace
 from rankshift.core.site import Spec, select, spec_of
 from rankshift.optim.project import Clock, Project
 from rankshift.optim.subspace import Finder, Transport
@@ -102,3 +104,19 @@ class GaLore(Method):
             scale=self.scale,
             form=spec.form,
         )
+
+    def subspaces(
+        self,
+        specs: Mapping[str, Spec],
+        states: Mapping[str, Mapping[str, Tensor]],
+        adapters: Mapping[str, Adapter],
+    ) -> dict[str, Subspace]:
+        return {name: self.seen(spec, states.get(name, {})) for name, spec in specs.items()}
+
+    def seen(self, spec: Spec, state: Mapping[str, Tensor]) -> Subspace:
+        """What one layer's state says of its subspace."""
+        most = min(self.rank, spec.max_rank)
+        renewals, renewed = (int(state[key]) if state else 0 for key in ("renewals", "renewed"))
+        rank = state["basis"].shape[-1] if state else most
+        size = sum(t.numel() * t.element_size() for t in state.values() if t.dim())
+        return Subspace(spec.shape, rank, most, self.project(spec).energy, state.get("energy"), renewals, renewed, size)
