@@ -135,7 +135,7 @@ def test_saved_state_loads_without_pickle_and_goes_on_to_the_bit():
 class Momentum:
     """State of another dtype than its parameter, and an integer beside it."""
 
-    def init(self, p, key=None, rank=None):
+    def init(self, p, key=None, rank=None, place=(1, 1)):
         return {"m": torch.zeros(p.shape, dtype=torch.float64), "count": torch.zeros((), dtype=torch.int64)}
 
     def update(self, g, state, p, hyper):

@@ -23,7 +23,9 @@ from rankshift.optim.transform import Hyper
 class Adam:
     """The state names and bits of ``torch.optim.AdamW``; whole parameters go through torch's own kernel."""
 
-    def init(self, p: Tensor, key: Key | None = None, rank: int | None = None) -> dict[str, Tensor]:
+    def init(
+        self, p: Tensor, key: Key | None = None, rank: int | None = None, place: tuple[int, int] = (1, 1)
+    ) -> dict[str, Tensor]:
         return {
             "step": torch.zeros((), dtype=torch.float32),
             "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),

@@ -15,7 +15,6 @@ c, one number a direction, is how much of the average v has been filled: 1 − �
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -53,6 +52,13 @@ class Clock:
     stagger: bool = True
     """Spread the second renewal of all tensors evenly over the first ``every`` updates, so that no update has them
     all; False renews all at once, as GaLore does."""
+
+    def wait(self, place: tuple[int, int] | None = None) -> int:
+        """Updates between two renewals; with ``place``, between the first two of one tensor of so many."""
+        if not self.every:
+            return _NEVER
+        index, count = place if place is not None and self.stagger else (1, 1)
+        return -(-self.every * index // count)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,9 @@ class Project:
 
     # ---- state
 
-    def init(self, p: Tensor, key: Key | None = None, rank: int | None = None) -> dict[str, Tensor]:
+    def init(
+        self, p: Tensor, key: Key | None = None, rank: int | None = None, place: tuple[int, int] = (1, 1)
+    ) -> dict[str, Tensor]:
         """Counters, on the CPU; basis (…, s, r) and moments (…, l, r) of zeros, in the rank of now.
 
         Basis and mass are held whole on every rank, moments as the rows of A are.
@@ -112,6 +120,7 @@ class Project:
         split, wide, device = self.split(p), torch.promote_types(p.dtype, torch.float32), p.device
         counters = ("step", "born", "renewed", "renewals", "next")
         state = {name: torch.zeros((), dtype=torch.int64) for name in counters}
+        state["wait"] = torch.tensor(self.clock.wait(place))  # updates from the coming renewal to the one after it
         word = (Key(0) if key is None else key / "basis").word
         state["key"] = torch.tensor(word - (word >> 63 << 64), dtype=torch.int64)  # its bits as a signed number
         state["basis"] = shard.zeros((*batch, s, rank), p, wide, split == "batch")
@@ -214,10 +223,6 @@ class Project:
             ranks = self._ranks(ps, ss, found)
             for p, state, basis, rank in zip(ps, ss, found, ranks, strict=True):
                 self._move(p, state, basis, rank, hyper)
-        first = [state for state in states if int(state["renewals"]) == 1]
-        for i, state in enumerate(first if self.clock.stagger else ()):
-            if self.clock.every:
-                state["next"].fill_(int(state["step"]) + math.ceil(self.clock.every * (i + 1) / len(first)))
 
     def _find(
         self, ps: Sequence[Tensor], gs: Sequence[Tensor], states: Sequence[dict[str, Tensor]]
@@ -292,7 +297,8 @@ class Project:
         state["energy"].copy_(subspace.captured(found, rank).mean())
         state["renewals"] += 1
         state["renewed"].copy_(state["step"])
-        state["next"].fill_(int(state["step"]) + self.clock.every if self.clock.every else _NEVER)
+        state["next"].copy_(state["step"] + state["wait"])
+        state["wait"].fill_(self.clock.wait())
         if "pace" in state:
             state["pace"].zero_()
 

@@ -27,16 +27,24 @@ class Hyper:
     weight_decay: float  # decoupled: p ← (1 − lr·weight_decay) p before the step
 
 
+def hyper_of(group: dict[str, Any]) -> Hyper:
+    """The numbers of a parameter group as they are now."""
+    return Hyper(float(group["lr"]), (group["betas"][0], group["betas"][1]), group["eps"], group["weight_decay"])
+
+
 @runtime_checkable
 class Transform(Protocol):
     """How the gradient of one tensor becomes a direction of descent."""
 
-    def init(self, p: Tensor, key: Key | None = None, rank: int | None = None) -> dict[str, Tensor]:
+    def init(
+        self, p: Tensor, key: Key | None = None, rank: int | None = None, place: tuple[int, int] = (1, 1)
+    ) -> dict[str, Tensor]:
         """State for a tensor like ``p``: every key. Nothing adds one later; of a shape only the rank may change.
 
         Args:
             key: of what the transform draws for this tensor.
             rank: of its subspace, where it is known from a saved run; else the largest.
+            place: which it is, from 1, of how many tensors that share the transform.
         """
         ...
 
@@ -107,7 +115,8 @@ class Optimizer(torch.optim.Optimizer):
             for index, other in enumerate(group["params"]):
                 if p is other:
                     name = group["param_names"][index] if "param_names" in group else str(index)
-                    return transform.init(p, Key(self.seed) / name, self.ranks.get(name))
+                    place = (index + 1, len(group["params"]))
+                    return transform.init(p, Key(self.seed) / name, self.ranks.get(name), place)
         raise ConfigError(f"A tensor of shape {tuple(p.shape)} is not one that this optimizer steps.")
 
     @torch.no_grad()
@@ -118,17 +127,19 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group, transform in zip(self.param_groups, self.transforms, strict=True):
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for p in parameters:
-                if p.grad.is_sparse or p.grad.is_complex():
-                    raise ConfigError(f"A gradient of shape {tuple(p.shape)} is sparse or complex: not supported.")
-                if not self.state[p]:
-                    self.state[p].update(self.initial(p))
-            hyper = Hyper(
-                float(group["lr"]), (group["betas"][0], group["betas"][1]), group["eps"], group["weight_decay"]
-            )
-            transform.step(parameters, [p.grad for p in parameters], [self.state[p] for p in parameters], hyper)
+            self.advance([p for p in group["params"] if p.grad is not None], group, transform)
         return loss
+
+    def advance(self, parameters: Sequence[Tensor], group: dict[str, Any], transform: Transform) -> None:
+        """Update these parameters of one group, which have gradients."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for p, g in zip(parameters, gradients, strict=True):
+            if g.is_sparse or g.is_complex():
+                raise ConfigError(f"A gradient of shape {tuple(p.shape)} is sparse or complex: not supported.")
+            if not self.state[p]:
+                self.state[p].update(self.initial(p))
+        states = [self.state[p] for p in parameters]
+        transform.step(parameters, gradients, states, hyper_of(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
