@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,6 +29,10 @@ from rankshift.core.random import Key
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 20  # skipped updates in a row before a run is stopped
+_UNSEEN = (
+    "The optimizer was stepped on gradients, but the model was not called in training mode since the last update. Call "
+    "the model that you attached to (not a part of it), after model.train()."
+)
 
 
 class Moment(enum.Enum):
@@ -152,6 +157,9 @@ class Driver:
     refusal: str = ""  # why no update can be taken now
     objection: Callable[[], str] = str  # likewise, asked when gradients are there
     sentry: Sentry = field(default_factory=Sentry)  # while no optimizer is ridden
+    taken: dict[int, float] | None = None
+    """Where the backward pass itself updates: the largest magnitude in each gradient that it has used since the last
+    step, by the id of its tensor; not finite where that tensor was left alone. None: everything waits for the step."""
 
     _optimizer: torch.optim.Optimizer | None = None
     _model: nn.Module | None = None
@@ -159,7 +167,8 @@ class Driver:
     _hooks: list[Any] = field(default_factory=list)
     _witness: Witness = field(default_factory=Witness)  # one for life: compiled code keeps the hook it was traced with
     _fresh: list[Tensor] | None = None  # in a rehearsal: tensors whose state it makes
-    _skip: bool = False
+    _bad: bool = False  # a gradient is not finite
+    _skip: bool = False  # so no tensor is updated
     _streak: int = 0
     _checked: bool = False
 
@@ -219,7 +228,7 @@ class Driver:
         self.release()
         self._model, self._initial = model, initial
         self._optimizer, self.sentry.armed = optimizer, False
-        self._checked = False
+        self._checked, self.taken = False, None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -271,22 +280,29 @@ class Driver:
         """The gradients are complete: a rehearsal, an update to skip, or one to take."""
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in tensors if p.grad is not None]
-        self._fresh, self._skip = None, False
-        if not self._witness.forward:
+        self._fresh, self._skip, self._bad = None, False, False
+        if not self._witness.forward and not self.taken:
             # torch.distributed.checkpoint builds optimizer state by a step on zero gradients: not an update
             if any(shard.any_part(shard.held(g).count_nonzero() > 0, g) for g in gradients):
-                raise StepWithoutForward(
-                    "The optimizer was stepped on gradients, but the model was not called in training mode since the "
-                    "last update. Call the model that you attached to (not a part of it), after model.train()."
-                )
-            self._fresh = [p for p in tensors if not optimizer.state.get(p)]
+                raise StepWithoutForward(_UNSEEN)
+            self._fresh = [p for p in tensors if p.grad is not None and not optimizer.state.get(p)]
+            if self._initial is not None:  # which makes state by itself: nothing needs to be decomposed and reduced
+                for p in tensors:
+                    p.grad = None
             return
-        if self.refusal:
-            raise AttachError(self.refusal)
-        if objection := self.objection():
-            raise TrainingError(objection)
-        if not _finite(gradients):
-            self._skip = True
+        if self.taken is not None and gradients:
+            raise TrainingError(
+                f"{len(gradients)} of {len(tensors)} gradients are there at optimizer.step(), but fused_backward=True "
+                "takes them as soon as a backward pass has made them. Let loss.backward() make all gradients; after "
+                "wrapping or sharding the model make a new optimizer."
+            )
+        if self.taken:  # the backward pass began this update, and asked by itself
+            self._bad = not all(map(math.isfinite, self.taken.values()))
+            self._skip = not any(map(math.isfinite, self.taken.values()))
+        else:
+            self.permit()
+            self._bad = self._skip = not _finite(gradients)
+        if self._skip:
             for p in tensors:
                 p.grad = None  # torch optimizers leave a parameter without gradient, and its state, alone
             return
@@ -294,38 +310,61 @@ class Driver:
             self._check()
         self._apply(Moment.GRADS)
 
+    def permit(self) -> None:
+        """Raise unless an update may be taken now."""
+        if not self._witness.forward:
+            raise StepWithoutForward(_UNSEEN)
+        if self.refusal:
+            raise AttachError(self.refusal)
+        if objection := self.objection():
+            raise TrainingError(objection)
+
+    def called(self) -> bool:
+        """Whether the model was called in training mode since this was last asked."""
+        seen, self._witness.forward = self._witness.forward, False
+        return seen
+
     def _after(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         if self._fresh is not None:
-            self._forget(optimizer, self._fresh)
+            self._rehearsed(optimizer, self._fresh)
             return
         self._witness.forward = False
+        if self.taken:
+            self.taken.clear()
         group = optimizer.param_groups[0]
-        if self._skip:
+        if self._bad:
             group["skipped"] += 1
             self._streak += 1
             if self._streak >= _PATIENCE:
+                since = (
+                    "No update was taken since; the weights are those of the last good step."
+                    if self._skip
+                    else "Their tensors were not updated, others were."
+                )
                 raise NonFinite(
-                    f"Gradients were NaN or Inf in {self._streak} updates in a row (step {self.step}). No update was "
-                    "taken since; the weights are those of the last good step. Lower lr, clip gradients, or train in "
-                    "bf16 or fp32 instead of fp16."
+                    f"Gradients were NaN or Inf in {self._streak} updates in a row (step {self.step}). {since} Lower "
+                    "lr, clip gradients, or train in bf16 or fp32 instead of fp16."
                 )
             if self._streak == 1:
-                _log.warning("Step %d: gradients are NaN or Inf; this update is skipped.", self.step)
+                _log.warning(
+                    "Step %d: gradients are NaN or Inf; %s.",
+                    self.step, "this update is skipped" if self._skip else "their tensors are not updated",
+                )  # fmt: skip
+        else:
+            self._streak = 0
+        if self._skip:
             return
-        self._streak = 0
         self._apply(Moment.UPDATED)
         group["updates"] += 1
         self.open_window()
 
-    def _forget(self, optimizer: torch.optim.Optimizer, fresh: Iterable[Tensor]) -> None:
-        """Put state that a rehearsal has made back to where it begins: Adam's count of steps would stand at one."""
+    def _rehearsed(self, optimizer: torch.optim.Optimizer, fresh: Iterable[Tensor]) -> None:
+        """The state that a rehearsal is for, as it is before the first update."""
         for parameter in fresh:
-            start = {} if self._initial is None else self._initial(parameter)
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if key in start:
-                    value.copy_(start[key])
-                elif key == "step":  # another's optimizer
-                    value *= 0
+            if self._initial is not None:
+                optimizer.state[parameter].update(self._initial(parameter))
+            elif "step" in (state := optimizer.state.get(parameter, {})):  # another's: its count would stand at one
+                state["step"] *= 0
 
     def _apply(self, moment: Moment) -> None:
         tick = Tick(self.step, self.total, self.seed, self._optimizer)
@@ -340,19 +379,19 @@ class Driver:
     def _check(self) -> None:
         found: dict[str, tuple[Tensor, Needs]] = {}
         for name, tensor, needs in self.trainable():
-            if tensor.grad is not None:
-                found[name] = tensor.grad, needs
+            if tensor.grad is not None or (self.taken and id(tensor) in self.taken):
+                found[name] = tensor, needs
             elif needs is not Needs.NOTHING:
                 raise NoGradient(
                     f"{name} received no gradient in the first update. Its layer is not used in forward, or its input "
                     "was cut from the graph (reentrant gradient checkpointing does that: use use_reentrant=False). "
                     "Exclude the layer in targets, or pass check_gradients=False to run.optimizer() if this is meant."
                 )
-        zero = {name: not shard.any_part(shard.held(g).count_nonzero() > 0, g) for name, (g, _) in found.items()}
+        zero = {name: self._is_zero(tensor) for name, (tensor, _) in found.items()}
         if all(zero.values()):
             return  # a batch that teaches nothing, such as one without reward, says nothing about the layers: ask again
         self._checked = True
-        apart = shard.first_apart([g for g, _ in found.values()])
+        apart = shard.first_apart([tensor.grad for tensor, _ in found.values() if tensor.grad is not None])
         if apart is not None:
             raise TrainingError(
                 f"The gradient of {list(found)[apart]} differs between ranks: nothing averages it. Wrap the model (DDP "
@@ -365,6 +404,13 @@ class Driver:
                     f"The gradient of {name} is exactly zero in the first update: nothing reaches it. Exclude its "
                     "layer in targets, or pass check_gradients=False to run.optimizer() if this is meant."
                 )
+
+    def _is_zero(self, tensor: Tensor) -> bool:
+        """Whether the gradient of a tensor is zero everywhere, on every rank."""
+        if self.taken:
+            return self.taken[id(tensor)] == 0
+        assert tensor.grad is not None
+        return not shard.any_part(shard.held(tensor.grad).count_nonzero() > 0, tensor.grad)
 
 
 def _refuse(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
