@@ -39,8 +39,10 @@ class Case:
 ROUNDING = 1e-13  # a branch that starts as the difference of two equal products of numbers around one
 
 CASES: dict[str, tuple[Case, ...]] = {
-    "adarankgrad": (Case("adarankgrad", AdaRankGrad(rank=6, every=2, earliest=1), kept=(1, 0, 0)),),
-    "galore": (Case("galore", GaLore(rank=4, every=2, transport="square"), kept=(1, 0, 0)),),
+    "adarankgrad": (
+        Case("adarankgrad", AdaRankGrad(rank=6, every=2, earliest=1, rounding="stochastic"), kept=(1, 0, 0)),
+    ),
+    "galore": (Case("galore", GaLore(rank=4, every=2, transport="square", rounding="master"), kept=(1, 0, 0)),),
     "flat-lora": (
         Case("flat-lora", FlatLoRA(rank=4, alpha=8, sigma=0.3)),
         Case("flat-lora-zero", FlatLoRA(rank=4, alpha=8, sigma=0), off=LoRA(rank=4, alpha=8), alone=True),

@@ -5,6 +5,9 @@ the counter is (i mod 2³², i div 2³², 0, 0) and the key (low word, high word
 ``tl.philox(seed, i, i >> 32, 0, 0)`` on 32-bit words and, for i below 2³¹, its ``tl.randint4x(seed, i)``, both with
 ``seed = key.word``: a kernel can regenerate what was drawn here.
 No global generator is read or written; every rank, world size and resumed run draws the same numbers.
+
+Where something is rounded at random in every step, :func:`dither` draws 16 bits an element with SplitMix64 (Steele, Lea
+& Flood, OOPSLA 2014) on the tensor's own device: a tenth of the work.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl constants of Philox-4x32
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_GAMMA, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of SplitMix64
 _CHUNK = 1 << 20  # elements per pass: int64 temporaries stay below 100 MB
+_DITHER = 1 << 24  # likewise
 
 
 @dataclass(frozen=True)
@@ -113,3 +118,26 @@ def normal(
 def permutation(key: Key, n: int) -> Tensor:
     """A permutation of 0…n−1 (int64, CPU): the order of n keyed 64-bit draws, ties broken by index."""
     return torch.argsort(_draw(key, (n,), 0, normal=False), stable=True)
+
+
+def dither(word: int, count: int, first: int, device: torch.device) -> Tensor:
+    """``count`` random numbers in 0 … 2¹⁶ − 1, (count,) int32: elements first, first + 1, … of the stream of ``word``.
+
+    Four of them are one number of SplitMix64 started at ``word`` (take a hash, as :attr:`Key.word` is).
+    """
+    out = torch.empty(count, dtype=torch.int32, device=device)
+    for start in range(first, first + count, _DITHER):
+        stop = min(start + _DITHER, first + count)
+        z = torch.arange(start // 4 + 1, -(-stop // 4) + 1, dtype=torch.int64, device=device)
+        z.mul_(signed(_GAMMA)).add_(signed(word))
+        z = z.bitwise_xor_((z >> 30).bitwise_and_((1 << 34) - 1)).mul_(signed(_MIX_A))
+        z = z.bitwise_xor_((z >> 27).bitwise_and_((1 << 37) - 1)).mul_(signed(_MIX_B))
+        z = z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
+        lanes = z.view(torch.int16)[start % 4 : start % 4 + stop - start]
+        out[start - first : stop - first] = lanes
+    return out.bitwise_and_(0xFFFF)
+
+
+def signed(word: int) -> int:
+    """64 bits as the int64 that holds them."""
+    return word - (word >> 63 << 64)

@@ -45,6 +45,16 @@ def local(tensor: Tensor) -> tuple[Tensor, slice]:
     return part, slice(start, start + part.shape[0])
 
 
+def share(tensor: Tensor) -> int:
+    """How many indices of axis 0 a rank holds that has its full share: all ranks but the last ones."""
+    count = tensor.shape[0]
+    if isinstance(tensor, DTensor):
+        for axis, placement in enumerate(tensor.placements):
+            if isinstance(placement, Shard):
+                count = -(-count // tensor.device_mesh.size(axis))
+    return count
+
+
 def settle(model: nn.Module) -> None:
     """Bring the parameters of an FSDP2 model back to their shards.
 
@@ -178,6 +188,11 @@ def from_first(value: T) -> T:
 def rank() -> int:
     """This process's rank, 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def barrier() -> None:

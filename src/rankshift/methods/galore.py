@@ -25,7 +25,10 @@ from rankshift.core.errors import ConfigError
 from rankshift.core.form import EmbeddingForm
 from rankshift.core.method import Method, Subspace
 from rankshift.core.site import Spec, select, spec_of
+from rankshift.optim.adam import Adam
+from rankshift.optim.moments import Blocks, Store, Wide
 from rankshift.optim.project import Clock, Project
+from rankshift.optim.rounding import narrow
 from rankshift.optim.subspace import Finder, Transport
 
 
@@ -62,6 +65,13 @@ class GaLore(Method):
     rows are sharded."""
     rest: Literal["train", "freeze"] = "train"
     """What is not projected: trained by AdamW, as in the paper, or left as it is."""
+    moments: Literal["float32", "8bit"] = "float32"
+    """How Adam's moments are held, of all that trains: in fp32, or in 8 bits, block by block (4096 numbers of a weight
+    are too few to gain from that, and vectors stay in fp32)."""
+    rounding: Literal["nearest", "stochastic", "master"] | None = None
+    """How a weight in bf16 or fp16 takes its step, which must be said for a model that has such weights: "nearest"
+    loses steps below half a bit of the weight; "stochastic" keeps them on average; "master" keeps them exactly, in an
+    fp32 copy, 4 bytes a weight. Weights in fp32 need none of them."""
 
     def check(self) -> None:
         kind = type(self).__name__
@@ -90,7 +100,23 @@ class GaLore(Method):
         return False
 
     def transform(self, name: str, tensor: Tensor, spec: Spec | None = None) -> Any:
-        return None if spec is None else self.project(spec)
+        if self.rounding is None and narrow(tensor.dtype):
+            kind, dtype = type(self).__name__, str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{name} is in {dtype}, where small steps are lost, and {kind} trains it in place: choose "
+                f'{kind}(rounding="stochastic"), which keeps them on average; rounding="master", an fp32 copy of each '
+                'weight in the optimizer; or rounding="nearest", without either. Or load the model in fp32.'
+            )
+        if spec is not None:
+            return self.project(spec)
+        if self.moments == "float32" and not narrow(tensor.dtype):
+            return None
+        return Adam(self.store, self.rounding or "nearest")
+
+    @property
+    def store(self) -> Store:
+        """Of Adam's moments."""
+        return Blocks() if self.moments == "8bit" else Wide()
 
     def project(self, spec: Spec) -> Project:
         """The transform of one layer's weight."""
@@ -103,6 +129,8 @@ class GaLore(Method):
             side=self.side,
             scale=self.scale,
             form=spec.form,
+            store=self.store,
+            rounding=self.rounding or "nearest",
         )
 
     def subspaces(

@@ -3,42 +3,71 @@
     m ← β1 m + (1−β1) g      v ← β2 v + (1−β2) g²      d = (m / (1−β1ᵗ)) / (√(v / (1−β2ᵗ)) + ε)
     p ← (1 − lr·wd) p − lr·d
 
-t counts the updates of one tensor; m and v have its dtype, as in torch.optim.AdamW.
+t counts the updates of one tensor. By default m and v have its dtype, as in torch.optim.AdamW. For a tensor in bf16
+they should not: β2 v is v again there, so v could only grow. A store keeps them wider, or in 8 bits; the arithmetic is
+then in fp32 (float64 for float64), and ``rounding`` says how the result becomes bf16 again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from rankshift.core.random import Key
+from rankshift.core import shard
+from rankshift.core.random import Key, signed
+from rankshift.optim import rounding
+from rankshift.optim.moments import Store
+from rankshift.optim.rounding import Rounding
 from rankshift.optim.transform import Hyper
+
+_TOGETHER = 1 << 24  # numbers of parameters that are held wide at once
 
 
 @dataclass(frozen=True)
 class Adam:
     """The state names and bits of ``torch.optim.AdamW``; whole parameters go through torch's own kernel."""
 
+    store: Store | None = None
+    rounding: Rounding = "nearest"
+
     def init(
         self, p: Tensor, key: Key | None = None, rank: int | None = None, place: tuple[int, int] = (1, 1)
     ) -> dict[str, Tensor]:
-        return {
-            "step": torch.zeros((), dtype=torch.float32),
-            "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
-        }
+        state = {"step": torch.zeros((), dtype=torch.float32)}
+        if self.store is None:
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            return state
+        state["key"] = torch.tensor(signed((Key(0) if key is None else key / "noise").word), dtype=torch.int64)
+        state |= self.store.init("exp_avg", tuple(p.shape), p, shard.is_sharded(p))
+        state |= self.store.init("exp_avg_sq", tuple(p.shape), p, shard.is_sharded(p))
+        return state | rounding.init(p, self.rounding)
 
     def update(self, g: Tensor, state: dict[str, Tensor], p: Tensor | None, hyper: Hyper) -> Tensor:
         beta1, beta2 = hyper.betas
         state["step"] += 1
         t = state["step"].item()
-        m = state["exp_avg"].lerp_(g, 1 - beta1)
-        v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        return (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt_() + hyper.eps)
+        m, v = self._moments(state)
+        g = g if self.store is None else shard.held(g).to(m.dtype)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        direction = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt_() + hyper.eps)
+        self._keep(state, m, v)
+        return direction
+
+    def _moments(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.store is None:
+            return state["exp_avg"], state["exp_avg_sq"]
+        return self.store.read(state, "exp_avg"), self.store.read(state, "exp_avg_sq")
+
+    def _keep(self, state: dict[str, Tensor], m: Tensor, v: Tensor) -> None:
+        if self.store is not None:
+            self.store.write(state, "exp_avg", m)
+            self.store.write(state, "exp_avg_sq", v)
 
     def step(
         self,
@@ -47,21 +76,55 @@ class Adam:
         states: Sequence[dict[str, Tensor]],
         hyper: Hyper,
     ) -> None:
-        if not parameters:
+        if self.store is None:
+            _adamw(parameters, gradients, [self._moments(state) for state in states], states, hyper)
             return
-        adam(
-            list(parameters),
-            list(gradients),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            decoupled_weight_decay=True,
-            amsgrad=False,
-            beta1=hyper.betas[0],
-            beta2=hyper.betas[1],
-            lr=hyper.lr,
-            weight_decay=hyper.weight_decay,
-            eps=hyper.eps,
-            maximize=False,
-        )
+        for batch in _batches(parameters):
+            ps, ss = [parameters[i] for i in batch], [states[i] for i in batch]
+            wide = [rounding.opened(p, state) for p, state in zip(ps, ss, strict=True)]
+            gs = [shard.held(gradients[i]).to(w.dtype) for i, w in zip(batch, wide, strict=True)]
+            moments = [self._moments(state) for state in ss]
+            _adamw(wide, gs, moments, ss, hyper)
+            for p, w, (m, v), state in zip(ps, wide, moments, ss, strict=True):
+                self._keep(state, m, v)
+                rounding.close(p, w, state, self.rounding)
+
+
+def _adamw(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    moments: Sequence[tuple[Tensor, Tensor]],
+    states: Sequence[dict[str, Tensor]],
+    hyper: Hyper,
+) -> None:
+    """torch's kernel on tensors of one dtype each."""
+    if not parameters:
+        return
+    adam(
+        list(parameters),
+        list(gradients),
+        [m for m, _ in moments],
+        [v for _, v in moments],
+        [],
+        [state["step"] for state in states],
+        decoupled_weight_decay=True,
+        amsgrad=False,
+        beta1=hyper.betas[0],
+        beta2=hyper.betas[1],
+        lr=hyper.lr,
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        maximize=False,
+    )
+
+
+def _batches(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of parameters to step together: what is large alone."""
+    batch: list[int] = []
+    for index, p in enumerate(parameters):
+        if batch and sum(parameters[i].numel() for i in batch) + p.numel() > _TOGETHER:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from rankshift.core import shard
 from rankshift.core.form import EmbeddingForm, Form, TransposedForm
-from rankshift.core.random import Key
-from rankshift.optim import subspace
+from rankshift.core.random import Key, signed
+from rankshift.optim import rounding, subspace
 from rankshift.optim.moments import Store, Wide
+from rankshift.optim.rounding import Rounding
 from rankshift.optim.subspace import Finder, Transport
 from rankshift.optim.transform import Hyper
 
@@ -79,6 +80,7 @@ class Project:
     scale: float = 1.0
     form: Form = field(default_factory=Form)
     store: Store = field(default_factory=Wide)
+    rounding: Rounding = "nearest"  # of weights in bf16 and fp16
 
     # ---- geometry
 
@@ -116,17 +118,12 @@ class Project:
         Basis and mass are held whole on every rank, moments as the rows of A are.
         """
         rank = self.limit(p) if rank is None else rank
-        *batch, length, s = self.face(p)[0]
-        split, wide, device = self.split(p), torch.promote_types(p.dtype, torch.float32), p.device
+        wide, device = torch.promote_types(p.dtype, torch.float32), p.device
         counters = ("step", "born", "renewed", "renewals", "next")
         state = {name: torch.zeros((), dtype=torch.int64) for name in counters}
         state["wait"] = torch.tensor(self.clock.wait(place))  # updates from the coming renewal to the one after it
-        word = (Key(0) if key is None else key / "basis").word
-        state["key"] = torch.tensor(word - (word >> 63 << 64), dtype=torch.int64)  # its bits as a signed number
-        state["basis"] = shard.zeros((*batch, s, rank), p, wide, split == "batch")
-        state |= self.store.init("exp_avg", (*batch, length, rank), p, split in ("rows", "batch"))
-        state |= self.store.init("exp_avg_sq", (*batch, length, rank), p, split in ("rows", "batch"))
-        state["mass"] = shard.zeros((*batch, rank), p, wide, split == "batch")
+        state["key"] = torch.tensor(signed((Key(0) if key is None else key / "basis").word), dtype=torch.int64)
+        state |= self._sized(p, rank) | rounding.init(p, self.rounding)
         state["energy"] = torch.zeros((), dtype=wide, device=device)  # E(r) at the last renewal
         if self.clock.earliest is not None:
             state["pace"] = torch.zeros(2, dtype=wide, device=device)  # mean ‖X‖² now, and just after the renewal
@@ -161,17 +158,13 @@ class Project:
         for p, g, state in zip(parameters, gradients, states, strict=True):
             A = self.facing(p, shard.held(g)).to(shard.held(state["basis"]).dtype)
             N, X = self.advance(A, p, state, hyper)
-            direction = self.lift(N, X, A, p, state)
-            here = shard.held(p)
-            direction = self.form.stored(direction if self.face(p)[1] else direction.mT)
-            here.mul_(1 - hyper.lr * hyper.weight_decay).sub_(direction.to(here.dtype), alpha=hyper.lr)
+            self.apply(N, X, A, p, state, hyper)
             seen.append(X.square().sum())
         self.look(parameters, seen, states)
 
     def advance(self, A: Tensor, p: Tensor, state: dict[str, Tensor], hyper: Hyper) -> tuple[Tensor, Tensor]:
         """(N, X): Adam inside the subspace, for the rows of A held here."""
-        basis = shard.held(state["basis"])
-        X = A @ (basis if self.split(p) != "columns" else basis[shard.local(p)[1]])
+        X = A @ self.basis(p, state)
         X = shard.sum_like(X, p) if self.split(p) == "columns" else X
         return self.adam(X, state, hyper), X
 
@@ -189,10 +182,27 @@ class Project:
         self.store.write(state, "exp_avg_sq", v)
         return N
 
+    def apply(self, N: Tensor, X: Tensor, A: Tensor, p: Tensor, state: dict[str, Tensor], hyper: Hyper) -> None:
+        """W ← (1 − lr·wd) W − lr·lift(N), rounded once."""
+        weight = rounding.opened(p, state)
+        view, decay = self.facing(p, weight), 1 - hyper.lr * hyper.weight_decay
+        if self.residual or view.data_ptr() != weight.data_ptr():  # a weight with its channels last has no such view
+            direction = self.lift(N, X, A, p, state)
+            direction = self.form.stored(direction if self.face(p)[1] else direction.mT)
+            weight.mul_(decay).sub_(direction, alpha=hyper.lr)
+        else:
+            step = view.addmm_ if view.dim() == 2 else view.baddbmm_
+            step(N, self.basis(p, state).mT, beta=decay, alpha=-hyper.lr * self.scale)
+        rounding.close(p, weight, state, self.rounding)
+
+    def basis(self, p: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The rows of Q that go with the columns of A held here."""
+        basis = shard.held(state["basis"])
+        return basis[shard.local(p)[1]] if self.split(p) == "columns" else basis
+
     def lift(self, N: Tensor, X: Tensor, A: Tensor, p: Tensor, state: dict[str, Tensor]) -> Tensor:
         """α N Qᵀ, with Fira's residual where it is asked for; this rank's part of A's shape."""
-        basis = shard.held(state["basis"])
-        basis = basis[shard.local(p)[1]] if self.split(p) == "columns" else basis
+        basis = self.basis(p, state)
         direction = self.scale * (N @ basis.mT)
         if not self.residual:
             return direction
@@ -304,8 +314,17 @@ class Project:
 
     def _sized(self, p: Tensor, rank: int) -> dict[str, Tensor]:
         """Fresh memory for what has the rank in its shape."""
-        fresh = self.init(p, None, rank)
-        return {name: fresh[name] for name in fresh if name in ("basis", "mass") or name.startswith("exp_avg")}
+        *batch, length, s = self.face(p)[0]
+        split, wide = self.split(p), torch.promote_types(p.dtype, torch.float32)
+        by_rows = split in ("rows", "batch")
+        if by_rows and self.energy is not None:  # any rank that it may come to
+            least = subspace.rounded_up(min(self.min_rank, self.limit(p)), self.multiple, self.limit(p))
+            self.store.check((*batch, length, least), p)
+        state = {"basis": shard.zeros((*batch, s, rank), p, wide, split == "batch")}
+        state |= self.store.init("exp_avg", (*batch, length, rank), p, by_rows)
+        state |= self.store.init("exp_avg_sq", (*batch, length, rank), p, by_rows)
+        state["mass"] = shard.zeros((*batch, rank), p, wide, split == "batch")
+        return state
 
     def look(self, parameters: Sequence[Tensor], sizes: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> None:
         """Follow ‖X‖², and let those be renewed next whose training in the subspace has converged."""

@@ -1,0 +1,72 @@
+"""How a weight of 16 bits takes a step that is smaller than the distance to the next number it can be.
+
+"nearest"     computed in fp32 and rounded once: what is below half that distance is lost
+"stochastic"  up or down at random, with the exact value as expectation
+"master"      rounded from a copy in fp32 that the optimizer keeps: 4 bytes a number
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rankshift.core import shard
+from rankshift.core.random import Key, dither
+
+Rounding = Literal["nearest", "stochastic", "master"]
+
+ROUNDINGS: tuple[str, ...] = ("nearest", "stochastic", "master")
+
+
+def narrow(dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype are rounded in a step: bf16 and fp16."""
+    return dtype.is_floating_point and torch.finfo(dtype).bits < 32
+
+
+def init(p: Tensor, how: Rounding) -> dict[str, Tensor]:
+    """What a state needs for it, beside "key" and "step": the master, split over ranks as the weight is."""
+    return {"master": p.detach().to(torch.float32)} if how == "master" and narrow(p.dtype) else {}
+
+
+def opened(p: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """The part of a weight held here in fp32 or wider, to be changed in place and given to :func:`close`."""
+    here = shard.held(p)
+    if not narrow(here.dtype):
+        return here
+    if "master" not in state:
+        return here.to(torch.float32)
+    master = shard.held(state["master"])
+    moved = master.to(here.dtype) != here  # by others since the last step: a weight that was loaded is not taken back
+    return master.copy_(torch.where(moved, here, master))
+
+
+def close(p: Tensor, value: Tensor, state: dict[str, Tensor], how: Rounding) -> None:
+    """Put what :func:`opened` gave, and was changed, back into the weight."""
+    here, rows = shard.local(p)
+    if here.data_ptr() == value.data_ptr():
+        return
+    if how == "stochastic":
+        word = (Key(int(state["key"])) / "weight" / int(state["step"])).word
+        noise = dither(word, here.numel(), rows.start * math.prod(here.shape[1:]), here.device).reshape(here.shape)
+        here.copy_(stochastic(value, here.dtype, noise))
+    else:
+        here.copy_(value)
+
+
+def stochastic(value: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    """fp32 numbers as one of their two neighbours in bf16 or fp16, in fp32 still.
+
+    Args:
+        noise: int32 of the same shape, uniform in 0 … 2¹⁶ − 1; equal noise rounds equal values equally.
+    """
+    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of the fraction
+    bits = value.view(torch.int32) + (noise >> (16 - dropped))
+    rounded = bits.bitwise_and_(-(1 << dropped)).view(torch.float32)
+    if dtype == torch.bfloat16:
+        return rounded
+    # below its smallest normal number fp16 is an even grid
+    even = (value * 2.0**24 + noise * 2.0**-16).floor() * 2.0**-24
+    return torch.where(value.abs() < 2.0**-14, even, rounded)
