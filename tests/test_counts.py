@@ -92,7 +92,8 @@ def expected(method: Method, model: nn.Module, leaves: tuple[str, ...]) -> int:
 def attached(method: Method, model: nn.Module, leaves: tuple[str, ...]) -> int:
     """Parameters that train, of the method at these layers. The model is left as it was."""
     model = copy.deepcopy(model)
-    run = rs.attach(model, replace(method, targets=leaves), total_steps=10)
+    alone = {"rest": "freeze"} if hasattr(method, "rest") else {}  # of what trains in place, these layers
+    run = rs.attach(model, replace(method, targets=leaves, **alone), total_steps=10)
     count = sum(p.numel() for _, p in run.trainable())
     assert count == run.summary().trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert all(p.is_meta for _, p in run.trainable())
@@ -118,6 +119,8 @@ QV, QUERY_VALUE = ("q_proj", "v_proj"), ("query", "value")
 # method → (model, settings, layers, parameters), each as a paper prints it
 PUBLISHED: dict[str, list[tuple[str, dict[str, Any], tuple[str, ...], int]]] = {
     "full": [("LLaMA-7B", {}, LINEARS, 6_476_005_376)],
+    "galore": [("LLaMA-7B", {"rank": 1024}, LINEARS, 6_476_005_376)],  # all of it: what is small is the state, below
+    "adarankgrad": [("LLaMA-7B", {"rank": 1024}, LINEARS, 6_476_005_376)],
     "lora": [
         ("LLaMA-7B", {"rank": 64}, LINEARS, 159_907_840),  # VeRA's table
         ("LLaMA-7B", {"rank": 8}, LINEARS, 19_988_480),  # 20.0M in PaCA's
@@ -157,6 +160,22 @@ def test_numbers_of_the_papers(name: str, model: str, fields: dict[str, Any], le
     make, layers = MODELS[model]
     assert layers * attached(method, make(), leaves) == number
     assert layers * expected(method, make(), leaves) == number
+
+
+def test_state_of_galore_is_its_formula() -> None:
+    """s·r of basis, 2·l·r of moments and r of mass a layer, in fp32, s the smaller side."""
+    h, f, rank = 4096, 11008, 1024
+    layer = 4 * (h * rank + 2 * h * rank + rank) + 3 * (h * rank + 2 * f * rank + rank)
+    run = rs.attach(copy.deepcopy(llama(1)), rs.GaLore(rank=rank, targets=LINEARS, rest="freeze"))
+    summary = run.summary()
+    assert summary.bytes_optimizer == 4 * layer
+    assert summary.bytes_adamw == 2 * 4 * (4 * h * h + 3 * h * f)
+    rest = 2 * 32000 * h + 3 * h  # embedding, head, norms: AdamW's two moments
+    run = rs.attach(copy.deepcopy(llama(1)), rs.GaLore(rank=rank, targets=LINEARS))
+    assert run.summary().bytes_optimizer == 4 * layer + 2 * 4 * rest
+    assert {row.layer: row.rank for row in run.summary().rows} == {
+        **dict.fromkeys(LINEARS, "1024"), "whole tensors": "–"
+    }  # fmt: skip
 
 
 def test_every_method_has_a_number() -> None:

@@ -115,6 +115,11 @@ class Projection:
     renewed: int  # the weight's update in which the last one was
     bytes: int  # of the basis and the moments
 
+    def logged(self) -> dict[str, float]:
+        """What is logged of one weight, under names that stay the same: ``subspace_rank/WEIGHT``, ``…energy/…``."""
+        found = {"rank": self.rank, "energy": self.energy, "saturated": self.saturated, "renewals": self.renewals}
+        return {f"subspace_{what}/{self.name}": float(value) for what, value in found.items()}
+
 
 @dataclass(frozen=True)
 class Projections:

@@ -18,7 +18,7 @@ def test_the_plot_shows_all_three_losses(tmp_path):
     picture = matplotlib.image.imread(tmp_path / "all.png")
     assert picture.shape[0] >= 600
     pixels = np.round(picture[..., :3] * 255).astype(int)
-    for ink in (report._TRAIN, report._CHECK, report._INK):
+    for ink in (report._TRAIN, report._CHECK, report.INK):
         colour = [int(ink[i : i + 2], 16) for i in (1, 3, 5)]
         assert (pixels == colour).all(-1).sum() > 100
 

@@ -135,8 +135,12 @@ def named(metrics: dict[str, float], measure: Measure) -> dict[str, float]:
 
 
 def said(told: Mapping[str, float], short: bool = False) -> str:
-    """What a method says of itself (``run.metrics()``): "lambda 0.5", "12 of 280 gates open", short "gates 12/280"."""
+    """What a method says of itself (``run.metrics()``): "lambda 0.5", "12 of 280 gates open", short "gates 12/280"; of
+    subspaces, short, only rank and energy."""
     left, parts = dict(told), []
+    if short:
+        left = {key: value for key, value in left.items() if key not in ("subspace_renewals", "subspace_saturated")}
+        left = {key.removeprefix("subspace_"): value for key, value in left.items()}
     for key, count in told.items():
         if key == "open_gates" and "gates" in left:
             whole = left.pop("gates")

@@ -12,7 +12,7 @@ import numpy as np
 
 from rankshift.io.atomic import explain
 
-_SURFACE, _INK, _MUTED = "#ffffff", "#1a1a19", "#7a7974"
+SURFACE, INK, MUTED = "#ffffff", "#1a1a19", "#7a7974"
 _TRAIN, _CHECK = "#2a78d6", "#eb6834"
 
 
@@ -47,14 +47,14 @@ def plot(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=150, facecolor=_SURFACE, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=150, facecolor=SURFACE, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=_SURFACE)
+    axes = figure.add_subplot(facecolor=SURFACE)
     if base is not None:
-        axes.axhline(base, color=_INK, lw=1.2, ls=(0, (5, 3)))
+        axes.axhline(base, color=INK, lw=1.2, ls=(0, (5, 3)))
         axes.annotate(
             f"untouched base, validation: {base:.3f}", (0.995, base), xycoords=("axes fraction", "data"),
-            xytext=(0, 4), textcoords="offset points", ha="right", va="bottom", color=_INK, fontsize=9,
+            xytext=(0, 4), textcoords="offset points", ha="right", va="bottom", color=INK, fontsize=9,
         )  # fmt: skip
     finite = [(s, v) for s, v in train if math.isfinite(v)]
     if finite:
@@ -69,18 +69,18 @@ def plot(
             f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(0, 9), textcoords="offset points",
             ha="right", va="bottom", color=_CHECK, fontsize=9, fontweight="bold",
         )  # fmt: skip
-    axes.set_xlabel("update", color=_MUTED)
-    axes.set_ylabel(words, color=_MUTED)
-    axes.set_title(title, loc="left", color=_INK, fontsize=11)
+    axes.set_xlabel("update", color=MUTED)
+    axes.set_ylabel(words, color=MUTED)
+    axes.set_title(title, loc="left", color=INK, fontsize=11)
     axes.set_xlim(left=0)
     axes.margins(y=0.1)
-    axes.tick_params(colors=_MUTED, length=0)
+    axes.tick_params(colors=MUTED, length=0)
     axes.grid(axis="y", color="#e6e5e0", lw=0.8)
     axes.set_axisbelow(True)
     for side in axes.spines.values():
         side.set_visible(False)
     if finite or points:
-        axes.legend(frameon=False, labelcolor=_INK, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.9))
+        axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.9))
     try:
         figure.savefig(file)
     except OSError as error:
