@@ -72,7 +72,7 @@ def find(
     if finder == "warm" and start is not None:
         Z = torch.cat([start, Z], -1)[..., :width]
     for _ in range(1 if finder == "warm" else 1 + power):
-        Z = torch.linalg.qr(reduce(A.mT @ (A @ torch.linalg.qr(Z).Q))).Q
+        Z = torch.linalg.qr(reduce(A.mT @ (A @ Z))).Q
     B = A @ Z
     energies, rotation = torch.linalg.eigh(reduce(B.mT @ B))
     return Basis(_signed(Z @ rotation.flip(-1)), energies.flip(-1).clamp(min=0), total)
