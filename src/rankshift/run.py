@@ -24,6 +24,7 @@ from rankshift.core.phase import Phase
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, separate
 from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
 from rankshift.optim import Adam, Optimizer, Transform
+from rankshift.optim.backward import Backward, FusedOptimizer, refuse_apart
 from rankshift.placement import (
     DEFAULT,
     Placement,
@@ -237,6 +238,8 @@ class Run:
         *,
         decay: Callable[[str, Tensor], bool] | None = None,
         check_gradients: bool = True,
+        fused_backward: bool = False,
+        clip_each: float | None = None,
     ) -> Optimizer:
         """AdamW over what trains, as the method transforms it; a ``torch.optim.Optimizer`` that carries the events.
 
@@ -246,9 +249,23 @@ class Run:
             lr: peak learning rate; by default the one that the method's paper recommends, ``run.method.default_lr``.
             decay: which tensors weight decay applies to, by name; by default all that the method lets decay.
             check_gradients: stop if a tensor that must learn has no gradient in the first update.
+            fused_backward: update each tensor inside the backward pass as soon as its gradient is complete, and free
+                that: of all gradients the largest is in memory at a time. ``step()`` then only ends the update. The
+                numbers are the same. No accumulation, GradScaler, clipping by the global norm, closure or DDP: each is
+                refused where it can be seen, but ``clip_grad_norm_`` finds nothing to clip. A gradient that is NaN or
+                Inf leaves its own tensor alone, the others are updated.
+            clip_each: with ``fused_backward``, scale each tensor's gradient down to this norm by itself. That is not
+                clipping by the global norm: the direction changes.
+
+        Raises:
+            ConfigError: the method, or several processes without sharding, cannot train with ``fused_backward``.
         """
         self._open()
         self._check_total()
+        if fused_backward:
+            self._check_fused(clip_each)
+        elif clip_each is not None:
+            raise ConfigError("clip_each= belongs to fused_backward=True. Here call torch.nn.utils.clip_grad_norm_.")
         lr = self.method.default_lr if lr is None else lr
         owned = list(self._on.trainable())
         check_dtypes(self._on.sites)
@@ -265,13 +282,26 @@ class Run:
                 {"params": [], "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0},
             )
             group["params"].append((name, tensor))
-        optimizer = Optimizer(
+        optimizer = (FusedOptimizer if fused_backward else Optimizer)(
             groups.values(), [key[0] for key in groups], lr, betas, eps, weight_decay, self.seed, self._ranks
         )
         self._driver.check_gradients = check_gradients
-        self._driver.bind(optimizer, self.model, optimizer.initial)
+        hooks = Backward(optimizer, self._driver, clip_each).hooks(self.model) if fused_backward else None
+        self._driver.bind(optimizer, self.model, optimizer.initial, hooks)
         self._driver.refusal = ""
         return optimizer
+
+    def _check_fused(self, clip: float | None) -> None:
+        if clip is not None and not clip > 0:
+            raise ConfigError(f"clip_each = {clip}: a norm, above 0; or None.")
+        for name in self._on.active:
+            method = self._on.members[name].method
+            if method.waits:
+                raise ConfigError(
+                    f"fused_backward=True, but {type(method).__name__} as configured {method.waits}, for which all of "
+                    "them must be there. Leave fused_backward out."
+                )
+        refuse_apart(tensor for _, tensor in self.trainable())
 
     def _check_total(self) -> None:
         for name in self._on.active:

@@ -221,19 +221,26 @@ class Driver:
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
         initial: Callable[[Tensor], dict[str, Tensor]] | None = None,
+        hooks: Sequence[Any] | None = None,
     ) -> None:
-        """Ride this optimizer's steps; see forwards of this model. ``initial``: a parameter's state before any step."""
+        """Ride this optimizer's steps; see forwards of this model.
+
+        Args:
+            initial: a parameter's state before any step.
+            hooks: those by which the backward pass itself updates; None if it does not.
+        """
         if optimizer is not self._optimizer:
             self.close()
         self.release()
         self._model, self._initial = model, initial
         self._optimizer, self.sentry.armed = optimizer, False
-        self._checked, self.taken = False, None
+        self._checked, self.taken = False, None if hooks is None else {}
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
             optimizer.register_load_state_dict_post_hook(self._loaded),
             model.register_forward_pre_hook(self._witness),
+            *(hooks or ()),
         ]
         self._loaded(optimizer)
 

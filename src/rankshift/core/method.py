@@ -14,7 +14,7 @@ from rankshift.core import config
 from rankshift.core.adapter import Adapter
 from rankshift.core.base import Base
 from rankshift.core.errors import ConfigError, nearest
-from rankshift.core.event import Event
+from rankshift.core.event import Event, Moment
 from rankshift.core.lesson import Lesson
 from rankshift.core.random import Key
 from rankshift.core.site import Spec, select
@@ -205,6 +205,11 @@ class Method:
     def solitary(self) -> str:
         """Why no other adapter may stand beside one of this method, as words after its name; "" where one may."""
         return ""
+
+    @property
+    def waits(self) -> str:
+        """Why an update must wait until all gradients are there, as words after its name; "" where it need not."""
+        return "changes gradients" if any(event.moment is Moment.GRADS for event in self.events()) else ""
 
     @property
     def needs_data(self) -> bool:
