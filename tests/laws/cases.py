@@ -40,9 +40,47 @@ ROUNDING = 1e-13  # a branch that starts as the difference of two equal products
 
 CASES: dict[str, tuple[Case, ...]] = {
     "adarankgrad": (
+        # ranks of 2 to 5 that rise and fall in every update; "down" is projected on its output side
         Case("adarankgrad", AdaRankGrad(rank=6, every=2, earliest=1, rounding="stochastic"), kept=(1, 0, 0)),
+        Case(
+            "adarankgrad-multiples",
+            AdaRankGrad(
+                rank=8,
+                every=1,
+                earliest=1,
+                energy=0.99,
+                multiple=3,
+                transport="centred",
+                stagger=False,
+                rounding="master",
+            ),
+            kept=(1, 0, 0),
+            alone=True,
+        ),
     ),
-    "galore": (Case("galore", GaLore(rank=4, every=2, transport="square", rounding="master"), kept=(1, 0, 0)),),
+    "galore": (
+        Case("galore", GaLore(rank=3, every=2, rounding="master"), kept=(1, 0, 0)),
+        Case(
+            "galore-in",
+            GaLore(
+                rank=4, every=2, side="in", finder="eigh", transport="centred", residual="fira", rounding="stochastic"
+            ),
+            kept=(1, 0, 0),
+        ),
+        Case(
+            "galore-warm",
+            GaLore(
+                rank=2, every=1, side="larger", finder="warm", transport="square", rest="freeze", rounding="nearest"
+            ),
+            kept=(1, 0, 0),
+        ),
+        Case(
+            "galore-paper",
+            GaLore(rank=3, every=2, finder="svd", stagger=False, rounding="nearest", targets=("q", "up", "down")),
+            kept=None,
+            alone=True,
+        ),
+    ),
     "flat-lora": (
         Case("flat-lora", FlatLoRA(rank=4, alpha=8, sigma=0.3)),
         Case("flat-lora-zero", FlatLoRA(rank=4, alpha=8, sigma=0), off=LoRA(rank=4, alpha=8), alone=True),

@@ -401,6 +401,8 @@ def delta(case: Case, engine: Engine) -> dict[str, str]:
         sites = run.adapter()
         if not sites:  # the method adapts no layer: it trains the weight itself
             assert layer.weight.requires_grad, f"{kind}: nothing trains"
+            if method.projects(model):
+                step_in_subspace(run, layer, x, kind)
             continue
         adapter = sites[where]
         generator = torch.Generator().manual_seed(8)
@@ -425,6 +427,22 @@ def delta(case: Case, engine: Engine) -> dict[str, str]:
             assert gap(model["layer"](x), got) < 1e-12, f"{kind}: merge() is not forward"
     assert "Linear" not in refused, f"the method does not serve a Linear layer: {refused['Linear']}"
     return refused
+
+
+def step_in_subspace(run: rs.Run, layer: nn.Module, x: Tensor, kind: str) -> None:
+    """One update changes every matrix of a weight along as many directions as its subspace has."""
+    optimizer, before = run.optimizer(lr=1e-2), layer.weight.detach().clone()
+    run.model.train()
+    run.model.forward = lambda x: layer(x)
+    run.model(x).square().sum().backward()
+    optimizer.step()
+    (rank,) = run.subspaces.values()
+    matrix = (layer.weight.detach() - before).reshape(*before.shape[: before.dim() - 1 if kind == "experts" else 1], -1)
+    directions = torch.linalg.matrix_rank(matrix, rtol=1e-9)
+    assert 0 < rank < 8, f"{kind}: nothing is projected"
+    assert bool((directions > 0).all()), f"{kind}: a matrix did not move"
+    if getattr(run.method, "residual", "none") == "none":
+        assert bool((directions <= rank).all()), f"{kind}: {directions} directions in a subspace of {rank}"
 
 
 def _plain_layer(kind: str) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from rankshift.core.adapter import Adapter
-from rankshift.core.errors import ConfigError
+from rankshift.core.errors import ConfigError, UnsupportedLayer
 from rankshift.core.form import EmbeddingForm
 from rankshift.core.method import Method, Subspace
 from rankshift.core.site import Spec, select, spec_of
@@ -88,9 +88,17 @@ class GaLore(Method):
     def sites(self, model: nn.Module) -> list[str]:
         return []
 
+    def fit(self, spec: Spec) -> None:
+        if isinstance(spec.form, EmbeddingForm):
+            raise UnsupportedLayer(
+                f"{spec.name} is an Embedding: each update changes the few rows that its batch asks for, and no "
+                "subspace keeps those. Leave it out of targets: what is not projected trains by AdamW."
+            )
+
     def projects(self, model: nn.Module) -> dict[str, Spec]:
         specs = [spec_of(model, name) for name in select(model, self.targets, self.exclude)]
-        specs = [spec for spec in specs if not isinstance(spec.form, EmbeddingForm)]
+        for spec in specs:
+            self.fit(spec)
         return {s.name if s.form.stacked else f"{s.name}.weight": s for s in specs}
 
     def in_place(self, name: str, adapted: bool) -> bool:
