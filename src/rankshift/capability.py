@@ -48,6 +48,7 @@ class Capability:
     """What one configuration can do. A text is the reason why not; empty if nothing stands in the way."""
 
     layers: Mapping[str, str]  # by kind of layer
+    projects: bool  # trains layers where they are, by projected gradients, instead of adapting them
     lora: str  # export as one plain LoRA, exactly
     merge: str  # end as plain weights of the same shapes
     disable: str  # the base, bit for bit, in mid-run
@@ -67,6 +68,7 @@ def probe(method: Method) -> Capability:
     second = _refusal(lambda: run.add("second", method, data=_Batches(run.model)))
     return Capability(
         layers=layers(method),
+        projects=bool(method.projects(run.model)),
         lora=lora,
         merge=_refusal(_half_way(method).merge),
         disable=disable,

@@ -416,7 +416,8 @@ class Run:
         self._open()
         self._on.free(name)
         for other in (method, *(member.method for member in self._on.members.values())):
-            if any(other.in_place(n, adapted) for n, _, adapted in base_parameters(self.model)):
+            projected = other.projects(self.model)
+            if any(n in projected or other.in_place(n, adapted) for n, _, adapted in base_parameters(self.model)):
                 raise AttachError(
                     f"{type(other).__name__} as configured trains base weights in place, which all adapters would "
                     'share: it stands alone. Use bias="none", or run.shift(method) to go on with another method.'

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rankshift.core.errors import ConfigError
 from rankshift.core.form import ConvForm, EmbeddingForm
 from rankshift.core.site import bare, base_parameters, form_of
 from rankshift.optim import Adam, Transform
 
 if TYPE_CHECKING:
-    from rankshift.core.method import Subspace
+    from rankshift.core.method import Method, Subspace
+    from rankshift.core.site import Spec
     from rankshift.placement import Placement
     from rankshift.run import Run
 
@@ -61,10 +63,10 @@ class Summary:
             ),
             "",
             f"{self.method}: {self.trainable:,} of {self.total:,} parameters train ({self.percent:.2f} %)",
-            f"base {_size(self.bytes_base)}, trained {_size(self.bytes_trainable)}, "
-            f"gradients {_size(self.bytes_trainable)}, optimizer {_size(self.bytes_optimizer)}"
-            + (f" ({saved:.0f} % below AdamW's {_size(self.bytes_adamw)})" if saved >= 1 else "")
-            + (f", frozen beside the base {_size(self.bytes_frozen)}" if self.bytes_frozen else ""),
+            f"base {size(self.bytes_base)}, trained {size(self.bytes_trainable)}, "
+            f"gradients {size(self.bytes_trainable)}, optimizer {size(self.bytes_optimizer)}"
+            + (f" ({saved:.0f} % below AdamW's {size(self.bytes_adamw)})" if saved >= 1 else "")
+            + (f", frozen beside the base {size(self.bytes_frozen)}" if self.bytes_frozen else ""),
         ]
         if self.left_alone:
             lines.append("frozen as they are: " + ", ".join(self.left_alone))
@@ -113,7 +115,7 @@ class Projection:
     saturated: bool  # its rank is chosen by energy, and the largest does not keep what was asked for
     renewals: int
     renewed: int  # the weight's update in which the last one was
-    bytes: int  # of the basis and the moments
+    bytes: int  # of the state: basis, moments, and what else it holds
 
     def logged(self) -> dict[str, float]:
         """What is logged of one weight, under names that stay the same: ``subspace_rank/WEIGHT``, ``…energy/…``."""
@@ -148,7 +150,7 @@ class Projections:
                 row.name, " × ".join(map(str, row.shape)), f"{row.rank} of {row.limit}",
                 f"{100 * row.energy:.1f} %" + (" !" if row.saturated else "") if row.renewals else "–",
                 str(row.renewals), str(row.renewed) if row.renewals else "–",
-                _size(row.bytes) if row.bytes else "–",
+                size(row.bytes) if row.bytes else "–",
             )
             for row in self.rows
         ]  # fmt: skip
@@ -246,8 +248,8 @@ def summarise(run: Run, placement: Placement) -> Summary:
     )  # fmt: skip
     held = [t for s in run.sites.values() for a in s.acting() for t in [*a.parameters(), *a.buffers()]]
     states = [
-        (t, method.transform(name, t, placement.projected.get(name)) or Adam(), subspaces.get(name))
-        for name, t, method in placement.trainable()
+        (tensor, _transform(method, name, tensor, placement.projected.get(name)), subspaces.get(name))
+        for name, tensor, method in placement.trainable()
     ]
     return Summary(
         method=type(run.method).__name__,
@@ -261,6 +263,14 @@ def summarise(run: Run, placement: Placement) -> Summary:
         bytes_adamw=sum(_state(Adam(), tensor) for tensor, _, _ in states),
         left_alone=tuple(f"{leaf} (×{n})" if n > 1 else leaf for leaf, n in alone.most_common(8)),
     )
+
+
+def _transform(method: Method, name: str, tensor: Tensor, spec: Spec | None) -> Transform:
+    try:
+        transform: Transform | None = method.transform(name, tensor, spec)
+    except ConfigError:  # it cannot be trained as it stands, which is for run.optimizer() to say
+        transform = None
+    return transform or Adam()
 
 
 def _state(transform: Transform, tensor: Tensor, rank: int | None = None) -> int:
@@ -286,7 +296,8 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [lines[0], "─" * len(lines[0]), *lines[1:]]
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes as people read them: "3.1 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"

@@ -113,3 +113,14 @@ def test_what_a_setting_changes_is_told_with_the_reason(shown):
 def test_an_unknown_name():
     with pytest.raises(rs.errors.ConfigError, match="Did you mean 'lora'"):
         show_one("lroa")
+
+
+def test_projecting_methods_say_what_they_project(shown):
+    text = words(shown(4000, "galore"))
+    assert "project Linear yes" in text
+    assert "project experts yes" in text
+    assert "project Embedding no embed_tokens is an Embedding" in text
+    assert "what is not projected trains by AdamW" in text
+    assert "adapt Linear" not in text
+    assert 'stand beside another, rest="freeze"' not in text, "it trains the base either way"
+    assert "project" not in words(shown(4000, "lora")).split("does it")[1]

@@ -87,6 +87,8 @@ def _native(directory: Path) -> list[tuple[str, str]]:
         lines.append(("adapter", name + ("" if name in run["active"] else " (not active)")))
         lines.append(("method", method_words(adapter["method"])))
         lines.append(("layers", _ranks(adapter["ranks"])))
+    if run.get("subspaces"):
+        lines.append(("projected", _ranks(run["subspaces"])))
     lines.append(("updates", f"{run['step']:,}" + (f" of {run['total_steps']:,}" if run["total_steps"] else "")))
     phases = [f"{phase['method']['method']} from {phase['start']}" for phase in run["phases"]]
     if len(phases) > 1:

@@ -101,13 +101,15 @@ def _answers(kind: type[Method]) -> Iterator[tuple[str, str, str]]:
     can = capability.probe(kind())
     changes = {setting: capability.probe(method) for setting, method in capability.variants(kind)}
     for layer, why in can.layers.items():
-        yield f"adapt {layer}", *_answer(why)
+        yield f"{'project' if can.projects else 'adapt'} {layer}", *_answer(why)
     for what, why in _verbs(can).items():
         yield what, *_answer(why)
     for setting, other in changes.items():
-        for what, why in {**{f"adapt {k}": v for k, v in other.layers.items()}, **_verbs(other)}.items():
-            before = {**{f"adapt {k}": v for k, v in can.layers.items()}, **_verbs(can)}[what]
-            if bool(before) != bool(why):
+        for layer, why in other.layers.items():
+            if bool(can.layers[layer]) != bool(why):
+                yield f"{'project' if other.projects else 'adapt'} {layer}, {setting}", *_answer(why)
+        for what, why in _verbs(other).items():
+            if bool(_verbs(can)[what]) != bool(why):
                 yield f"{what}, {setting}", *_answer(why)
     total = [s for s, other in changes.items() if other.total != can.total]
     data = [s for s, other in changes.items() if other.data != can.data]

@@ -3,6 +3,7 @@
 runs/<name>/config.yaml    every setting as it was resolved
             metrics.json   before and after, and every evaluation in between
             loss.png
+            subspaces.png  where gradients are projected: rank and captured energy over layers and updates
             adapter/       the run, as rs.load reads it
             peft/          the same for PEFT and servers; or model/, where the method trains the base itself
             checkpoints/   while it trains or after an interrupt: what --resume goes on from
@@ -40,12 +41,14 @@ from rankshift.core.form import ConvForm, EmbeddingForm
 from rankshift.io.atomic import explain
 from rankshift.methods import PCLoRA
 from rankshift.run import Run
+from rankshift.summary import size
 from rankshift.train import bundled, data, models, report, sources
 from rankshift.train import columns as roles
 from rankshift.train import config as settings
 from rankshift.train.config import Task, TrainConfig
 from rankshift.train.data import Examples
 from rankshift.train.evaluation import Measure, measure, show
+from rankshift.train.heat_map import heat_map
 from rankshift.train.labels import Classes, classes_of
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
@@ -347,6 +350,10 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         report.write_text(directory / CONFIG, _HEADER + settings.write(config))
     summary = run.summary()
     _line(console, "method", _describe(config, run) + f" · {summary.trainable:,} of {summary.total:,} parameters train")
+    if summary.bytes_optimizer < summary.bytes_adamw:
+        _line(
+            console, "state", f"of the optimizer {size(summary.bytes_optimizer)}, AdamW's {size(summary.bytes_adamw)}"
+        )
     mixed = _mixed(run)
     if mixed:
         _line(console, "loss", f"in training {mixed}; in validation the task's alone")
@@ -396,6 +403,7 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
     told = run.metrics()
     console.print()
     made = _write(job, run, directory)
+    renewals = [entry for entry in history if any(key.startswith("subspace_rank/") for key in entry)]
     if _first():
         record |= {
             "status": "finished", "final": final, "sample_after": after, "prompt": prompt,
@@ -403,6 +411,7 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
             "per_second": bar.speed, "unit": bar.unit, "memory": memory(),
             "trainable": summary.trainable, "total": summary.total,
             "method": told, "train_loss": losses, "validation": [{"step": step, **values} for step, values in checks],
+            **({"subspaces": renewals} if renewals else {}),
         }  # fmt: skip
         report.write_metrics(directory, record)
         title = f"{Path(config.model).name} · {type(config.method).__name__} · {sources.describe(config.data.train)}"
@@ -410,6 +419,10 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         words = "loss (nats per token)" if task.endswith("lm") else "loss"
         words += f"; training: {mixed}" if mixed else ""
         report.plot(directory / "loss.png", title, losses, points, base.get("loss"), words)
+        made["loss.png"] = "training and validation loss"
+        if renewals:
+            heat_map(directory / "subspaces.png", history, title)
+            made["subspaces.png"] = "rank and captured energy over layers and updates"
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     outcome, commands = _outcome(run, told, said(told)), _next(run, directory)
     _finish(console, job, directory, base, final, bar, before, after, prompt, made, commands, outcome)
@@ -669,11 +682,13 @@ def _head(
 
 def _describe(config: TrainConfig, run: Run) -> str:
     """ "LoRA, rank 16, on 35 layers"."""
-    ranks = sorted({a.rank for name in run.active for a in run.adapter(name).values()} - {0})
+    projected = run.subspace_table().rows
+    ranks = [a.rank for name in run.active for a in run.adapter(name).values()]
+    ranks = sorted({*ranks, *(row.rank for row in projected)} - {0})
     parts = [type(config.method).__name__]
     if ranks:
         parts.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}")
-    count = sum(site.active != () for site in run.sites.values())
+    count = sum(site.active != () for site in run.sites.values()) or len(projected)
     return ", ".join(parts) + (f", on {count} layers" if count else "")
 
 
@@ -726,7 +741,7 @@ def _finish(
     for name, text in outcome:
         _line(console, name, text)
     console.print()
-    made = {**made, "loss.png": "training and validation loss", CONFIG: "every setting", "metrics.json": "every number"}
+    made = {**made, CONFIG: "every setting", "metrics.json": "every number"}
     for name, words in made.items():
         console.print(f"  {directory / name!s:<38} {words}", highlight=False, markup=False, soft_wrap=True)
     console.print()
