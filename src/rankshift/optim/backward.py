@@ -13,6 +13,7 @@ ordinary way. What needs all gradients at once cannot be had: accumulation, loss
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,9 +77,15 @@ class Backward:
         self._places = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
         if self._places.keys() != self._hooks.keys():
             self.remove()
+            take = weakref.WeakMethod(self._take)  # Python's collector does not see what the hooks of a tensor hold
+
+            def hook(p: Tensor) -> None:
+                if (method := take()) is not None:
+                    method(p)
+
             for group in groups:
                 for p in group["params"]:
-                    self._hooks[id(p)] = p.register_post_accumulate_grad_hook(self._take)
+                    self._hooks[id(p)] = p.register_post_accumulate_grad_hook(hook)
 
     @torch.no_grad()
     def _take(self, p: Tensor) -> None:
