@@ -113,6 +113,10 @@ class Base(nn.Module):
         """What :meth:`add_` does, in this storage."""
         raise NotImplementedError
 
+    def rewrite_(self, how: Callable[[Tensor], None]) -> None:
+        """Let ``how`` write into the weight as it is stored and sharded: an update, which rounds in its own way."""
+        raise NotImplementedError
+
     def house(self, tenant: Tenant | None) -> None:
         """Say whose columns stand in the stored weight from now on; None: nobody's."""
         self.__dict__["tenant"] = tenant  # a plain reference: nn.Module would take the adapter for a part of the base
@@ -204,6 +208,11 @@ class Dense(Base):
         else:
             here = part
             here.copy_(_sum(here, self.form.stored(delta(slice(None)))[held]))
+
+    @torch.no_grad()
+    def rewrite_(self, how: Callable[[Tensor], None]) -> None:
+        self.changed = True
+        how(self.weight)
 
     def restore(self) -> nn.Module:
         return self._layer[0]

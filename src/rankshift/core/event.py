@@ -65,13 +65,17 @@ class Tick:
 
     def lr(self, parameter: Tensor) -> float:
         """The learning rate of one parameter in this update; 0 if no optimizer holds it."""
-        return self._rates.get(id(parameter), 0.0)
+        return float(self.group(parameter).get("lr", 0.0))
+
+    def group(self, parameter: Tensor) -> dict[str, Any]:
+        """The optimizer's group of one parameter; empty if no optimizer holds it."""
+        return self._groups.get(id(parameter), {})
 
     @functools.cached_property
-    def _rates(self) -> dict[int, float]:
-        """Learning rates by the id of a parameter: events ask for that of every site."""
+    def _groups(self) -> dict[int, dict[str, Any]]:
+        """Groups by the id of a parameter: events ask for that of every site."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
-        return {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        return {id(p): group for group in groups for p in group["params"]}
 
 
 class Event(Protocol):

@@ -111,17 +111,36 @@ def sum_like(value: Tensor, like: Tensor) -> Tensor:
     return _reduced(value, like, dist.ReduceOp.SUM)
 
 
+def over_data(value: Tensor, like: Tensor) -> Tensor:
+    """The sum over the ranks that average the gradient ``like``: all of its mesh if it is sharded, all there are if
+    they have the same, else this one alone. In place where ``value`` is contiguous; every rank must call this."""
+    value = value.contiguous()
+    if isinstance(like, DTensor):
+        for axis in range(like.device_mesh.ndim):
+            dist.all_reduce(value, group=like.device_mesh.get_group(axis))
+    elif world() > 1 and first_apart([like]) is None:
+        dist.all_reduce(value)
+    return value
+
+
 def max_like(value: Tensor, like: Tensor) -> Tensor:
     """The largest ``value`` on the ranks among which ``like`` is split; every one of them must call this."""
     return _reduced(value, like, dist.ReduceOp.MAX)
 
 
-def from_rank_zero(tensor: Tensor) -> Tensor:
-    """The first rank's tensor on every rank, which must all have one of its shape; in place where it is contiguous."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
+def from_rank_zero(tensor: Tensor, like: Tensor, parts: bool = False) -> Tensor:
+    """What the first of the ranks that hold ``like`` has, on all of them; in place where it is contiguous.
+
+    ``parts``: it belongs to the part of ``like`` held here, so that only ranks with the same part are to agree.
+    """
     tensor = tensor.contiguous()
-    dist.broadcast(tensor, src=0)
+    if not isinstance(like, DTensor):
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+    for axis, placement in enumerate(like.placements):
+        if not (parts and isinstance(placement, Shard)):
+            dist.broadcast(tensor, group=like.device_mesh.get_group(axis), group_src=0)
     return tensor
 
 

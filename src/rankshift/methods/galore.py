@@ -18,18 +18,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from rankshift.core.adapter import Adapter
+from rankshift.core.base import Base
 from rankshift.core.errors import ConfigError, UnsupportedLayer
-from rankshift.core.form import EmbeddingForm
+from rankshift.core.event import Event
+from rankshift.core.form import EmbeddingForm, Form
 from rankshift.core.method import Method, Subspace
+from rankshift.core.random import Key
 from rankshift.core.site import Spec, select, spec_of
+from rankshift.methods import galore_projected
 from rankshift.optim.adam import Adam
+from rankshift.optim.inside import Inside
 from rankshift.optim.moments import Blocks, Store, Wide
 from rankshift.optim.project import Clock, Project
 from rankshift.optim.rounding import narrow
 from rankshift.optim.subspace import Finder, Transport
+
+_LINEAR = Spec("", 1, 1, Form(), torch.float32, torch.device("cpu"))  # any: what is asked of it does not depend on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +81,26 @@ class GaLore(Method):
     loses steps below half a bit of the weight; "stochastic" keeps them on average; "master" keeps them exactly, in an
     fp32 copy, 4 bytes a weight. Weights in fp32 need none of them."""
 
+    gradient: Literal["full", "projected"] = "full"
+    """"projected": linear layers form their weight's gradient inside the subspace only, (r·longer side) instead of
+    out·in numbers, and keep r numbers a token for backward where their input side is projected. The same training, but
+    gradients are clipped by the norm of the projected ones, and the memory of moments stays that of the largest rank.
+    Other layers, such as convolutions, go as in "full"."""
+
     def check(self) -> None:
         kind = type(self).__name__
+        if self.gradient == "projected":
+            if self.residual == "fira":
+                raise ConfigError(
+                    f'{kind}(gradient="projected", residual="fira"): the residual is what lies outside the subspace, '
+                    'and that is never formed. Use gradient="full", or leave residual out.'
+                )
+            if self.rounding == "master":
+                raise ConfigError(
+                    f'{kind}(gradient="projected", rounding="master"): the weights are no tensors of the optimizer, '
+                    'which would keep their copies. Use rounding="stochastic", or load the model in fp32 and train '
+                    "under autocast."
+                )
         for name in ("rank",):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{kind}({name}={getattr(self, name)}): it must be at least 1.")
@@ -86,7 +112,7 @@ class GaLore(Method):
             raise ConfigError(f"{kind} trains modules where they are, without copies: leave modules_to_save out.")
 
     def sites(self, model: nn.Module) -> list[str]:
-        return []
+        return [spec.name for spec in self._projected(model) if self.gradient == "projected" and spec.form.pointwise]
 
     def fit(self, spec: Spec) -> None:
         if isinstance(spec.form, EmbeddingForm):
@@ -94,32 +120,60 @@ class GaLore(Method):
                 f"{spec.name} is an Embedding: each update changes the few rows that its batch asks for, and no "
                 "subspace keeps those. Leave it out of targets: what is not projected trains by AdamW."
             )
+        if self.gradient == "projected" and spec.form.pointwise:
+            self._check_rounding(f"{spec.name}.weight", spec.dtype)
 
     def projects(self, model: nn.Module) -> dict[str, Spec]:
+        specs = [s for s in self._projected(model) if self.gradient == "full" or not s.form.pointwise]
+        return {s.name if s.form.stacked else f"{s.name}.weight": s for s in specs}
+
+    def _projected(self, model: nn.Module) -> list[Spec]:
+        """The layers whose gradients are projected, wherever that is done."""
         specs = [spec_of(model, name) for name in select(model, self.targets, self.exclude)]
         for spec in specs:
             self.fit(spec)
-        return {s.name if s.form.stacked else f"{s.name}.weight": s for s in specs}
+        return specs
+
+    def rank_at(self, name: str, found: Any = None) -> int:
+        return self.rank
+
+    def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
+        on_input = galore_projected.on_input(self.project(spec), spec)
+        return galore_projected.ProjectedLayer(base, spec, min(rank, spec.max_rank), on_input)
+
+    def start(self, adapter: Adapter, key: Key, found: Any = None) -> None:
+        galore_projected.start(adapter, key)
+
+    def events(self) -> tuple[Event, ...]:
+        if self.gradient == "full":
+            return ()
+        return galore_projected.events(self.project(_LINEAR), self.rounding or "nearest")
 
     def in_place(self, name: str, adapted: bool) -> bool:
-        return self.rest == "train"
+        return self.rest == "train" and not (adapted and name.rpartition(".")[2] == "weight")
 
     def must_learn(self, name: str) -> bool:
         return False
 
     def transform(self, name: str, tensor: Tensor, spec: Spec | None = None) -> Any:
-        if self.rounding is None and narrow(tensor.dtype):
-            kind, dtype = type(self).__name__, str(tensor.dtype).removeprefix("torch.")
-            raise ConfigError(
-                f"{name} is in {dtype}, where small steps are lost, and {kind} trains it in place: choose "
-                f'{kind}(rounding="stochastic"), which keeps them on average; rounding="master", an fp32 copy of each '
-                'weight in the optimizer; or rounding="nearest", without either. Or load the model in fp32.'
-            )
+        if self.gradient == "projected" and name.rpartition(".")[2] == galore_projected.LEAF:
+            return Inside.of(self.project(_LINEAR))
+        self._check_rounding(name, tensor.dtype)
         if spec is not None:
             return self.project(spec)
         if self.moments == "float32" and not narrow(tensor.dtype):
             return None
         return Adam(self.store, self.rounding or "nearest")
+
+    def _check_rounding(self, name: str, dtype_of: torch.dtype) -> None:
+        """Raise ConfigError where a weight of 16 bits would train and nothing is said of how it is rounded."""
+        if self.rounding is None and narrow(dtype_of):
+            kind, dtype = type(self).__name__, str(dtype_of).removeprefix("torch.")
+            raise ConfigError(
+                f"{name} is in {dtype}, where small steps are lost, and {kind} trains it in place: choose "
+                f'{kind}(rounding="stochastic"), which keeps them on average; rounding="master", an fp32 copy of each '
+                'weight in the optimizer; or rounding="nearest", without either. Or load the model in fp32.'
+            )
 
     @property
     def store(self) -> Store:
@@ -147,7 +201,8 @@ class GaLore(Method):
         states: Mapping[str, Mapping[str, Tensor]],
         adapters: Mapping[str, Adapter],
     ) -> dict[str, Subspace]:
-        return {name: self.seen(spec, states.get(name, {})) for name, spec in specs.items()}
+        found = {name: self.seen(spec, states.get(name, {})) for name, spec in specs.items()}
+        return found | galore_projected.subspaces(adapters, states, self.project(_LINEAR).energy)
 
     def seen(self, spec: Spec, state: Mapping[str, Tensor]) -> Subspace:
         """What one layer's state says of its subspace."""

@@ -1,0 +1,244 @@
+"""GaLore's gradient in the subspace from the start: between two renewals that of a weight is never formed.
+
+    forward    y = W x + bias, the plain layer
+    backward   ∂L/∂X = A Q, formed as dyᵀ (x Q), or xᵀ (dy Q) for the output side: (l, r)
+    step       X ← −lr·α·N,  W ← (1 − lr·wd) W + X Qᵀ (or Q Xᵀ),  X ← 0
+
+A (l, s) is G = ∂L/∂W (out, in), or Gᵀ for the output side. X is a parameter, zero whenever a forward runs: DDP, FSDP2,
+accumulation, loss scaling and clipping see its gradient as any other. ``clip_grad_norm_`` then goes by the norm of the
+projected gradients, which is below that of the whole ones (in the very first update, taken in random directions, far
+below). Input sides keep x Q for backward, r numbers a token; output sides keep x.
+
+In an update that renews a layer's basis, its backward passes sum up G as well; it is averaged over ranks as X's
+gradient was, and scaled as that was since (unscaled, clipped): by c with X.grad = c·A Q_old. From there the arithmetic
+is Project's: the training is that of ``gradient="full"`` up to rounding, but for what clipping by another norm changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankshift.core import shard
+from rankshift.core.adapter import Adapter
+from rankshift.core.base import Base
+from rankshift.core.errors import ConfigError, TrainingError
+from rankshift.core.event import Event, Moment, Tick
+from rankshift.core.form import Form
+from rankshift.core.method import Subspace
+from rankshift.core.random import Key, normal
+from rankshift.core.site import Spec
+from rankshift.ops.projected_linear import Listener, projected_linear
+from rankshift.optim import Optimizer, rounding
+from rankshift.optim.inside import Inside
+from rankshift.optim.project import Project
+from rankshift.optim.rounding import Rounding
+from rankshift.optim.transform import hyper_of
+
+_log = logging.getLogger(__name__)
+
+LEAF = "subspace"  # name of X in its layer
+_ALONG = 0.98  # cosine² of X.grad and A Q below which more than a factor lies between them; rounding leaves 0.999
+_PATIENCE = 20  # renewals of one layer put off in a row before the run is stopped
+
+
+class ProjectedLayer(Adapter):
+    """y = W x + bias, with a gradient in a subspace. X is ``subspace``, Q is ``basis``."""
+
+    derived = frozenset({LEAF})
+    silent = frozenset({LEAF})
+
+    def __init__(self, base: Base, spec: Spec, rank: int, on_input: bool):
+        super().__init__(base)
+        length, s = (spec.out, spec.into) if on_input else (spec.into, spec.out)
+        self.on_input = on_input
+        self.subspace = nn.Parameter(torch.zeros(length, rank, dtype=spec.master, device=spec.device))
+        self.basis = nn.Parameter(torch.zeros(s, rank, dtype=spec.master, device=spec.device), requires_grad=False)
+        self.listener = Listener()
+        self.put_off = 0  # renewals in a row
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x, self.base.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        return self._run(x, None)
+
+    def _run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.form.matrix(self.base.weight)
+        return projected_linear(x, weight, bias, self.subspace, self.basis, self.on_input, self.listener)
+
+    def delta(self, rows: slice = slice(None)) -> Tensor:
+        left, right = (self.subspace, self.basis) if self.on_input else (self.basis, self.subspace)
+        return left[rows] @ right.t()
+
+    @torch.no_grad()
+    def fold(self, state: dict[str, Tensor], keep: float, how: Rounding) -> None:
+        """W ← keep·W + ΔW, rounded once; X ← 0."""
+        by_out = type(self.form) is Form  # axis 0 of the stored weight, along which it may be sharded
+        first, other = (self.subspace, self.basis) if by_out == self.on_input else (self.basis, self.subspace)
+        rows, columns = shard.held(first), shard.whole(other)
+
+        def write(weight: Tensor) -> None:
+            # a product in bf16 is summed in fp32 and rounded once
+            here = shard.held(weight) if how == "nearest" else rounding.opened(weight, state)
+            here.addmm_(rows.to(here.dtype), columns.t().to(here.dtype), beta=keep)
+            rounding.close(weight, here, state, how)
+
+        self.base.rewrite_(write)
+        shard.held(self.subspace).zero_()
+
+    @torch.no_grad()
+    def renew(self, transform: Inside, state: dict[str, Tensor], tick: Tick) -> None:
+        """A new basis from the gradient that was heard, and X's gradient in it."""
+        g = self.subspace.grad
+        assert g is not None
+        G = self.listener.gradient
+        if G is None:  # no token came here on this rank
+            G = torch.zeros(self.out_features, self.in_features, dtype=self.basis.dtype, device=self.basis.device)
+        self.listener.start(False)
+        G = shard.over_data(G, g).to(self.basis.dtype)
+        A, Q, (part, rows) = G if self.on_input else G.t(), shard.whole(self.basis), shard.local(g)
+        factor = self._factor(part, A[rows] @ Q, g)
+        if factor is None:
+            if int(state["renewals"]) == 0:
+                self.subspace.grad = None  # there is no basis yet to step in
+            return
+        A.mul_(factor)
+        key = Key(tick.seed) / f"{self.site}.weight"
+        Q = transform.turn(A, Q, rows, state, key, hyper_of(tick.group(self.subspace)))
+        shard.assign_(self.basis, Q)
+        part.copy_(A[rows] @ Q)
+
+    def _factor(self, part: Tensor, formed: Tensor, g: Tensor) -> float | None:
+        """c with X.grad = c·A Q; None if they are not along each other."""
+        sums = torch.stack([(part * formed).sum(), formed.square().sum(), part.square().sum()])
+        along, size, scaled = shard.sum_like(sums, g).tolist()
+        if size == scaled == 0:
+            return 1.0
+        if along**2 > _ALONG * size * scaled:
+            self.put_off = 0
+            return float(along / size)
+        self.put_off += 1
+        message = (
+            f"{self.site}: its gradient was changed by more than a factor between the backward pass and the step "
+            "(clipped by value, or left over from a backward pass without a step), so its subspace cannot be renewed"
+        )
+        if self.put_off >= _PATIENCE:
+            raise TrainingError(
+                f"{message}, {_PATIENCE} times in a row. Clip by norm, zero all gradients after each step, or use "
+                'gradient="full".'
+            )
+        _log.warning("%s. It is in the next update.", message)
+        return None
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Layers whose basis will be renewed in the coming update sum up their whole gradient."""
+
+    moment: ClassVar[Moment] = Moment.WINDOW
+
+    def due(self, tick: Tick) -> bool:
+        if tick.optimizer is not None and not isinstance(tick.optimizer, Optimizer):
+            raise ConfigError(
+                f'gradient="projected" takes its steps inside subspaces, which a {type(tick.optimizer).__name__} does '
+                'not know. Use the optimizer of run.optimizer(), or gradient="full".'
+            )
+        return True
+
+    def apply(self, adapter: Adapter, tick: Tick) -> None:
+        assert isinstance(adapter, ProjectedLayer)
+        state = tick.state(adapter.subspace)
+        adapter.listener.start(not state or int(state["next"]) <= int(state["step"]))
+
+
+@dataclass(frozen=True)
+class Renew:
+    """A new basis where one is due."""
+
+    transform: Inside
+    moment: ClassVar[Moment] = Moment.GRADS
+
+    def due(self, tick: Tick) -> bool:
+        return True
+
+    def apply(self, adapter: Adapter, tick: Tick) -> None:
+        assert isinstance(adapter, ProjectedLayer)
+        X = adapter.subspace
+        if not adapter.listener.open or X.grad is None:
+            return
+        assert isinstance(tick.optimizer, Optimizer)
+        if not tick.state(X):
+            tick.optimizer.state[X].update(tick.optimizer.initial(X))
+        adapter.renew(self.transform, tick.state(X), tick)
+
+
+@dataclass(frozen=True)
+class FoldIn:
+    """The step inside the subspace goes into the weight: the update itself, with its decay."""
+
+    how: Rounding
+    moment: ClassVar[Moment] = Moment.UPDATED
+    steps: ClassVar[bool] = True
+
+    def due(self, tick: Tick) -> bool:
+        return True
+
+    def apply(self, adapter: Adapter, tick: Tick) -> None:
+        assert isinstance(adapter, ProjectedLayer)
+        X = adapter.subspace
+        if X.grad is not None:
+            keep = 1 - tick.lr(X) * tick.group(X)["weight_decay"]
+            adapter.fold(tick.state(X), keep, self.how)
+
+
+# ---- what the methods ask --------------------------------------------------------------------------------------------
+
+
+def on_input(project: Project, spec: Spec) -> bool:
+    """Which side of a layer is projected."""
+    return project.face(spec.form.stored(torch.empty(spec.out, spec.into, device="meta")))[1]
+
+
+def start(adapter: Adapter, key: Key) -> None:
+    """Random directions, until the first gradient says better: they tell by what it was scaled."""
+    assert isinstance(adapter, ProjectedLayer)
+    s, rank = adapter.basis.shape
+    adapter.basis.copy_(normal(key / "basis", (s, rank), s**-0.5, dtype=adapter.basis.dtype))
+
+
+def events(project: Project, how: Rounding) -> tuple[Event, ...]:
+    """What happens between steps."""
+    return Listen(), Renew(Inside.of(project)), FoldIn(how)
+
+
+def subspaces(
+    adapters: Mapping[str, Adapter], states: Mapping[str, Mapping[str, Tensor]], wish: float | None
+) -> dict[str, Subspace]:
+    """What the state of each layer says of its subspace, by the name of the weight."""
+    found = {}
+    for site, adapter in adapters.items():
+        assert isinstance(adapter, ProjectedLayer)
+        state = states.get(f"{site}.{LEAF}", {})
+        rank, renewals, renewed = (int(state[key]) if state else 0 for key in ("rank", "renewals", "renewed"))
+        tensors = [adapter.basis, *(t for t in state.values() if t.dim())] if state else []
+        found[f"{site}.weight"] = Subspace(
+            shape=(adapter.out_features, adapter.in_features),
+            rank=rank or adapter.rank,
+            limit=adapter.rank,
+            wish=wish,
+            energy=state.get("energy"),
+            renewals=renewals,
+            renewed=renewed,
+            bytes=sum(t.numel() * t.element_size() for t in tensors),
+        )
+    return found
