@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rankshift as rs
-from rankshift.cli import files
+from rankshift.cli import files, inspect
 from rankshift.core.errors import ConfigError, DataError, MissingFile, NotWritable, RankshiftError
 from rankshift.run import load
 from rankshift.train import bases, config, recipe
@@ -213,7 +214,7 @@ def test_global_randomness_does_not_matter(tmp_path, tiny_bert):
     assert losses[0] == losses[1]
 
 
-RECIPES = sorted(p.stem for p in (Path(__file__).parents[2] / "recipes").glob("*.yaml") if p.stem[:4] != "baby")
+RECIPES = sorted(p.stem for p in (Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -232,7 +233,8 @@ def test_recipes_run_on_small_models_and_own_data(tmp_path, name, tiny_llama, ti
     else:
         (tmp_path / "corpus").mkdir()
         (tmp_path / "corpus" / "a.txt").write_text("a fine film with a good story . " * 200)
-        model, settings = tiny_bert, [f"data={tmp_path / 'corpus'}", "data.max_length=32"]
+        model = tiny_llama if name.startswith("babyllama") else tiny_bert
+        settings = [f"data={tmp_path / 'corpus'}", "data.max_length=32"]
     if name.endswith("pc-lora"):
         settings += ["method.rank=4"]  # 32 would make these small layers no smaller
     wanted = config.read(recipe_file, [f"model={model}", *settings, "train.steps=6", f"output={tmp_path / 'runs'}"])
@@ -246,8 +248,11 @@ def test_recipes_run_on_small_models_and_own_data(tmp_path, name, tiny_llama, ti
         files.export_run(result.directory, small, None, "compressed", "exact")  # as the recipe says
         thin = rs.load_compressed(small)
         assert thin.num_parameters() < AutoModelForSequenceClassification.from_pretrained(model).num_parameters()
-    else:
+    elif wanted.method.reversible:
         assert (result.directory / "peft" / "adapter_config.json").is_file()
+    else:
+        assert (result.directory / "model" / "config.json").is_file()
+        assert (result.directory / "subspaces.png").is_file()
 
 
 def test_the_recipe_of_the_bundled_model_is_what_runs_by_default():
@@ -368,6 +373,70 @@ def test_how_many_gates_are_open_is_told(tmp_path, tiny_llama, sparsity, none):
     assert all(f"gates {0 if none else whole:.0f}/{whole:.0f}" in line for line in checks)
     assert f" · gates {0 if none else whole:.0f}/{whole:.0f} · val" in screen
     assert ("the adapter changes nothing" in screen) == none
+
+
+@pytest.mark.parametrize("method", [{"method": "galore"}, {"method": "adarankgrad", "earliest": 1, "energy": 0.5}])
+def test_subspaces_are_told_and_drawn(tmp_path, tiny_llama, method):
+    from rankshift.train.heat_map import course
+
+    (tmp_path / "a.txt").write_text("hello how are you ? fine thanks . " * 50)
+    result, screen, metrics = train(
+        tmp_path, model=str(tiny_llama), data={"train": str(tmp_path / "a.txt"), "max_length": 16},
+        method={"rank": 8, "every": 2, **method}, train={"steps": 6, "lr": 1e-3, "eval_every": 3},
+    )  # fmt: skip
+    told, energy = metrics["method"], method["method"] == "adarankgrad"
+    assert set(told) - {"subspace_saturated"} == {"subspace_rank", "subspace_energy", "subspace_renewals"}
+    assert ("subspace_saturated" in told) == energy
+    checks = [line for line in screen.splitlines() if line.startswith("  step") or "/6  loss" in line]
+    assert len(checks) > 3
+    assert all(re.search(r" · rank [\d.]+, energy [\d.]+(e-\d+)?( |$)", line) for line in checks[1:])
+    assert not any("subspace" in line or "proj" in line for line in checks), "nothing of single layers"
+    begin = re.search(r"(GaLore|AdaRankGrad), rank 8, on (\d+) layers", screen)
+    assert re.search(r"state     of the optimizer [\d.]+ KiB, AdamW's [\d.]+ KiB", screen)
+    assert f": subspace rank {told['subspace_rank']:.3g}, subspace energy {told['subspace_energy']:.3g}" in screen
+    run = load(bases.load(result.directory).model, result.directory / "adapter")
+    rank, kept = course(metrics["subspaces"]), course(metrics["subspaces"], "energy")
+    assert len(rank.layers) == int(begin[2]) == len(run.subspaces)
+    assert {name: int(row[-1]) for name, row in zip(rank.layers, rank.values, strict=True)} == run.subspaces
+    assert told["subspace_rank"] == pytest.approx(rank.values[:, -1].mean())
+    assert told["subspace_energy"] == pytest.approx(kept.values[:, -1].mean())
+    assert (result.directory / "subspaces.png").stat().st_size > 10_000
+    assert "subspaces.png" in screen
+    assert dict(inspect.rows(result.directory))["projected"].startswith(f"{len(run.subspaces)}, rank ")
+    plain = AutoModelForCausalLM.from_pretrained(result.directory / "model")
+    ids = torch.tensor([[2, 7, 8, 9]])
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(input_ids=ids).logits, run.model.eval()(input_ids=ids).logits)
+
+
+def test_an_interrupted_run_keeps_the_course_of_its_subspaces(tmp_path, tiny_llama, monkeypatch):
+    from rankshift.train.heat_map import course
+    from rankshift.train.trainer import Trainer
+
+    (tmp_path / "a.txt").write_text("hello how are you ? fine thanks . " * 50)
+    settings = {
+        "model": str(tiny_llama), "data": {"train": str(tmp_path / "a.txt"), "max_length": 16},
+        "method": {"method": "adarankgrad", "rank": 8, "every": 2, "earliest": 1, "energy": 0.5},
+        "train": {"steps": 6, "lr": 1e-3, "save_every": 3},
+    }  # fmt: skip
+    _, _, whole = train(tmp_path, **settings)
+    step = Trainer.training_step
+
+    def stopped(self, *arguments, **named):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(Trainer, "training_step", stopped)
+    with pytest.raises(recipe.Interrupted) as caught:
+        train(tmp_path, **settings)
+    monkeypatch.undo()
+    result = recipe.resume(caught.value.directory, Console(file=io.StringIO()))
+    metrics = json.loads((result.directory / "metrics.json").read_text())
+    for what in ("rank", "energy"):
+        np.testing.assert_array_equal(
+            course(metrics["subspaces"], what).values, course(whole["subspaces"], what).values
+        )
 
 
 def test_compression_and_the_mixed_loss_are_told(tmp_path, tiny_llama):
