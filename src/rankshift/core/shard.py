@@ -133,14 +133,14 @@ def from_rank_zero(tensor: Tensor, like: Tensor, parts: bool = False) -> Tensor:
 
     ``parts``: it belongs to the part of ``like`` held here, so that only ranks with the same part are to agree.
     """
-    tensor = tensor.contiguous()
-    if not isinstance(like, DTensor):
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast(tensor, src=0)
-        return tensor
-    for axis, placement in enumerate(like.placements):
-        if not (parts and isinstance(placement, Shard)):
-            dist.broadcast(tensor, group=like.device_mesh.get_group(axis), group_src=0)
+    if isinstance(like, DTensor):
+        tensor = tensor.contiguous()
+        for axis, placement in enumerate(like.placements):
+            if not (parts and isinstance(placement, Shard)):
+                dist.broadcast(tensor, group=like.device_mesh.get_group(axis), group_src=0)
+    elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, src=0)
     return tensor
 
 

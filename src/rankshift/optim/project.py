@@ -15,10 +15,12 @@ c, one number a direction, is how much of the average v has been filled: 1 âˆ’ Î
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rankshift.core import shard
@@ -226,13 +228,14 @@ class Project:
         hyper: Hyper,
     ) -> None:
         """A new basis for each, decided once for all ranks; the moments go along."""
-        shapes = [(*self.face(p)[0], self.split(p) == "rows") for p in parameters]
-        for batch in subspace.same_shape(shapes, _TOGETHER):
-            ps, ss = [parameters[i] for i in batch], [states[i] for i in batch]
-            found = self._find(ps, [gradients[i] for i in batch], ss)
-            ranks = self._ranks(ps, ss, found)
-            for p, state, basis, rank in zip(ps, ss, found, ranks, strict=True):
-                self._move(p, state, basis, rank, hyper)
+        for split in dict.fromkeys(map(self.split, parameters)):
+            alike = [i for i, p in enumerate(parameters) if self.split(p) == split]
+            for batch in subspace.same_shape([self.face(parameters[i])[0] for i in alike], _TOGETHER):
+                ps, ss = [parameters[alike[i]] for i in batch], [states[alike[i]] for i in batch]
+                found = self._find(ps, [gradients[alike[i]] for i in batch], ss)
+                ranks = self._ranks(ps, ss, found)
+                for p, state, basis, rank in zip(ps, ss, found, ranks, strict=True):
+                    self._move(p, state, basis, rank, hyper)
 
     def _find(
         self, ps: Sequence[Tensor], gs: Sequence[Tensor], states: Sequence[dict[str, Tensor]]
@@ -246,19 +249,19 @@ class Project:
         width = self.limit(ps[0]) if self.finder in ("eigh", "svd") else min(s, self.limit(ps[0]) + self.oversample)
         draw = start = None
         if self.finder in ("range", "warm"):
-            draws = [_draw(state, (*A.shape[1:-2], s, width), A) for state in states]
+            # one for all matrices of a stack, of which other ranks hold others
+            draws = [_draw(state, (s, width), A).expand(*A.shape[1:-2], s, width) for state in states]
             draw = torch.stack(draws)
-        if self.finder == "warm" and all(int(state["renewals"]) for state in states):
-            bases = [shard.held(state["basis"]) for state in states]
-            if len({basis.shape for basis in bases}) == 1:
-                start = torch.stack(bases)
+            if self.finder == "warm" and all(int(state["renewals"]) for state in states):
+                bases = [shard.held(state["basis"]) for state in states]  # of several ranks
+                start = torch.stack([torch.cat(pair, -1)[..., :width] for pair in zip(bases, draws, strict=True)])
         rows = split == "rows" and not gather
         found = subspace.find(
             A, width, self.finder, draw=draw, start=start, power=self.power,
             reduce=(lambda part: shard.sum_like(part, ps[0])) if rows else (lambda part: part),
         )  # fmt: skip
-        if split != "batch":  # there every rank has matrices of its own
-            found = subspace.Basis(*(shard.from_rank_zero(t) for t in (found.vectors, found.energies, found.total)))
+        parts = (found.vectors, found.energies, found.total)
+        found = subspace.Basis(*(shard.from_rank_zero(part, ps[0], split == "batch") for part in parts))
         return [subspace.Basis(v, e, t) for v, e, t in zip(found.vectors, found.energies, found.total, strict=True)]
 
     def _ranks(
@@ -268,8 +271,10 @@ class Project:
         most = self.limit(ps[0])
         if self.energy is None:
             return [most] * len(ps)
-        wanted = torch.stack([subspace.needed(basis, self.energy).amax() for basis in found])
-        empty = torch.stack([basis.total.amax() == 0 for basis in found])
+        # of what got no gradient, as an expert without tokens, nothing is needed
+        needed = [torch.where(basis.total > 0, subspace.needed(basis, self.energy), 0).reshape(-1) for basis in found]
+        wanted = torch.stack([F.pad(each, (0, 1)).amax() for each in needed])  # a rank may hold no matrix of a stack
+        empty = wanted == 0
         if self.split(ps[0]) == "batch":  # one rank for all matrices of a stack, wherever they are
             wanted = shard.max_like(wanted, ps[0])
             empty = -shard.max_like(-empty.to(wanted.dtype), ps[0])
@@ -304,7 +309,9 @@ class Project:
         elif rank != old.shape[-1]:
             state |= self._sized(p, rank)
         shard.held(state["basis"]).copy_(new)
-        state["energy"].copy_(subspace.captured(found, rank).mean())
+        share = subspace.captured(found, rank).sum()
+        share = shard.sum_like(share, p) if self.split(p) == "batch" else share
+        state["energy"].copy_(share / math.prod(self.face(p)[0][:-2]))
         state["renewals"] += 1
         state["renewed"].copy_(state["step"])
         state["next"].copy_(state["step"] + state["wait"])
@@ -346,6 +353,7 @@ class Project:
                 asked.append(state)
         if asked:
             done = torch.stack([state["pace"][0] <= clock.kappa**2 * state["pace"][1] for state in asked])
+            done = shard.from_rank_zero(done, parameters[0])
             for state, converged in zip(asked, done.tolist(), strict=True):
                 if converged:
                     state["next"].copy_(state["step"])

@@ -69,9 +69,9 @@ def find(
         return Basis(_signed(vectors.flip(-1)[..., :width]), energies.flip(-1)[..., :width].clamp(min=0), total)
     assert draw is not None
     Z = draw[..., :width]
-    if finder == "warm" and start is not None:
+    if start is not None:
         Z = torch.cat([start, Z], -1)[..., :width]
-    for _ in range(1 if finder == "warm" else 1 + power):
+    for _ in range(1 if start is not None else 1 + power):
         Z = torch.linalg.qr(reduce(A.mT @ (A @ Z))).Q
     B = A @ Z
     energies, rotation = torch.linalg.eigh(reduce(B.mT @ B))
