@@ -32,7 +32,9 @@ def power_law(l: int, s: int, seed: int = 0) -> Tensor:
 
 
 def found(A: Tensor, width: int, finder: str, seed: int = 5, **settings) -> subspace.Basis:
-    draw = torch.randn(*A.shape[:-2], A.shape[-1], min(A.shape[-1], width + 8), generator=generator(seed), dtype=A.dtype)
+    draw = torch.randn(
+        *A.shape[:-2], A.shape[-1], min(A.shape[-1], width + 8), generator=generator(seed), dtype=A.dtype
+    )
     wide = width if finder in ("svd", "eigh") else width + 8
     return find(A, wide, finder, draw=draw, **settings)
 
@@ -321,7 +323,9 @@ def test_ten_thousand_renewals_leave_v_finite_and_not_negative(how):
 def test_what_was_never_seen_has_no_mass():
     Q = basis_of(8, 8, 0)
     old, new = Q[:, :3], Q[:, 3:6]
-    moved = transport(Moments(*(torch.ones(2, 3, dtype=D) for _ in range(2)), full_mass(3)), new.mT @ old, "square", 1.0)
+    moved = transport(
+        Moments(*(torch.ones(2, 3, dtype=D) for _ in range(2)), full_mass(3)), new.mT @ old, "square", 1.0
+    )
     for value in (moved.first, moved.second, moved.mass):
         torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-14)
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from rankshift.core import shard
+from rankshift.core.errors import ConfigError
 from rankshift.core.random import Key, signed
 from rankshift.optim import rounding
-from rankshift.optim.moments import Store
+from rankshift.optim.moments import Store, Wide, adopt
 from rankshift.optim.rounding import Rounding
 from rankshift.optim.transform import Hyper
 
@@ -88,6 +89,11 @@ class Adam:
             for p, w, (m, v), state in zip(ps, wide, moments, ss, strict=True):
                 self._keep(state, m, v)
                 rounding.close(p, w, state, self.rounding)
+
+    def adopt(self, p: Tensor, saved: dict[str, Tensor], fresh: dict[str, Tensor]) -> list[str]:
+        if "basis" in saved:
+            raise ConfigError("it is that of a projected gradient, and here this tensor takes plain AdamW.")
+        return adopt(self.store or Wide(), saved, fresh, tuple(p.shape), p, shard.is_sharded(p))
 
 
 def _adamw(

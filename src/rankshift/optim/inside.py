@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankshift.core import shard
+from rankshift.core.errors import ConfigError
 from rankshift.core.form import Form
 from rankshift.core.random import Key, signed
 from rankshift.optim import subspace
@@ -45,6 +46,11 @@ class Inside(Project):
         del state["basis"]
         state["rank"] = torch.tensor(p.shape[1], dtype=torch.int64)
         return state
+
+    def adopt(self, p: Tensor, saved: dict[str, Tensor], fresh: dict[str, Tensor]) -> list[str]:
+        if "rank" not in saved:
+            raise ConfigError("it is not that of a gradient that is projected as it is formed.")
+        return self._taken(p, saved, fresh, tuple(p.shape))
 
     def update(self, g: Tensor, state: dict[str, Tensor], p: Tensor | None, hyper: Hyper) -> Tensor:
         """α N, of the part held here."""
@@ -111,6 +117,8 @@ class Inside(Project):
             view[name] = self.store.read(state, name)[:, :rank].clone()
         found = plain._find([A], [A], [view])
         (new,) = plain._ranks([A], [view], found)
+        if not new:  # a gradient of zeros
+            return Q
         plain._move(A[rows], view, found[0], new, hyper)
         for name in ("exp_avg", "exp_avg_sq"):
             self.store.write(state, name, F.pad(view[name], (0, width - new)))

@@ -146,6 +146,56 @@ class Blocks:
         return F.pad(lines, (0, blocks * size - lines.shape[1])).reshape(lines.shape[0], blocks, size)
 
 
+def adopt(
+    store: Store,
+    saved: dict[str, Tensor],
+    fresh: dict[str, Tensor],
+    shape: tuple[int, ...],
+    like: Tensor,
+    split: bool,
+) -> list[str]:
+    """Fill a new state, whose moments have this shape and are in ``store``, from one whose moments may be in another.
+
+    Returns:
+        What else is in only one of the two, in words.
+
+    Raises:
+        ConfigError: a shape does not fit; nothing was filled.
+    """
+    held: dict[str, Store] = {}
+    for name in ("exp_avg", "exp_avg_sq"):
+        for other in (store, Wide(), Blocks()):
+            promised = other.init(name, shape, like, split)
+            beside = (f"{name}_absmax" in saved) == (f"{name}_absmax" in promised)
+            if beside and all(k in saved and _alike(saved[k], value) for k, value in promised.items()):
+                held[name] = other
+                break
+        else:
+            found = tuple(saved[name].shape) if name in saved else "missing"
+            raise ConfigError(f"its {name} is {found} and would be {shape}.")
+    rest = [name for name in fresh if not name.startswith("exp_avg")]
+    for name in rest:
+        if name in saved and saved[name].shape != fresh[name].shape:
+            raise ConfigError(f"its {name} is {tuple(saved[name].shape)} and would be {tuple(fresh[name].shape)}.")
+    for name in rest:
+        if name in saved:
+            fresh[name].copy_(saved[name])
+    for name, other in held.items():
+        if other is store:
+            for key in store.init(name, shape, like, split):  # as it is: to encode again would round again
+                fresh[key].copy_(saved[key])
+        else:
+            store.write(fresh, name, other.read(saved, name).to(shard.held(fresh[name]).device))
+    left = [name for name in saved if name not in fresh and not name.startswith("exp_avg")]
+    return [f"{name!r} begins anew" for name in rest if name not in saved and name != "key"] + [
+        f"{name!r} is left behind" for name in left if name != "key"
+    ]
+
+
+def _alike(saved: Tensor, promised: Tensor) -> bool:
+    return saved.shape == promised.shape and saved.is_floating_point() == promised.is_floating_point()
+
+
 def encode(values: Tensor, unsigned: bool, noise: Tensor) -> Tensor:
     """Codes (uint8) of numbers in [−1, 1], or [0, 1] without signs.
 
@@ -154,7 +204,7 @@ def encode(values: Tensor, unsigned: bool, noise: Tensor) -> Tensor:
             Half of 2¹⁶ everywhere takes the nearest.
     """
     known = _map(unsigned, values.dtype, values.device)
-    below = torch.bucketize(values, known, out_int32=True, right=True).sub_(1).clamp_(0, len(known) - 2)
+    below = torch.bucketize(values.contiguous(), known, out_int32=True, right=True).sub_(1).clamp_(0, len(known) - 2)
     low = known[below]
     share = (values - low) / (known[below + 1] - low)
     codes = below.add_(share > (noise + 0.5) * 2.0**-16)

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankshift.core import shard
+from rankshift.core.errors import ConfigError
 from rankshift.core.form import EmbeddingForm, Form, TransposedForm
 from rankshift.core.random import Key, signed
 from rankshift.optim import rounding, subspace
-from rankshift.optim.moments import Store, Wide
+from rankshift.optim.moments import Store, Wide, adopt
 from rankshift.optim.rounding import Rounding
 from rankshift.optim.subspace import Finder, Transport
 from rankshift.optim.transform import Hyper
@@ -133,6 +134,38 @@ class Project:
             state["limit"] = torch.zeros((), dtype=wide, device=device)  # norm of the last residual
         return state
 
+    def adopt(self, p: Tensor, saved: dict[str, Tensor], fresh: dict[str, Tensor]) -> list[str]:
+        if "basis" not in saved:
+            raise ConfigError("it is that of plain AdamW, and here its gradient is projected.")
+        mine, theirs = fresh["basis"].shape, saved["basis"].shape
+        if mine != theirs:
+            raise ConfigError(
+                f"its basis is {tuple(theirs)} and would be {tuple(mine)}: another side was projected, or the layer "
+                "had another shape."
+            )
+        *batch, length, _ = self.face(p)[0]
+        changed = self._taken(p, saved, fresh, (*batch, length, mine[-1]))
+        if self.energy is None and mine[-1] != self.limit(p):
+            lost = "; its moments begin anew there" if self.transport == "none" else ""
+            changed.append(f"rank {mine[-1]} until the next renewal, then {self.limit(p)}{lost}")
+        return changed
+
+    def _taken(
+        self, p: Tensor, saved: dict[str, Tensor], fresh: dict[str, Tensor], shape: tuple[int, ...]
+    ) -> list[str]:
+        """Fill a new state with moments of this shape; the clock is this one's."""
+        wait = int(fresh["wait"])
+        changed = adopt(self.store, saved, fresh, shape, p, self.split(p) in ("rows", "batch"))
+        step = int(fresh["step"])
+        if int(fresh["renewals"]):
+            wait = self.clock.wait()
+            if int(fresh["next"]) > step + wait or (not self.clock.every and step < int(fresh["next"]) < _NEVER):
+                fresh["next"].fill_(step + wait)  # a longer wait, from another clock
+        fresh["wait"].fill_(wait)
+        if "pace" in fresh and "pace" not in saved:
+            fresh["renewed"].fill_(step)  # what is compared with begins now
+        return changed
+
     # ---- a step
 
     def update(self, g: Tensor, state: dict[str, Tensor], p: Tensor | None, hyper: Hyper) -> Tensor:
@@ -140,9 +173,9 @@ class Project:
         assert p is not None, "a projection has nothing to project inside another"
         if _due(state):
             self.renew([p], [g], [state], hyper)
-        A = self.facing(p, shard.held(g)).to(shard.held(state["basis"]).dtype)
+        A = self.facing(p, shard.held(g))
         N, X = self.advance(A, p, state, hyper)
-        self.look([p], [X], [state])
+        self.look([p], [X.square().sum()], [state])
         direction = self.lift(N, X, A, p, state)
         return self.form.stored(direction if self.face(p)[1] else direction.mT)
 
@@ -158,15 +191,16 @@ class Project:
             self.renew([parameters[i] for i in due], [gradients[i] for i in due], [states[i] for i in due], hyper)
         seen = []
         for p, g, state in zip(parameters, gradients, states, strict=True):
-            A = self.facing(p, shard.held(g)).to(shard.held(state["basis"]).dtype)
+            A = self.facing(p, shard.held(g))
             N, X = self.advance(A, p, state, hyper)
             self.apply(N, X, A, p, state, hyper)
-            seen.append(X.square().sum())
+            if self.clock.earliest is not None:
+                seen.append(X.square().sum())
         self.look(parameters, seen, states)
 
     def advance(self, A: Tensor, p: Tensor, state: dict[str, Tensor], hyper: Hyper) -> tuple[Tensor, Tensor]:
         """(N, X): Adam inside the subspace, for the rows of A held here."""
-        X = A @ self.basis(p, state)
+        X = _product(A, self.basis(p, state))
         X = shard.sum_like(X, p) if self.split(p) == "columns" else X
         return self.adam(X, state, hyper), X
 
@@ -228,14 +262,16 @@ class Project:
         hyper: Hyper,
     ) -> None:
         """A new basis for each, decided once for all ranks; the moments go along."""
-        for split in dict.fromkeys(map(self.split, parameters)):
-            alike = [i for i, p in enumerate(parameters) if self.split(p) == split]
+        kinds = [(self.split(p), p.dtype, p.device) for p in parameters]
+        for kind in dict.fromkeys(kinds):
+            alike = [i for i, other in enumerate(kinds) if other == kind]
             for batch in subspace.same_shape([self.face(parameters[i])[0] for i in alike], _TOGETHER):
                 ps, ss = [parameters[alike[i]] for i in batch], [states[alike[i]] for i in batch]
                 found = self._find(ps, [gradients[alike[i]] for i in batch], ss)
                 ranks = self._ranks(ps, ss, found)
                 for p, state, basis, rank in zip(ps, ss, found, ranks, strict=True):
-                    self._move(p, state, basis, rank, hyper)
+                    if rank:
+                        self._move(p, state, basis, rank, hyper)
 
     def _find(
         self, ps: Sequence[Tensor], gs: Sequence[Tensor], states: Sequence[dict[str, Tensor]]
@@ -244,7 +280,9 @@ class Project:
         split, wide = self.split(ps[0]), shard.held(states[0]["basis"]).dtype
         gather = split == "columns" or (split == "rows" and self.finder == "svd")
         parts = [shard.whole(g) if gather else shard.held(g) for g in gs]
-        A = torch.stack([self.facing(p, part).to(wide) for p, part in zip(ps, parts, strict=True)])
+        faces = [self.facing(p, part).to(wide) for p, part in zip(ps, parts, strict=True)]
+        A = torch.stack(faces) if len(faces) > 1 else faces[0].contiguous()[None]  # one alone has the same bits
+        del parts, faces
         s = A.shape[-1]
         width = self.limit(ps[0]) if self.finder in ("eigh", "svd") else min(s, self.limit(ps[0]) + self.oversample)
         draw = start = None
@@ -260,28 +298,37 @@ class Project:
             A, width, self.finder, draw=draw, start=start, power=self.power,
             reduce=(lambda part: shard.sum_like(part, ps[0])) if rows else (lambda part: part),
         )  # fmt: skip
-        parts = (found.vectors, found.energies, found.total)
-        found = subspace.Basis(*(shard.from_rank_zero(part, ps[0], split == "batch") for part in parts))
+        told = (found.vectors, found.energies, found.total)
+        found = subspace.Basis(*(shard.from_rank_zero(part, ps[0], split == "batch") for part in told))
         return [subspace.Basis(v, e, t) for v, e, t in zip(found.vectors, found.energies, found.total, strict=True)]
 
     def _ranks(
         self, ps: Sequence[Tensor], states: Sequence[dict[str, Tensor]], found: Sequence[subspace.Basis]
     ) -> list[int]:
-        """The rank of each from now on; one transfer to the host."""
+        """The rank of each from now on, 0 where the basis has to wait for a gradient; at most one transfer to the host.
+
+        A gradient of zeros says nothing: what was never renewed stays due, the rest keeps its rank.
+        """
         most = self.limit(ps[0])
-        if self.energy is None:
+        new = [int(state["renewals"]) == 0 for state in states]
+        if self.energy is None and not any(new):
             return [most] * len(ps)
         # of what got no gradient, as an expert without tokens, nothing is needed
-        needed = [torch.where(basis.total > 0, subspace.needed(basis, self.energy), 0).reshape(-1) for basis in found]
+        needed = [
+            torch.where(basis.total > 0, subspace.needed(basis, self.energy or 1), 0).reshape(-1) for basis in found
+        ]
         wanted = torch.stack([F.pad(each, (0, 1)).amax() for each in needed])  # a rank may hold no matrix of a stack
         empty = wanted == 0
         if self.split(ps[0]) == "batch":  # one rank for all matrices of a stack, wherever they are
             wanted = shard.max_like(wanted, ps[0])
             empty = -shard.max_like(-empty.to(wanted.dtype), ps[0])
         ranks = []
-        for state, rank, nothing in zip(states, *torch.stack([wanted, empty.to(wanted.dtype)]).tolist(), strict=True):
-            if nothing:  # a gradient of zeros says nothing of ranks
-                ranks.append(state["basis"].shape[-1])
+        answers = torch.stack([wanted, empty.to(wanted.dtype)]).tolist()
+        for state, first, rank, nothing in zip(states, new, *answers, strict=True):
+            if nothing:
+                ranks.append(0 if first else state["basis"].shape[-1])
+            elif self.energy is None:
+                ranks.append(most)
             else:
                 ranks.append(subspace.rounded_up(max(rank, min(self.min_rank, most)), self.multiple, most))
         return ranks
@@ -291,8 +338,9 @@ class Project:
         old = shard.held(state["basis"])
         first = int(state["renewals"]) == 0
         new = found.narrow(rank)
-        if not first and new.shape == old.shape:  # what got no gradient, as an expert without tokens, stays
-            new = torch.where((found.total > 0)[..., None, None], new, old)
+        if not first and (new.shape == old.shape or new.dim() > 2):  # what got no gradient, as an expert without tokens
+            kept = old if new.shape == old.shape else torch.linalg.qr(torch.cat([old, new], -1)).Q[..., :rank]
+            new = torch.where((found.total > 0)[..., None, None], new, kept)
         if not first and self.transport != "none":
             seen = 1 - hyper.betas[0] ** (int(state["step"]) - int(state["born"]))
             moments = subspace.Moments(
@@ -306,8 +354,11 @@ class Project:
             shard.held(state["mass"]).copy_(moments.mass)
             if self.transport == "reset":
                 state["born"].copy_(state["step"])
-        elif rank != old.shape[-1]:
-            state |= self._sized(p, rank)
+        elif first or rank != old.shape[-1]:  # there is nothing to bring along, or it has no place there
+            if rank != old.shape[-1]:
+                state |= self._sized(p, rank)
+            shard.held(state["mass"]).zero_()
+            state["born"].copy_(state["step"])
         shard.held(state["basis"]).copy_(new)
         share = subspace.captured(found, rank).sum()
         share = shard.sum_like(share, p) if self.split(p) == "batch" else share
@@ -338,7 +389,8 @@ class Project:
         clock = self.clock
         if clock.earliest is None or not states:
             return
-        parts = torch.stack(list(sizes))
+        device = sizes[0].device
+        parts = torch.stack([size.to(device) for size in sizes])
         cut = [i for i, p in enumerate(parameters) if self.split(p) in ("rows", "batch")]
         if cut:
             parts[cut] = shard.sum_like(parts[cut], parameters[cut[0]])
@@ -346,17 +398,27 @@ class Project:
         for size, state in zip(parts, states, strict=True):
             age = int(state["step"]) - int(state["renewed"])  # 1 in the update of the renewal
             now, after = state["pace"]
+            size = size.to(now.device)
             now.copy_(size if age == 1 else now.lerp(size, 1 - _FADE))
             if age <= _FIRST:
                 after.add_(size / _FIRST)
-            if age >= max(clock.earliest, _FIRST) and age % clock.look == 0 and int(state["next"]) > int(state["step"]):
+            ripe = age >= max(clock.earliest, _FIRST) and int(state["next"]) > int(state["step"])
+            if ripe and int(state["step"]) % clock.look == 0:  # all in the same updates
                 asked.append(state)
         if asked:
-            done = torch.stack([state["pace"][0] <= clock.kappa**2 * state["pace"][1] for state in asked])
+            pace = torch.stack([state["pace"].to(device) for state in asked])
+            done = pace[:, 0] <= clock.kappa**2 * pace[:, 1]
             done = shard.from_rank_zero(done, parameters[0])
             for state, converged in zip(asked, done.tolist(), strict=True):
                 if converged:
                     state["next"].copy_(state["step"])
+
+
+def _product(A: Tensor, Q: Tensor) -> Tensor:
+    """A Q in the dtype of Q. On a GPU a gradient of 16 bits stays that, and Q is rounded to it; sums are in fp32."""
+    if A.is_cuda and A.dim() == 2 and A.dtype in (torch.bfloat16, torch.float16) and Q.dtype == torch.float32:
+        return torch.mm(A, Q.to(A.dtype), out_dtype=torch.float32)
+    return A.to(Q.dtype) @ Q
 
 
 def _due(state: dict[str, Tensor]) -> bool:

@@ -6,6 +6,9 @@ its small gradient to the one inside it, with ``p=None`` because there is no par
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +18,8 @@ from torch import Tensor
 
 from rankshift.core.errors import ConfigError
 from rankshift.core.random import Key
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,17 @@ class Transform(Protocol):
         hyper: Hyper,
     ) -> None:
         """Decay and update whole parameters in place; :func:`plain_step` unless there is a faster form."""
+        ...
+
+    def adopt(self, p: Tensor, saved: dict[str, Tensor], fresh: dict[str, Tensor]) -> list[str]:
+        """Fill ``fresh``, a new state in the saved one's rank, from a state that may be of another rule.
+
+        Returns:
+            What is not as it was saved, in words.
+
+        Raises:
+            ConfigError: it is of no use here.
+        """
         ...
 
 
@@ -108,16 +124,27 @@ class Optimizer(torch.optim.Optimizer):
         self.seed, self.ranks = seed, dict(ranks or {})
         if len(self.transforms) != len(self.param_groups):
             raise ConfigError(f"{len(self.transforms)} transforms for {len(self.param_groups)} parameter groups.")
+        for group, transform in zip(self.param_groups, self.transforms, strict=True):
+            group["rule"] = _rule(transform)  # saved with the state: whoever loads it is told what changed
 
     def initial(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter before its first step."""
+        transform, name, place = self._where(p)
+        return transform.init(p, Key(self.seed) / name, self.ranks.get(name), place)
+
+    def _where(self, p: Tensor) -> tuple[Transform, str, tuple[int, int]]:
+        """A parameter's transform, its name, and which of how many it is whose transform is of that kind."""
+        found, before, total = None, 0, {}  # type: ignore[var-annotated]
         for group, transform in zip(self.param_groups, self.transforms, strict=True):
+            kind = type(transform)
             for index, other in enumerate(group["params"]):
+                total[kind] = total.get(kind, 0) + 1
                 if p is other:
                     name = group["param_names"][index] if "param_names" in group else str(index)
-                    place = (index + 1, len(group["params"]))
-                    return transform.init(p, Key(self.seed) / name, self.ranks.get(name), place)
-        raise ConfigError(f"A tensor of shape {tuple(p.shape)} is not one that this optimizer steps.")
+                    found, before = (transform, name), total[kind]
+        if found is None:
+            raise ConfigError(f"A tensor of shape {tuple(p.shape)} is not one that this optimizer steps.")
+        return *found, (before, total[type(found[0])])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -126,34 +153,81 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, transform in zip(self.param_groups, self.transforms, strict=True):
-            self.advance([p for p in group["params"] if p.grad is not None], group, transform)
+        given = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        self._refuse([p for parameters in given for p in parameters])  # before the first of them changes
+        for parameters, group, transform in zip(given, self.param_groups, self.transforms, strict=True):
+            self.advance(parameters, group, transform)
         return loss
+
+    def _refuse(self, parameters: Iterable[Tensor]) -> None:
+        """Raise ConfigError for a gradient that no transform knows what to do with."""
+        for p in parameters:
+            if p.grad is not None and (p.grad.is_sparse or p.grad.is_complex()):
+                kind = "sparse (an embedding with sparse=True makes such)" if p.grad.is_sparse else "complex"
+                raise ConfigError(
+                    f"The gradient of {self._where(p)[1]} {tuple(p.shape)} is {kind}: not supported. No tensor was "
+                    "changed."
+                )
 
     def advance(self, parameters: Sequence[Tensor], group: dict[str, Any], transform: Transform) -> None:
         """Update these parameters of one group, which have gradients."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        for p, g in zip(parameters, gradients, strict=True):
-            if g.is_sparse or g.is_complex():
-                raise ConfigError(f"A gradient of shape {tuple(p.shape)} is sparse or complex: not supported.")
+        self._refuse(parameters)
+        for p in parameters:
             if not self.state[p]:
                 self.state[p].update(self.initial(p))
         states = [self.state[p] for p in parameters]
         transform.step(parameters, gradients, states, hyper_of(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        mine = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved, mine, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                # torch casts everything but "step" to the parameter's dtype
-                if not torch.is_tensor(value):
+        """Take over another optimizer's state. Where its rule was another, the log says what that changes.
+
+        Raises:
+            ConfigError: the state of a tensor is of no use under this rule; nothing was changed.
+        """
+        rules = [group["rule"] for group in self.param_groups]
+        states, changes = self._adopted(state_dict)
+        super().load_state_dict({**state_dict, "state": states})
+        for group, rule in zip(self.param_groups, rules, strict=True):
+            group["rule"] = rule
+        for index, p in zip(_indices(state_dict), _indices(self), strict=True):
+            if index in states:
+                self.state[p] = states[index]  # as they are: torch casts to the parameter's dtype and device
+        for change, names in changes.items():
+            more = "" if len(names) == 1 else f" and {len(names) - 1} more"
+            _log.warning("The optimizer state was saved under another rule. %s: %s%s.", change, names[0], more)
+
+    def _adopted(self, state_dict: dict[str, Any]) -> tuple[dict[int, dict[str, Tensor]], dict[str, list[str]]]:
+        """States by saved index, and the tensors that each difference from the saved rule concerns."""
+        mine, theirs = ([len(g["params"]) for g in of] for of in (self.param_groups, state_dict["param_groups"]))
+        if theirs != mine:
+            raise ConfigError(
+                f"The saved optimizer has groups of {theirs} tensors, this one of {mine}: it was made for another "
+                "method, other targets, or with other tensors that decay. Make it as it was, or begin a new state."
+            )
+        states: dict[int, dict[str, Tensor]] = {}
+        changes: dict[str, list[str]] = {}
+        for group, own in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            before, now = (json.loads(g.get("rule", "{}")) for g in (group, own))
+            differences = [f"{k}: {before[k]} → {now[k]}" for k in now if k in before and before[k] != now[k]]
+            for index, p in zip(group["params"], own["params"], strict=True):
+                saved = {k: torch.as_tensor(v) for k, v in state_dict["state"].get(index, {}).items()}
+                if not saved:
                     continue
-                if value.dim() == 0 and not value.is_floating_point():
-                    self.state[p][key] = value.to("cpu", copy=True)  # a counter, read every step
-                elif value.dtype != self.state[p][key].dtype:
-                    self.state[p][key] = value.to(p.device, copy=True)
+                transform, name, place = self._where(p)
+                rank = saved["basis"].shape[-1] if "basis" in saved else None
+                fresh = transform.init(p, Key(self.seed) / name, rank, place)
+                try:
+                    said = transform.adopt(p, saved, fresh)
+                except ConfigError as error:
+                    raise ConfigError(
+                        f"The saved optimizer state of {name} {tuple(p.shape)} is of no use here: {error} Make the "
+                        "optimizer as it was when that was saved, or begin a new state."
+                    ) from None
+                states[index] = fresh
+                for change in (*differences, *said):
+                    changes.setdefault(change, []).append(name)
+        return states, changes
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -162,3 +236,22 @@ class Optimizer(torch.optim.Optimizer):
             "seed": self.seed,
             "ranks": self.ranks,
         }  # torch's own names what is copied
+
+
+def _indices(of: Any) -> list[Any]:
+    """What stands for the parameters, in the order of the groups."""
+    groups = of["param_groups"] if isinstance(of, dict) else of.param_groups
+    return [p for group in groups for p in group["params"]]
+
+
+def _rule(transform: Transform) -> str:
+    """The fields of a transform as JSON: {"clock.every": "200", …}."""
+
+    def fields(value: Any, prefix: str) -> Iterable[tuple[str, str]]:
+        for f in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
+            inner = getattr(value, f.name)
+            if dataclasses.is_dataclass(inner) and dataclasses.fields(inner):
+                yield from fields(inner, f"{prefix}{f.name}.")
+            yield f"{prefix}{f.name}", type(inner).__name__ if dataclasses.is_dataclass(inner) else str(inner)
+
+    return json.dumps(dict(fields(transform, "")))
