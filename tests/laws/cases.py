@@ -57,6 +57,11 @@ CASES: dict[str, tuple[Case, ...]] = {
             kept=(1, 0, 0),
             alone=True,
         ),
+        Case(
+            "adarankgrad-projected",
+            AdaRankGrad(rank=6, every=2, earliest=1, side="in", gradient="projected", rounding="nearest"),
+            kept=(1, 0, 1),
+        ),
     ),
     "galore": (
         Case("galore", GaLore(rank=3, every=2, rounding="master"), kept=(1, 0, 0)),
@@ -73,6 +78,11 @@ CASES: dict[str, tuple[Case, ...]] = {
                 rank=2, every=1, side="larger", finder="warm", transport="square", rest="freeze", rounding="nearest"
             ),
             kept=(1, 0, 0),
+        ),
+        Case(
+            "galore-projected",
+            GaLore(rank=3, every=2, transport="square", gradient="projected", rounding="stochastic"),
+            kept=(1, 0, 1),
         ),
         Case(
             "galore-paper",

@@ -81,7 +81,8 @@ class Tick:
 class Event(Protocol):
     """One change, at one moment, on one adapter at a time.
 
-    One that may be missed, because ``forward`` catches up by itself, says ``essential = False``.
+    One that may be missed, because ``forward`` catches up by itself, says ``essential = False``. One that is the update
+    itself, where the optimizer steps beside the weight, says ``steps = True``: it alone may change the function.
     """
 
     @property
