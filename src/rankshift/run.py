@@ -117,7 +117,7 @@ class Run:
             self._on.strip()
             self._close("an error")
             raise ConfigError(f"{type(method).__name__} has nothing to train on this model.")
-        if method.events() and not self._on.sites:
+        if method.events() and not self._on.sites and not self._on.projected:
             self._on.strip()
             self._close("an error")
             raise ConfigError(f"{type(method).__name__} has events but no layer for them to apply to.")
