@@ -180,7 +180,9 @@ class Run:
     @property
     def subspaces(self) -> dict[str, int]:
         """The rank that each projected gradient's subspace has now, by the name of its weight."""
-        return self._ranks | self._driver.ranks()
+        seen = self._on.subspaces(self._driver.states())
+        inside = {name: s.rank for name, s in seen.items() if name not in self._on.projected and s.renewals}
+        return self._ranks | self._driver.ranks() | inside
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, tensor) of everything that trains, in a fixed order: sites, whole copies, base parameters in place."""
