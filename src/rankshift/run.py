@@ -24,7 +24,7 @@ from rankshift.core.phase import Phase
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, separate
 from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
 from rankshift.optim import Adam, Optimizer, Transform
-from rankshift.optim.backward import Backward, FusedOptimizer, refuse_apart
+from rankshift.optim.backward import Backward, FusedOptimizer, refuse_apart, refuse_method, refuse_settings
 from rankshift.placement import (
     DEFAULT,
     Placement,
@@ -260,7 +260,7 @@ class Run:
                 clipping by the global norm: the direction changes.
 
         Raises:
-            ConfigError: the method, or several processes without sharding, cannot train with ``fused_backward``.
+            ConfigError: the method cannot train with ``fused_backward``.
         """
         self._open()
         self._check_total()
@@ -293,17 +293,83 @@ class Run:
         self._driver.refusal = ""
         return optimizer
 
+    def optimizer_cls_and_kwargs(
+        self,
+        args: Any,
+        *,
+        check_gradients: bool = True,
+        fused_backward: bool = False,
+        clip_each: float | None = None,
+    ) -> tuple[type[Optimizer], dict[str, Any]]:
+        """What an unmodified ``transformers.Trainer`` makes its optimizer of; TRL's trainers too.
+
+        >>> run = rs.attach(model, rs.GaLore(rank=128))
+        >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=run.optimizer_cls_and_kwargs(args), ...)
+
+        It is :meth:`optimizer` with ``args``'s learning rate, betas and ε, and weight decay on those tensors on which
+        the Trainer wants it, where the method lets them decay. Clipping is the Trainer's own. The Trainer's
+        ``optimizer.pt`` holds the clock and the subspaces, so ``resume_from_checkpoint`` goes on to the same bits.
+
+        Args:
+            args: the ``TrainingArguments`` of that Trainer.
+            check_gradients, fused_backward, clip_each: as in :meth:`optimizer`.
+
+        Raises:
+            ConfigError: arguments that cannot work with this optimizer.
+        """
+        self._open()
+        self._check_total()
+        optim = getattr(args.optim, "value", args.optim)
+        if optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ConfigError(
+                f"optim={optim!r} would be ignored: the optimizer is the run's, AdamW as its method transforms it. "
+                "Leave optim= and optim_target_modules= out of TrainingArguments."
+            )
+        if args.deepspeed or args.fsdp:
+            raise ConfigError(
+                f"An unmodified Trainer under {'DeepSpeed' if args.deepspeed else 'FSDP'} does not save and load this "
+                "optimizer's state. Use DDP here, or rs.Trainer under FSDP2."
+            )
+        if fused_backward:
+            refuse_settings(args)
+            refuse_apart(tensor for _, tensor in self.trainable())
+            self._check_fused(clip_each)
+
+        run = self
+
+        class OfTrainer(Optimizer):
+            """Called with a Trainer's parameter groups, the run's optimizer."""
+
+            def __new__(cls, groups: Iterable[Mapping[str, Any]], **numbers: Any) -> Optimizer:  # type: ignore[misc]
+                return run._regrouped(groups, **numbers)
+
+        return OfTrainer, {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "weight_decay": args.weight_decay,
+            "check_gradients": check_gradients,
+            "fused_backward": fused_backward,
+            "clip_each": clip_each,
+        }
+
+    def _regrouped(self, groups: Iterable[Mapping[str, Any]], **numbers: Any) -> Optimizer:
+        """:meth:`optimizer` over what trains; from a Trainer's groups comes what decays."""
+        decay = {id(p): group["weight_decay"] > 0 for group in groups for p in group["params"]}
+        missing = next((name for name, p in self.trainable() if id(p) not in decay), None)
+        if missing is not None or len(decay) > len(list(self.trainable())):
+            raise ConfigError(
+                "The Trainer's parameters are not those of the run: "
+                + (f"{missing} is not among them" if missing is not None else "some do not belong to the method")
+                + ". Give it the model that was attached to, and leave requires_grad as the method set it."
+            )
+        return self.optimizer(decay=lambda _, tensor: decay[id(tensor)], **numbers)
+
     def _check_fused(self, clip: float | None) -> None:
         if clip is not None and not clip > 0:
             raise ConfigError(f"clip_each = {clip}: a norm, above 0; or None.")
         for name in self._on.active:
-            method = self._on.members[name].method
-            if method.waits:
-                raise ConfigError(
-                    f"fused_backward=True, but {type(method).__name__} as configured {method.waits}, for which all of "
-                    "them must be there. Leave fused_backward out."
-                )
-        refuse_apart(tensor for _, tensor in self.trainable())
+            refuse_method(self._on.members[name].method)
 
     def _check_total(self) -> None:
         for name in self._on.active:

@@ -466,11 +466,13 @@ def _spoil(p):
 def ddp(when):
     """What is said where nothing is sharded."""
     run = rs.attach(tiny(), rs.Full())
-    if when == "wrapped":
-        DistributedDataParallel(run.model, broadcast_buffers=False)
+    model = DistributedDataParallel(run.model, broadcast_buffers=False) if when == "wrapped" else run.model
+    optimizer = run.optimizer(lr=1e-2, fused_backward=True)
+    loss, before = loss_of(model, batch(0)), state(run, optimizer)
     try:
-        run.optimizer(fused_backward=True)
+        loss.backward()
     except ConfigError as error:
+        same(before, state(run, optimizer))
         return str(error)
     return "nothing"
 

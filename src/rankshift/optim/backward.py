@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rankshift.core import shard
 from rankshift.core.errors import ConfigError, TrainingError
 from rankshift.core.event import Driver
+from rankshift.core.method import Method
 from rankshift.optim.transform import Hyper, Optimizer, hyper_of
 
 
@@ -134,6 +135,15 @@ def refuse_apart(tensors: Iterable[Tensor]) -> None:
         raise ConfigError(
             "fused_backward=True with several processes needs a sharded model: DDP averages gradients after they have "
             "been used here. Use fully_shard (FSDP2), or leave fused_backward out."
+        )
+
+
+def refuse_method(method: Method) -> None:
+    """Raise ConfigError for a method that needs all gradients at once."""
+    if method.waits:
+        raise ConfigError(
+            f"fused_backward=True, but {type(method).__name__} as configured {method.waits}, for which all of them "
+            "must be there. Leave fused_backward out."
         )
 
 

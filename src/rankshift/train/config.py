@@ -102,6 +102,9 @@ class LoopConfig:
     """Decoupled decay per update, times the learning rate."""
     clip: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
+    fused_backward: bool = False
+    """Update each tensor inside the backward pass and free its gradient at once: of all gradients the largest is in
+    memory at a time. Needs accumulate=1 and clip=0, and one process."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Dtype of the base and of activations. auto: bf16 on a GPU that has it, else fp32. What trains stays fp32."""
     eval_every: int | None = None
@@ -127,6 +130,11 @@ class LoopConfig:
             yield f"train.warmup = {self.warmup:g} is not a share in [0, 1). Set for example 0.05."
         if self.weight_decay < 0 or self.clip < 0:
             yield "train.weight_decay and train.clip must not be negative. Set 0 to switch one off."
+        if self.fused_backward and (self.accumulate != 1 or self.clip):
+            yield (
+                "train.fused_backward uses each gradient as soon as it is there: none is left to accumulate or clip. "
+                "Set train.accumulate=1 and train.clip=0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +164,8 @@ class TrainConfig:
 
     def problems(self) -> Iterable[str]:
         """What does not fit together."""
+        if self.train.fused_backward and self.method.waits:
+            yield f"train.fused_backward: {type(self.method).__name__} as configured {self.method.waits}. Leave it out."
         if not self.model:
             yield "model is empty. Write model=PATH_OR_HUB_ID."
         if self.name is not None and not re.fullmatch(r"[\w][\w.+-]*", self.name):

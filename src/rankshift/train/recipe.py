@@ -486,6 +486,7 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
         data_collator=job.examples.collate,
         processing_class=job.reader,
         calibration=_calibration(job) if config.method.needs_data else None,
+        fused_backward=loop.fused_backward,
         compute_metrics=lambda p: {f"m_{k}": v for k, v in measured.compute(p).items()},
         preprocess_logits_for_metrics=measured.keep,
         callbacks=[bar],
@@ -688,7 +689,7 @@ def _describe(config: TrainConfig, run: Run) -> str:
     parts = [type(config.method).__name__]
     if ranks:
         parts.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}")
-    count = sum(site.active != () for site in run.sites.values()) or len(projected)
+    count = len(projected) or sum(site.active != () for site in run.sites.values())
     return ", ".join(parts) + (f", on {count} layers" if count else "")
 
 

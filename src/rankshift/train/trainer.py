@@ -42,6 +42,7 @@ from rankshift.core.method import Method
 from rankshift.core.site import base_parameters
 from rankshift.io.atomic import explain
 from rankshift.io.checkpoint import MANIFEST, TRAINER, read
+from rankshift.optim.backward import refuse_apart, refuse_method, refuse_settings
 from rankshift.run import Run, attach, restore
 
 _log = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ class Trainer(transformers.Trainer):
         run: a run that exists already.
         calibration: batches for methods that look at data before they start, as collated dictionaries.
         check_gradients: stop if a tensor that must learn has no gradient in the first update.
+        fused_backward: update each tensor inside the backward pass and free its gradient at once, as in
+            :meth:`Run.optimizer`; it needs max_grad_norm=0, no accumulation, and FSDP2 where there are several GPUs.
+        clip_each: with ``fused_backward``, clip each tensor's gradient to this norm by itself.
         rest: everything else that transformers' Trainer takes. An optimizer in ``optimizers`` must hold the run's
             trainable tensors and then carries the method's events.
 
@@ -91,6 +95,8 @@ class Trainer(transformers.Trainer):
         run: Run | None = None,
         calibration: Iterable[Any] | None = None,
         check_gradients: bool = True,
+        fused_backward: bool = False,
+        clip_each: float | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **rest: Any,
     ):
@@ -109,9 +115,14 @@ class Trainer(transformers.Trainer):
         if rest.get("optimizer_cls_and_kwargs") is not None:
             raise ConfigError("optimizer_cls_and_kwargs= is not supported. Pass run= and a ready one in optimizers=.")
         self._settle(args, model, first)
+        if fused_backward:
+            self._check_fused(args, first, rest)
         super().__init__(model, args, callbacks=[_Watch(self), *(callbacks or ())], **rest)
         self._refuse_engines()
+        if fused_backward and not self.is_fsdp_enabled:
+            refuse_apart(model.parameters())
         self.check_gradients = check_gradients
+        self._fused, self._clip_each = fused_backward, clip_each
         given = self.optimizer
         self._foreign = given is not None
         self._stop = False  # this rank was asked to
@@ -159,6 +170,15 @@ class Trainer(transformers.Trainer):
         except OSError as error:
             raise explain(error, out) from error
 
+    def _check_fused(self, args: TrainingArguments, method: Method, rest: dict[str, Any]) -> None:
+        """Refuse, before anything is built, what updates inside the backward pass cannot go with."""
+        refuse_settings(args)
+        refuse_method(method)
+        if (rest.get("optimizers") or (None,))[0] is not None:
+            raise ConfigError(
+                "fused_backward=True is for the run's own optimizer, but one was passed in optimizers=. Leave one out."
+            )
+
     def _refuse_engines(self) -> None:
         if self.is_deepspeed_enabled:
             raise ConfigError("DeepSpeed steps its own optimizer, which carries no events. Use DDP or FSDP2.")
@@ -191,6 +211,8 @@ class Trainer(transformers.Trainer):
                 eps=args.adam_epsilon,
                 decay=self._decays(),
                 check_gradients=self.check_gradients,
+                fused_backward=self._fused,
+                clip_each=self._clip_each,
             )
         return self.optimizer
 
