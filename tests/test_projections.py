@@ -163,3 +163,21 @@ def test_nothing_stands_beside_what_trains_the_base(rest: Any) -> None:
     run = rs.attach(tiny(), rs.LoRA(rank=2))
     with pytest.raises(AttachError, match="stands alone"):
         run.add("second", rs.GaLore(rank=2, rest=rest))
+
+
+def test_where_a_weight_learns_through_its_site_the_summary_counts_the_weight() -> None:
+    """The tensors of the site are state: of X and Q, and the moments of X; the gradient is that of X."""
+    runs = [rs.attach(tiny(), rs.GaLore(rank=4, gradient=gradient)) for gradient in ("full", "projected")]
+    for run in runs:
+        train(run, 2)
+    full, projected = (run.summary() for run in runs)
+    assert (full.rows, full.total, full.trainable) == (projected.rows, projected.total, projected.trainable)
+    assert (full.bytes_trainable, full.bytes_adamw) == (projected.bytes_trainable, projected.bytes_adamw)
+    assert (full.bytes_frozen, projected.bytes_frozen) == (0, 0)
+    X = sum(4 * row.rank * max(row.shape) for row in runs[1].subspace_table().rows)
+    assert projected.bytes_optimizer == full.bytes_optimizer + X
+    W = sum(4 * row.shape[0] * row.shape[1] for row in runs[1].subspace_table().rows)
+    assert projected.bytes_gradients == full.bytes_gradients - W + X
+    for ours, theirs in zip(*(run.subspace_table().rows for run in runs), strict=True):
+        assert (ours.name, ours.rank, ours.renewals) == (theirs.name, theirs.rank, theirs.renewals)
+        assert ours.energy == pytest.approx(theirs.energy, rel=1e-4)

@@ -392,7 +392,7 @@ class Placement:
 
 def weight_name(name: str, site: Site) -> str:
     """The name of a site's weight in the model as it came."""
-    return name if site.spec.form.stacked else f"{name}.weight"
+    return site.spec.weight
 
 
 def refuse_sharded(model: nn.Module, what: str) -> None:

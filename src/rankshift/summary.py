@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,7 @@ class Summary:
     bytes_base: int
     bytes_frozen: int  # what adapters hold and do not train: a shared pair of projections, an anchor
     bytes_trainable: int
+    bytes_gradients: int  # of all at once
     bytes_optimizer: int  # its state for what trains, at the ranks of now
     bytes_adamw: int  # AdamW's state for the same tensors
     left_alone: tuple[str, ...]  # modules with weights outside every site that do not train
@@ -64,7 +65,7 @@ class Summary:
             "",
             f"{self.method}: {self.trainable:,} of {self.total:,} parameters train ({self.percent:.2f} %)",
             f"base {size(self.bytes_base)}, trained {size(self.bytes_trainable)}, "
-            f"gradients {size(self.bytes_trainable)}, optimizer {size(self.bytes_optimizer)}"
+            f"gradients {size(self.bytes_gradients)}, optimizer {size(self.bytes_optimizer)}"
             + (f" ({saved:.0f} % below AdamW's {size(self.bytes_adamw)})" if saved >= 1 else "")
             + (f", frozen beside the base {size(self.bytes_frozen)}" if self.bytes_frozen else ""),
         ]
@@ -206,21 +207,30 @@ def compression(run: Run) -> Compression | None:
 
 def summarise(run: Run, placement: Placement) -> Summary:
     """The summary of a run's active adapters and everything it trains in place."""
-    trainable = dict(run.trainable())
+    base = {name: p for name, p, _ in base_parameters(run.model)}
+    projected, ranks_now = placement.subspaces({}), run.subspaces
+    # where a weight learns through tensors of its site, those are state of the optimizer: the weight is what trains
+    through = {
+        id(t): t for site in run.sites.values() if site.spec.weight in projected
+        for a in site.acting() for t in [*a.parameters(), *a.buffers()]
+    }  # fmt: skip
+    trained = list(placement.trainable())
+    learning = {name: t for name, t, _ in trained if id(t) not in through} | {name: base[name] for name in projected}
     kinds: dict[str, list[tuple[str, int, int]]] = {}
     shapes: dict[str, set[str]] = {}
+    factors = 0
     for name, site in run.sites.items():
-        if not site.active:
+        if not site.active or site.spec.weight in projected:
             continue
         leaf = name.rpartition(".")[2]
-        count = sum(p.numel() for a in site.acting() for p in a.parameters() if p.requires_grad)
+        tensors = [p for a in site.acting() for p in a.parameters() if p.requires_grad]
+        factors += len(tensors)
         rank = sum(a.rank for a in site.acting())
-        kinds.setdefault(leaf, []).append((name, rank, count))
+        kinds.setdefault(leaf, []).append((name, rank, sum(p.numel() for p in tensors)))
         shapes.setdefault(leaf, set()).add(f"{site.spec.out} × {site.spec.into}")
-    subspaces = run.subspaces
-    for name, found in placement.subspaces({}).items():
+    for name, found in projected.items():
         leaf = name.removesuffix(".weight").rpartition(".")[2]
-        kinds.setdefault(leaf, []).append((name, subspaces.get(name, found.rank), math.prod(found.shape)))
+        kinds.setdefault(leaf, []).append((name, ranks_now.get(name, found.rank), math.prod(found.shape)))
         shapes.setdefault(leaf, set()).add(" × ".join(map(str, found.shape)))
     rows = []
     for leaf, members in kinds.items():
@@ -234,35 +244,41 @@ def summarise(run: Run, placement: Placement) -> Summary:
                 sum(count for _, _, count in members),
             )
         )
-    in_sites = sum(row.trainable for row in rows)
-    rest = sum(p.numel() for p in trainable.values()) - in_sites
-    base = list(base_parameters(run.model))
+    trainable = sum(p.numel() for p in learning.values())
+    rest = trainable - sum(row.trainable for row in rows)
     if rest:
-        rows.append(Row("whole tensors", len(trainable) - _counted(run, placement), "various", "–", rest))
+        rows.append(Row("whole tensors", len(learning) - factors - len(projected), "various", "–", rest))
     alone = Counter(
-        name.rpartition(".")[0].rpartition(".")[2] for name, p, adapted in base if not adapted and not p.requires_grad
+        name.rpartition(".")[0].rpartition(".")[2]
+        for name, p, adapted in base_parameters(run.model)
+        if not adapted and not p.requires_grad
     )
     extra = sum(
         p.numel() for s in run.sites.values() for a in s.acting() for leaf, p in a.named_parameters()
-        if leaf not in a.derived
+        if leaf not in a.derived and id(p) not in through
     )  # fmt: skip
     held = [t for s in run.sites.values() for a in s.acting() for t in [*a.parameters(), *a.buffers()]]
-    states = [
-        (tensor, _transform(method, name, tensor, placement.projected.get(name)), subspaces.get(name))
-        for name, tensor, method in placement.trainable()
-    ]
+    state = sum(
+        _state(_transform(method, name, tensor, placement.projected.get(name)), tensor, ranks_now.get(name))
+        for name, tensor, method in trained
+    )
     return Summary(
         method=type(run.method).__name__,
         rows=tuple(rows),
-        trainable=sum(p.numel() for p in trainable.values()),
-        total=sum(p.numel() for _, p, _ in base) + extra,
-        bytes_base=sum(p.numel() * p.element_size() for _, p, _ in base),
-        bytes_frozen=sum(t.numel() * t.element_size() for t in held if not t.requires_grad),
-        bytes_trainable=sum(p.numel() * p.element_size() for p in trainable.values()),
-        bytes_optimizer=sum(_state(transform, tensor, rank) for tensor, transform, rank in states),
-        bytes_adamw=sum(_state(Adam(), tensor) for tensor, _, _ in states),
+        trainable=trainable,
+        total=sum(p.numel() for p in base.values()) + extra,
+        bytes_base=_bytes(base.values()),
+        bytes_frozen=_bytes(t for t in held if not t.requires_grad and id(t) not in through),
+        bytes_trainable=_bytes(learning.values()),
+        bytes_gradients=_bytes(t for _, t, _ in trained),
+        bytes_optimizer=state + _bytes(through.values()),
+        bytes_adamw=sum(_state(Adam(), tensor) for tensor in learning.values()),
         left_alone=tuple(f"{leaf} (×{n})" if n > 1 else leaf for leaf, n in alone.most_common(8)),
     )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _transform(method: Method, name: str, tensor: Tensor, spec: Spec | None) -> Transform:
@@ -276,13 +292,7 @@ def _transform(method: Method, name: str, tensor: Tensor, spec: Spec | None) -> 
 def _state(transform: Transform, tensor: Tensor, rank: int | None = None) -> int:
     """Bytes of a tensor's optimizer state, counters aside."""
     like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return sum(t.numel() * t.element_size() for t in transform.init(like, None, rank).values() if t.dim())
-
-
-def _counted(run: Run, placement: Placement) -> int:
-    """Tensors that train in the rows of layers."""
-    factors = sum(1 for s in run.sites.values() for a in s.acting() for p in a.parameters() if p.requires_grad)
-    return factors + len(placement.projected)
+    return _bytes(t for t in transform.init(like, None, rank).values() if t.dim())
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -47,6 +47,11 @@ class Spec:
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
+    def weight(self) -> str:
+        """The name of its weight in the model as it came."""
+        return self.name if self.form.stacked else f"{self.name}.weight"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(out, in); (experts, out, in) of a stack."""
         batch = (self.form.experts,) if isinstance(self.form, ExpertsForm) else ()
