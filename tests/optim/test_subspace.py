@@ -1,4 +1,4 @@
-"""Subspaces: finders against LAPACK's SVD in float64, the rank rule against singular values, moments against sampling."""
+"""Subspaces: finders against LAPACK in float64, the rank rule against singular values, transport against sampling."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def matrix(l: int, s: int, sigma: Tensor, seed: int = 0) -> Tensor:
+def matrix(rows: int, s: int, sigma: Tensor, seed: int = 0) -> Tensor:
     """A matrix (l, s) with these singular values."""
     g = generator(seed)
-    U = torch.linalg.qr(torch.randn(l, len(sigma), generator=g, dtype=D)).Q
+    U = torch.linalg.qr(torch.randn(rows, len(sigma), generator=g, dtype=D)).Q
     V = torch.linalg.qr(torch.randn(s, len(sigma), generator=g, dtype=D)).Q
     return (U * sigma.to(D)) @ V.mT
 
 
-def power_law(l: int, s: int, seed: int = 0) -> Tensor:
+def power_law(rows: int, s: int, seed: int = 0) -> Tensor:
     """What gradients look like: singular values that fall as 1/i, with noise."""
-    n = min(l, s)
-    noise = torch.randn(l, s, generator=generator(seed + 1), dtype=D)
-    return matrix(l, s, 1 / torch.arange(1, n + 1, dtype=D), seed) + 0.1 * noise / noise.norm()
+    n = min(rows, s)
+    noise = torch.randn(rows, s, generator=generator(seed + 1), dtype=D)
+    return matrix(rows, s, 1 / torch.arange(1, n + 1, dtype=D), seed) + 0.1 * noise / noise.norm()
 
 
 def found(A: Tensor, width: int, finder: str, seed: int = 5, **settings) -> subspace.Basis:
@@ -48,9 +48,9 @@ def optimal(A: Tensor, rank: int) -> Tensor:
 
 
 @pytest.mark.parametrize("finder", ["svd", "eigh"])
-@pytest.mark.parametrize(("l", "s"), [(40, 23), (23, 40), (31, 31)])
-def test_exact_finders_give_the_leading_singular_subspace_with_its_energies(finder, l, s):
-    A = power_law(l, s)
+@pytest.mark.parametrize(("rows", "s"), [(40, 23), (23, 40), (31, 31)])
+def test_exact_finders_give_the_leading_singular_subspace_with_its_energies(finder, rows, s):
+    A = power_law(rows, s)
     basis = found(A, 7, finder)
     _, sigma, Vh = torch.linalg.svd(A)
     V = Vh[:7].mT

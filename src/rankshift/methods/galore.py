@@ -14,7 +14,8 @@ destroy the averages, they are temporaries here, as in the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -36,6 +37,8 @@ from rankshift.optim.moments import Blocks, Store, Wide
 from rankshift.optim.project import Clock, Project
 from rankshift.optim.rounding import narrow
 from rankshift.optim.subspace import Finder, Transport
+
+_log = logging.getLogger(__name__)
 
 _LINEAR = Spec("", 1, 1, Form(), torch.float32, torch.device("cpu"))  # any: what is asked of it does not depend on it
 
@@ -120,12 +123,15 @@ class GaLore(Method):
                 f"{spec.name} is an Embedding: each update changes the few rows that its batch asks for, and no "
                 "subspace keeps those. Leave it out of targets: what is not projected trains by AdamW."
             )
+        if not spec.dtype.is_floating_point:
+            kind = str(spec.dtype).removeprefix("torch.")
+            raise UnsupportedLayer(f"{spec.name} has weights in {kind}: only real ones train. Exclude it in targets.")
         if self.gradient == "projected" and spec.form.pointwise:
             self._check_rounding(f"{spec.name}.weight", spec.dtype)
 
     def projects(self, model: nn.Module) -> dict[str, Spec]:
         specs = [s for s in self._projected(model) if self.gradient == "full" or not s.form.pointwise]
-        return {s.name if s.form.stacked else f"{s.name}.weight": s for s in specs}
+        return {spec.weight: spec for spec in specs}
 
     def _projected(self, model: nn.Module) -> list[Spec]:
         """The layers whose gradients are projected, wherever that is done."""
@@ -133,6 +139,16 @@ class GaLore(Method):
         for spec in specs:
             self.fit(spec)
         return specs
+
+    def survey(self, model: nn.Module, specs: Sequence[Spec], data: Iterable[Any] | None, seed: int) -> dict[str, Any]:
+        layers = self._projected(model)
+        if short := [spec for spec in layers if spec.max_rank < self.rank]:
+            widest = max(short, key=lambda spec: spec.max_rank)
+            _log.warning(
+                "%s(rank=%d): %d of %d layers have a smaller side; there the rank is that side, at most %d at %s.",
+                type(self).__name__, self.rank, len(short), len(layers), widest.max_rank, widest.name,
+            )  # fmt: skip
+        return {}
 
     def rank_at(self, name: str, found: Any = None) -> int:
         return self.rank
