@@ -32,17 +32,23 @@ def local(tensor: Tensor) -> tuple[Tensor, slice]:
     if not isinstance(tensor, DTensor):
         return tensor, slice(0, tensor.shape[0] if tensor.dim() else 1)
     part = tensor.to_local()
-    start, total = 0, tensor.shape[0]
-    for axis, placement in enumerate(tensor.placements):
+    start = _span(tensor.shape[0], tensor).start
+    return part, slice(start, start + part.shape[0])
+
+
+def _span(total: int, like: DTensor) -> slice:
+    """Which of ``total`` indices of axis 0 this rank holds, of a tensor that is split as ``like`` is."""
+    start = 0
+    for axis, placement in enumerate(like.placements):
         if not isinstance(placement, Shard):
             continue
         if placement.dim != 0:
             raise NotImplementedError("rankshift shards weights along axis 0 only, as FSDP2 does")
-        parts, index = tensor.device_mesh.size(axis), tensor.device_mesh.get_local_rank(axis)
+        parts, index = like.device_mesh.size(axis), like.device_mesh.get_local_rank(axis)
         width = -(-total // parts)  # torch.chunk: equal parts, the last ones shorter or empty
         begin = min(index * width, total)
         start, total = start + begin, min(width, total - begin)
-    return part, slice(start, start + part.shape[0])
+    return slice(start, start + total)
 
 
 def share(tensor: Tensor) -> int:
@@ -86,8 +92,8 @@ def zeros(shape: Sequence[int], like: Tensor, dtype: torch.dtype, split: bool) -
     """Zeros of this whole shape on the device of ``like``, and split along axis 0 over ranks as it is if ``split``."""
     if not split or not isinstance(like, DTensor):
         return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
-    width = local(like)[1]
-    part = torch.zeros((width.stop - width.start, *shape[1:]), dtype=dtype, device=held(like).device)
+    rows = _span(shape[0], like)
+    part = torch.zeros((rows.stop - rows.start, *shape[1:]), dtype=dtype, device=held(like).device)
     stride = torch.empty(tuple(shape), device="meta").stride()
     placed = DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
