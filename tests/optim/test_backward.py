@@ -425,17 +425,19 @@ def test_hooks_go_with_the_optimizer():
 
 def sharded(method, fused, clip=None):
     """Whole weights and moments after updates on two ranks."""
-    model = tiny(blocks=2)
+    model = tiny(torch.float32 if clip is None else torch.float64, blocks=2)
     run = rs.attach(model, method, seed=5)
     mesh = init_device_mesh("cpu", (2,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = run.optimizer(lr=1e-2, weight_decay=0.1, fused_backward=fused, clip_each=clip)
+    optimizer = run.optimizer(lr=1e-2, weight_decay=0.1, fused_backward=fused, clip_each=clip if fused else None)
     for i in range(6):
         loss_of(model, batch(i, 8)[dist.get_rank() :: 2]).backward()
         left = sum(p.grad is not None for p in model.parameters())
         assert left == (0 if fused else len(list(model.parameters())))
+        for p in model.parameters() if clip and not fused else ():
+            nn.utils.clip_grad_norm_([p], clip)
         optimizer.step()
         optimizer.zero_grad()
     rs.core.shard.settle(model)
@@ -491,6 +493,12 @@ def test_same_bits_under_fsdp2(name, pool):
     for (a, _), (b, count) in zip(one, two, strict=True):
         same(a, b)
         assert count == 6
+
+
+def test_clip_each_takes_the_norm_over_all_ranks(pool):
+    (one, _), (two, _) = (pool.run(sharded, METHODS["full"], fused, 0.01)[0] for fused in (False, True))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-9, atol=1e-12)
 
 
 def test_a_part_that_is_not_finite_leaves_the_tensor_alone_on_every_rank(pool):
