@@ -1,4 +1,5 @@
-"""An unmodified TRL SFTTrainer trains an attached model through ``optimizers=(run.optimizer(…), None)``."""
+"""An unmodified TRL SFTTrainer trains an attached model, with ``optimizers=(run.optimizer(…), None)`` or with
+``optimizer_cls_and_kwargs=run.optimizer_cls_and_kwargs(args)``."""
 
 import pytest
 import torch
@@ -33,18 +34,23 @@ def model():
     )  # fmt: skip
 
 
-def sft(out, tokenizer, method, **more):
+def sft(out, tokenizer, method, by_arguments=False, **more):
     run = rs.attach(model(), method)
     settings = {
         "max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1,
         "max_length": 24, "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "save_steps": 2,
     }  # fmt: skip
+    args = trl.SFTConfig(str(out), **{**settings, **more})
     trainer = trl.SFTTrainer(
         model=run.model,
-        args=trl.SFTConfig(str(out), **{**settings, **more}),
+        args=args,
         train_dataset=Dataset.from_dict({"text": TEXTS}),
         processing_class=tokenizer,
-        optimizers=(run.optimizer(lr=3e-2), None),
+        **(
+            {"optimizer_cls_and_kwargs": run.optimizer_cls_and_kwargs(args)}
+            if by_arguments
+            else {"optimizers": (run.optimizer(lr=3e-2), None)}
+        ),
     )
     return run, trainer
 
@@ -77,3 +83,16 @@ def test_sft_trains_saves_and_resumes_to_the_bit(tmp_path, tokenizer, method):
     run.save(tmp_path / "run")
     loaded = rs.load(model(), tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(tensors(loaded).values(), tensors(run).values(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_sft_with_the_numbers_of_its_arguments(tmp_path, tokenizer):
+    method, rates = rs.GaLore(rank=4, every=2, transport="square"), {"learning_rate": 3e-2, "weight_decay": 0.1}
+    run, whole = sft(tmp_path / "out", tokenizer, method, by_arguments=True, **rates)
+    whole.train()
+    assert losses(whole)[6] < losses(whole)[1]
+    again, resumed = sft(tmp_path / "out", tokenizer, method, by_arguments=True, save_strategy="no", **rates)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert (again.step, losses(resumed)) == (6, losses(whole))
+    mine, theirs = dict(again.model.named_parameters()), dict(run.model.named_parameters())
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
