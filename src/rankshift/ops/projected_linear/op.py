@@ -107,18 +107,18 @@ class _ProjectedLinear(torch.autograd.Function):
         listener: Listener,
     ) -> Tensor:
         ctx.on_input, ctx.cast, ctx.wide, ctx.listener = on_input, cast, X.dtype, listener
-        ticket, number = None, listener.number
-        if not learns:
-            ctx.save_for_backward(weight, None, None, None, None)
-        elif not on_input:
-            ctx.save_for_backward(weight, x, Q, None, number)
-        else:
-            z = x @ Q.to(x.dtype)  # (tokens, r)
-            if torch.compiler.is_compiling():
-                ticket = _keep(x, number)
-                ctx.save_for_backward(weight, z, None, ticket, number)
-            else:
-                ctx.save_for_backward(weight, z, x if listener.open else None, None, number)
+        kept = other = ticket = number = None
+        if learns:
+            compiling = torch.compiler.is_compiling()
+            number = listener.number if compiling else None
+            kept = x @ Q.to(x.dtype) if on_input else x  # (tokens, r), or all of x
+            if not on_input:
+                other = Q
+            elif compiling:
+                ticket = _keep(x, listener.number)
+            elif listener.open:
+                other = x
+        ctx.save_for_backward(weight, kept, other, ticket, number)
         if cast:  # autocast: the layer computes in another dtype than it is stored in
             weight = weight.to(x.dtype)
             bias = None if bias is None else bias.to(x.dtype)
@@ -131,8 +131,7 @@ class _ProjectedLinear(torch.autograd.Function):
         need_x, _, need_bias, need_X = ctx.needs_input_grad[:4]
         dX = None
         if need_X and torch.compiler.is_compiling():
-            basis = None if ctx.on_input else other
-            dX = _gradient(dy, kept, basis, ticket, number, ctx.wide)
+            dX = _gradient(dy, kept, None if ctx.on_input else other, ticket, number, ctx.wide)
         elif need_X and ctx.on_input:
             dX = into(dy.t(), kept, ctx.wide)
             if other is not None:
