@@ -211,11 +211,11 @@ def test_no_gradient_no_change():
 def test_sparse_and_complex_gradients_are_refused():
     table = nn.Embedding(5, 3, sparse=True)
     table(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(ConfigError, match="is (sparse|complex)"):
+    with pytest.raises(ConfigError, match=r"is (sparse|complex)"):
         Optimizer([{"params": [table.weight]}], [Adam()], lr=1e-2).step()
     wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     wave.grad = torch.ones_like(wave)
-    with pytest.raises(ConfigError, match="is (sparse|complex)"):
+    with pytest.raises(ConfigError, match=r"is (sparse|complex)"):
         Optimizer([{"params": [wave]}], [Adam()], lr=1e-2).step()
 
 

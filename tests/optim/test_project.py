@@ -1,9 +1,10 @@
-"""Project: Adam in a subspace. Trajectories against torch.optim.AdamW and written-out formulas, state, clocks, bytes."""
+"""Project: trajectories against torch.optim.AdamW and formulas; invariances, ranks, bytes, clocks, loading."""
 
 from __future__ import annotations
 
 import copy
 import io
+import itertools
 import logging
 from dataclasses import replace
 
@@ -484,7 +485,7 @@ def test_no_update_carries_more_renewals_than_its_share(count, every):
     for i in range(count):
         at = [step for step, now in enumerate(found) if i in now]
         assert 1 <= at[1] <= every
-        assert all(b - a == every for a, b in zip(at[1:], at[2:], strict=False))
+        assert all(b - a == every for a, b in itertools.pairwise(at[1:]))
 
 
 def test_renewals_are_spread_over_groups_too():
