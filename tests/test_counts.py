@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,9 +30,11 @@ def meta(config: Any, kind: Any) -> nn.Module:
 
 
 @functools.cache
-def llama(layers: int, hidden: int = 4096, ffn: int = 11008, kv: int | None = None, vocab: int = 32000) -> nn.Module:
+def llama(
+    layers: int, hidden: int = 4096, ffn: int = 11008, kv: int | None = None, vocab: int = 32000, heads: int = 0
+) -> nn.Module:
     """LLaMA-7B with so many of its 32 layers, or a relative of it."""
-    heads = hidden // 128
+    heads = heads or hidden // 128
     return meta(
         tf.LlamaConfig(
             hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
@@ -176,6 +179,28 @@ def test_state_of_galore_is_its_formula() -> None:
     assert {row.layer: row.rank for row in run.summary().rows} == {
         **dict.fromkeys(LINEARS, "1024"), "whole tensors": "–"
     }  # fmt: skip
+
+
+DOCUMENTED = re.findall(
+    r"^\| (1\.1B|7B), (.+), (fp32|bf16) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+    (Path(__file__).parents[1] / "docs" / "galore.md").read_text(encoding="utf-8"),
+    re.M,
+)
+
+
+@pytest.mark.parametrize("row", DOCUMENTED, ids=lambda row: " ".join(row[:3]))
+def test_memory_in_the_documentation(row: tuple[str, ...]) -> None:
+    """GiB of weights, gradients and state of whole models."""
+    size, written, dtype, *numbers = row
+    model = copy.deepcopy(llama(16, 2048, 8192, 8, heads=32) if size == "1.1B" else llama(32))
+    method = rs.Full() if written == "full, AdamW" else eval(f"rs.{written}")
+    summary = rs.attach(model.to(torch.float32 if dtype == "fp32" else torch.bfloat16), method).summary()
+    found = (summary.bytes_trainable, summary.bytes_gradients, summary.bytes_optimizer)
+    assert [f"{count / 2**30:.1f}" for count in found] == numbers
+
+
+def test_the_documentation_has_that_table() -> None:
+    assert len(DOCUMENTED) == 10
 
 
 def test_every_method_has_a_number() -> None:
