@@ -40,6 +40,20 @@ def test_through_phases(tmp_path, climbing):
     assert same(tensors(fused.run), tensors(plain.run))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_interrupt_in_the_middle_of_an_update_saves_nothing(tmp_path, fused):
+    t = trainer(tmp_path, GALORE, rest={"fused_backward": fused}, save_strategy="no", **ALONE)
+
+    def stop(gradient):
+        if t.run.step == 3:
+            raise KeyboardInterrupt
+
+    t.model.model.layers[0].mlp.up_proj.weight.register_hook(stop)
+    with pytest.raises(SystemExit):
+        t.train()
+    assert [f.name for f in tmp_path.iterdir()] == ([] if fused else ["checkpoint-3"])
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

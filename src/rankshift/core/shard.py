@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -218,6 +218,14 @@ def rank() -> int:
 def world() -> int:
     """How many processes there are, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def used_here(tensors: Iterable[Tensor]) -> None:
+    """Keep the memory of these, should they be freed, until the current stream is done with them: FSDP2 calls the hooks
+    of a parameter on a stream of its own."""
+    for part in map(held, tensors):
+        if part.is_cuda:
+            part.record_stream(torch.cuda.current_stream(part.device))
 
 
 def barrier() -> None:

@@ -111,6 +111,8 @@ class Backward:
             if self.clip is not None:
                 _clip(g, self.clip)
             index = self._places[id(p)]
+            if shard.is_sharded(p):
+                shard.used_here(optimizer.state[p].values())
             optimizer.advance([p], optimizer.param_groups[index], optimizer.transforms[index])
         p.grad = None
 

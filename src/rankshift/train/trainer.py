@@ -544,6 +544,9 @@ class _Watch(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer._settled = not self.trainer._fused  # there the backward pass is in the middle of an update
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
