@@ -23,7 +23,7 @@ import rankshift as rs
 from rankshift.core import shard
 from rankshift.core.method import Method
 
-Engine = Literal["one", "ddp", "fsdp2"]
+Engine = Literal["one", "ddp", "fsdp2", "hsdp"]  # the last: FSDP2 on a mesh of copies × parts, for four ranks
 VOCAB, WIDTH, HIDDEN, BATCH, LENGTH = 13, 12, 18, 4, 5
 TOTAL = 4  # updates that every run says it will take, for methods with a schedule; laws take so many or fewer
 
@@ -104,8 +104,11 @@ def wrap(engine: Engine, model: nn.Module, policy: MixedPrecisionPolicy | None =
     """The model as an engine runs it."""
     if engine == "ddp":
         return DistributedDataParallel(model, broadcast_buffers=False)
-    if engine == "fsdp2":
-        mesh = init_device_mesh("cpu", (world(),))
+    if engine in ("fsdp2", "hsdp"):
+        if engine == "fsdp2":
+            mesh = init_device_mesh("cpu", (world(),))
+        else:
+            mesh = init_device_mesh("cpu", (2, world() // 2), mesh_dim_names=("copies", "parts"))
         options: dict[str, Any] = {"mesh": mesh} | ({"mp_policy": policy} if policy else {})
         for block in model.blocks:  # type: ignore[union-attr]
             fully_shard(block, **options)
@@ -172,7 +175,7 @@ class Session:
     def save(self) -> bytes:
         """What a script saves: run, optimizer, scheduler; whole tensors under FSDP2."""
         whole = dcp.StateDictOptions(full_state_dict=True)
-        if self.engine == "fsdp2":
+        if self.engine in ("fsdp2", "hsdp"):
             optimizer = dcp.get_optimizer_state_dict(self.model, self.optimizer, options=whole)
         else:
             optimizer = self.optimizer.state_dict()
@@ -193,7 +196,7 @@ class Session:
             run = rs.attach(model, method, seed=99)  # another seed: loading brings the right one
             run.load_state_dict(state["run"])
         session = cls(engine, run, **options)
-        if engine == "fsdp2":
+        if engine in ("fsdp2", "hsdp"):
             whole = dcp.StateDictOptions(full_state_dict=True)
             dcp.set_optimizer_state_dict(session.model, session.optimizer, state["optimizer"], options=whole)
         else:
