@@ -43,6 +43,18 @@ def test_loop(example, tmp_path):
     assert all(torch.equal(p, trained[name]) for name, p in run.trainable())
 
 
+def test_galore(example, tmp_path):
+    names, out = example("galore", 12)
+    before, after = (float(re.search(rf"held-out loss {when} ([\d.]+)", out)[1]) for when in ("before", "after"))
+    assert after < before - 0.3
+    assert "below AdamW's" in out
+    assert [step for step, _ in names["tables"]] == [1, 6, 11]
+    assert "model.layers.0.self_attn.q_proj.weight" in out
+    assert (tmp_path / "subspaces.png").stat().st_size > 10_000
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(p, trained[name]) for name, p in names["run"].trainable())
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_hf_trainer_and_going_on(example, tmp_path, monkeypatch):
     from peft import PeftModel
