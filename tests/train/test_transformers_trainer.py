@@ -1,9 +1,13 @@
 """An unmodified transformers Trainer trains an attached model, by ``run.optimizer_cls_and_kwargs(args)``."""
 
+import inspect
+
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from test_trainer import arguments, base, data, losses
+from test_trainer_distributed import on_two
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -202,3 +206,24 @@ def test_a_model_that_is_not_from_transformers(tmp_path):
     assert run.step == 8
     assert run.subspaces == {"a.weight": 2, "b.weight": 2}
     assert not any(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+
+
+def on_ranks(out):
+    run, mine = trainer(out, METHODS["adarankgrad"], ddp_backend="gloo", per_device_train_batch_size=1, save_steps=3)
+    mine.train()
+    dist.barrier()
+    again, resumed = trainer(
+        out, METHODS["adarankgrad"], ddp_backend="gloo", per_device_train_batch_size=1, save_strategy="no"
+    )
+    resumed.train(resume_from_checkpoint=str(out / "checkpoint-3"))
+    return type(mine.model_wrapped).__name__, run.subspaces, weights(run.model), weights(again.model)
+
+
+def test_under_ddp_ranks_agree_and_resume_to_the_bit(tmp_path):
+    if 'type != "cpu"' not in inspect.getsource(transformers.Trainer._load_optimizer_and_scheduler):
+        pytest.skip("this transformers cannot load an optimizer on several CPU processes (map_location cpu:0)")
+    (wrapper, ranks, one, again), (_, others, two, _) = on_two(tmp_path, on_ranks, tmp_path / "out")
+    assert wrapper == "DistributedDataParallel"
+    assert ranks == others
+    same(one, two)
+    same(one, again)
