@@ -279,6 +279,21 @@ def test_bf16_on_request(tmp_path, tiny_bert):
     assert all(np.isfinite(loss) for _, loss in metrics["train_loss"])
 
 
+@pytest.mark.parametrize(("rounding", "kept"), [(None, torch.float32), ("stochastic", torch.bfloat16)])
+def test_weights_are_bf16_where_it_is_said_how_they_round(tmp_path, tiny_bert, rounding, kept):
+    from safetensors.torch import load_file
+
+    rows = [{"text": f"a {word} film", "label": k} for k, word in enumerate(("fine", "dull"))] * 20
+    result, _, metrics = train(
+        tmp_path, model=str(tiny_bert), data=str(jsonl(tmp_path / "rows.jsonl", rows)),
+        method={"method": "galore", "rank": 4, "rounding": rounding},
+        train={"steps": 4, "precision": "bf16", "lr": 1e-3},
+    )  # fmt: skip
+    weights = load_file(result.directory / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {kept}
+    assert all(np.isfinite(loss) for _, loss in metrics["train_loss"])
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -212,6 +212,11 @@ class Method:
         return "changes gradients" if any(event.moment is Moment.GRADS for event in self.events()) else ""
 
     @property
+    def trains_narrow(self) -> bool:
+        """Whether what trains in place may be in bf16, because it is said how such a weight takes a small step."""
+        return False
+
+    @property
     def needs_data(self) -> bool:
         """Whether :meth:`survey` looks at data."""
         return False

@@ -192,6 +192,10 @@ class GaLore(Method):
             )
 
     @property
+    def trains_narrow(self) -> bool:
+        return self.rounding is not None
+
+    @property
     def store(self) -> Store:
         """Of Adam's moments."""
         return Blocks() if self.moments == "8bit" else Wide()

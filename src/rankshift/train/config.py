@@ -106,7 +106,8 @@ class LoopConfig:
     """Update each tensor inside the backward pass and free its gradient at once: of all gradients the largest is in
     memory at a time. Needs accumulate=1 and clip=0, and one process."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Dtype of the base and of activations. auto: bf16 on a GPU that has it, else fp32. What trains stays fp32."""
+    """Dtype of the base and of activations. auto: bf16 on a GPU that has it, else fp32. What trains stays fp32,
+    unless the method has a rounding for bf16 weights."""
     eval_every: int | None = None
     """Updates between evaluations. None: ten per run."""
     save_every: int | None = None

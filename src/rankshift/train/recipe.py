@@ -259,8 +259,8 @@ def precision(config: TrainConfig) -> tuple[torch.dtype, bool]:
         wish = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     if wish == "fp32":
         return torch.float32, False
-    # weights that train themselves stay fp32: bf16 loses most small updates
-    return (torch.bfloat16 if config.method.reversible else torch.float32), True
+    # weights that train themselves stay fp32, unless the method was told how bf16 takes a small step
+    return (torch.bfloat16 if config.method.reversible or config.method.trains_narrow else torch.float32), True
 
 
 def _world() -> int:
