@@ -1,0 +1,231 @@
+"""GaLore on one GPU: whole steps of the frozen base, full fine-tuning, GaLore in both modes, galore-torch; renewals.
+
+    PYTHONPATH=src python benchmarks/galore_gpu.py --out benchmarks/results/galore_gpu.json
+
+Model and protocol are those of lora_gpu.py (random-weight Llama of 1.1 B parameters, bf16, 8×1024 tokens); every arm
+but "frozen" trains all parameters. Steps are interleaved; a basis is found once before, so the table is of the steps
+between renewals. "GiB" is the peak of a step with everything an arm keeps (weights, states, gradients). The second part
+takes T = 200 steps in a row with renewals spread over them, and as many without, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lora_gpu import SHAPES, Step, arm_frozen, compiled, llama
+from torch import nn
+
+import rankshift as rs
+
+
+def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> Step:
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(shape: str, device: str, batch: dict[str, torch.Tensor], compile_blocks: bool, **options: Any) -> Step:
+    model = llama(shape, device)
+    fused = options.pop("fused_backward", False)
+    run = rs.attach(model, rs.GaLore(**{"rounding": "nearest", "every": 0, **options}))
+    if compile_blocks:
+        compiled(model)
+    return stepper(model, run.optimizer(lr=1e-3, fused_backward=fused), batch)
+
+
+def full(shape: str, device: str, batch: dict[str, torch.Tensor], compile_blocks: bool) -> Step:
+    model = llama(shape, device)
+    if compile_blocks:
+        compiled(model)
+    return stepper(model, torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True), batch)
+
+
+def theirs(shape: str, device: str, batch: dict[str, torch.Tensor], rank: int, clock: dict[str, float]) -> Step:
+    from galore_torch import GaLoreAdamW
+
+    model = llama(shape, device)
+    chosen = {id(m.weight) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in chosen]},
+        {
+            "params": [p for p in model.parameters() if id(p) in chosen],
+            "rank": rank, "update_proj_gap": 10**9, "scale": 0.25, "proj_type": "std",
+        },
+    ]  # fmt: skip
+    optimizer = GaLoreAdamW(groups, lr=1e-5, no_deprecation_warning=True)
+    step = stepper(model, optimizer, batch)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()  # finds every basis
+    torch.cuda.synchronize()
+    clock["galore-torch, first step, s"] = time.perf_counter() - start
+    return step
+
+
+def arms(
+    shape: str, rank: int, batch: dict[str, torch.Tensor], device: str, clock: dict[str, float]
+) -> dict[str, Callable[[], Step]]:
+    basis = {"rank": rank, "side": "in"}
+    return {
+        "frozen": lambda: arm_frozen(llama(shape, device), batch),
+        "frozen, blocks compiled": lambda: arm_frozen(compiled(llama(shape, device)), batch),
+        "full, fused AdamW": lambda: full(shape, device, batch, False),
+        "full, fused AdamW, blocks compiled": lambda: full(shape, device, batch, True),
+        "GaLore": lambda: ours(shape, device, batch, False, **basis),
+        "GaLore, blocks compiled": lambda: ours(shape, device, batch, True, **basis),
+        "GaLore, fused backward, blocks compiled": lambda: ours(
+            shape, device, batch, True, **basis, fused_backward=True
+        ),
+        "projected": lambda: ours(shape, device, batch, False, **basis, gradient="projected"),
+        "projected, blocks compiled": lambda: ours(shape, device, batch, True, **basis, gradient="projected"),
+        "projected, stochastic rounding, blocks compiled": lambda: ours(
+            shape, device, batch, True, **basis, gradient="projected", rounding="stochastic"
+        ),
+        "galore-torch": lambda: theirs(shape, device, batch, rank, clock),
+    }
+
+
+def build(found: dict[str, Callable[[], Step]], failed: dict[str, str]) -> tuple[dict[str, Step], dict[str, float]]:
+    """Every arm after four steps, and the most memory that it needs alone, GiB."""
+    steps, peaks = {}, {}
+    for name, make in found.items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        try:
+            step = make()
+            for _ in range(3):
+                step()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            torch.cuda.synchronize()
+        except Exception as error:  # one arm must not cost the others their machine time
+            failed[name] = f"{type(error).__name__}: {str(error)[:400]}"
+            print(f"{name}: {failed[name]}", flush=True)
+            continue
+        steps[name], peaks[name] = step, (torch.cuda.max_memory_allocated() - before) / 2**30
+        print(f"{name}: {peaks[name]:.1f} GiB, ready after {time.perf_counter() - start:.0f} s", flush=True)
+    return steps, peaks
+
+
+def once(step: Step) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop)
+
+
+def measure(steps: dict[str, Step], peaks: dict[str, float], rounds: int) -> dict[str, dict[str, float]]:
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(once(step))
+    table = {}
+    for name, values in times.items():
+        values.sort()
+        table[name] = {
+            "ms": statistics.median(values),
+            "p10": values[len(values) // 10],
+            "p90": values[len(values) * 9 // 10],
+            "gib": peaks[name],
+        }
+    return table
+
+
+def renewals(shape: str, rank: int, batch: dict[str, torch.Tensor], device: str, every: int) -> dict[str, float]:
+    """Milliseconds a step over one whole period with renewals spread over it, and without, in turns."""
+    options = {"rank": rank, "side": "in", "gradient": "projected"}
+    with_, without = (ours(shape, device, batch, True, **options, every=period) for period in (every, 0))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    with_()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    for _ in range(3):
+        without()
+    a: list[float] = []
+    b: list[float] = []
+    for _ in range(every):
+        a.append(once(with_))
+        b.append(once(without))
+    return {
+        "every": every,
+        "first step, s": first,
+        "with renewals, mean ms": statistics.mean(a),
+        "without, mean ms": statistics.mean(b),
+        "with renewals, longest ms": max(a[5:]),
+        "share of run time": statistics.mean(a) / statistics.mean(b) - 1,
+        "share, medians of tenths": statistics.median(
+            sum(a[i : i + every // 10]) / sum(b[i : i + every // 10]) for i in range(0, every, every // 10)
+        )
+        - 1,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default="1.1B", choices=SHAPES)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--every", type=int, default=200)
+    parser.add_argument("--arms", nargs="*", help="only those whose name contains one of these")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = "cuda"
+    ids = torch.randint(0, 32000, (8, 1024), device=device)
+    batch = {"input_ids": ids, "labels": ids}
+    clock: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    found = arms(options.shape, options.rank, batch, device, clock)
+    if options.arms:
+        found = {name: make for name, make in found.items() if any(part in name for part in options.arms)}
+    steps, peaks = build(found, failed)
+    table = measure(steps, peaks, options.rounds)
+    floor = min((row["ms"] for name, row in table.items() if name.startswith("frozen")), default=float("nan"))
+    print(f"{'arm':50} {'ms':>8} {'p10':>8} {'p90':>8} {'× floor':>8} {'GiB':>7}")
+    for name, row in table.items():
+        row["x_floor"] = row["ms"] / floor
+        cells = f"{row['ms']:8.1f} {row['p10']:8.1f} {row['p90']:8.1f} {row['x_floor']:8.2f} {row['gib']:7.2f}"
+        print(f"{name:50} {cells}", flush=True)
+    steps.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    spread: dict[str, float] = {}
+    if options.every:
+        try:
+            spread = renewals(options.shape, options.rank, batch, device, options.every)
+        except Exception as error:
+            failed["renewals"] = f"{type(error).__name__}: {str(error)[:400]}"
+    print(clock, spread, failed)
+    if options.out:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "rankshift": rs.__version__}
+        if "galore-torch" in table:
+            versions["galore-torch"] = importlib.metadata.version("galore-torch")
+        result = {
+            "date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "versions": versions,
+            "shape": options.shape, "rank": options.rank, "tokens": ids.numel(), "arms": table, "clock": clock,
+            "renewals": spread, "failed": failed,
+        }  # fmt: skip
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

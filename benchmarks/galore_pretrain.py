@@ -1,0 +1,272 @@
+"""A Llama of 60 M parameters from scratch, one token budget: full AdamW, GaLore, AdaRankGrad, LoRA.
+
+    python benchmarks/galore_pretrain.py prepare --data DIR_WITH_books_train_*.jsonl.xz --tokens .lm   # once, on a CPU
+    PYTHONPATH=src python benchmarks/galore_pretrain.py run --tokens .lm --out benchmarks/results/galore_pretrain.json
+    python benchmarks/galore_pretrain.py plot --results benchmarks/results/galore_pretrain.json --out docs/img/…png
+
+Model: hidden 512, ffn 1376, 8 heads, 8 layers, vocabulary 32,000, untied (58 M parameters). Text: English novels, a
+byte-level BPE of 32,000 trained on them, sequences of 256 tokens, every token seen once. All arms: fp32 weights, bf16
+autocast, 64 sequences an update, 10 % warm-up, cosine to 10 % of the peak, no decay, clipping at 1, betas 0.9, 0.999,
+embeddings, norms and head trained by AdamW. Each arm's rate is the best of its grid after a quarter of the budget (with
+a schedule of that length, seed 0); then the full budget, several seeds. Loss is that of held-out books.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import lzma
+import math
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCAB, LENGTH, BATCH, HELD_OUT = 32000, 256, 64, 512  # the last: sequences of the validation books
+
+GRID = {
+    "AdamW": (1e-3, 2e-3, 4e-3),
+    "GaLore": (5e-3, 1e-2, 2e-2),
+    "AdaRankGrad": (5e-3, 1e-2, 2e-2),
+    "LoRA": (1e-3, 3e-3, 1e-2),
+}
+
+
+def books(directory: Path, part: str) -> list[str]:
+    texts = []
+    for path in sorted(directory.glob(f"books_{part}*.jsonl.xz")):
+        with lzma.open(path, "rt", encoding="utf-8") as file:
+            texts += [json.loads(line)["text"] for line in file]
+    return texts
+
+
+def prepare(data: Path, tokens: Path, most: int) -> None:
+    """Train the tokenizer, write train.npy and val.npy (uint16), books in a fixed random order."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokens.mkdir(parents=True, exist_ok=True)
+    train, val = books(data, "train"), books(data, "val")
+    order = np.random.default_rng(0).permutation(len(train))
+    train = [train[i] for i in order]
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator((t[:400_000] for t in train), VOCAB, min_frequency=2, show_progress=False)
+    for name, texts in (("train", train), ("val", val)):
+        ids: list[int] = []
+        for text in texts:
+            for start in range(0, len(text), 1 << 20):
+                ids += tokenizer.encode(text[start : start + (1 << 20)]).ids
+            if len(ids) > most:
+                break
+        array = np.array(ids[:most], dtype=np.uint16)
+        np.save(tokens / f"{name}.npy", array)
+        print(f"{name}: {len(array):,} tokens, {array.max() + 1:,} in use")
+
+
+def method_of(name: str, steps: int) -> Any:
+    import rankshift as rs
+
+    every = min(200, max(1, steps // 5))
+    if name == "AdamW":
+        return rs.Full()
+    if name == "GaLore":
+        return rs.GaLore(rank=128, every=every)
+    if name == "AdaRankGrad":
+        return rs.AdaRankGrad(rank=128, every=every, earliest=max(1, every // 4))
+    assert name == "LoRA"
+    whole = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
+    return rs.LoRA(rank=128, alpha=128, modules_to_save=whole)
+
+
+def train(name: str, lr: float, seed: int, steps: int, tokens: str) -> dict[str, Any]:
+    """One run."""
+    import torch
+    import transformers
+
+    import rankshift as rs
+
+    torch.set_num_threads(2)
+    torch.set_float32_matmul_precision("high")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    began = time.perf_counter()
+    data, held = (np.load(Path(tokens) / f"{part}.npy") for part in ("train", "val"))
+    rows = torch.from_numpy(data[: len(data) // LENGTH * LENGTH].astype(np.int64)).view(-1, LENGTH)
+    held_rows = torch.from_numpy(held[: HELD_OUT * LENGTH].astype(np.int64)).view(-1, LENGTH).to(device)
+    assert steps * BATCH <= len(rows), f"{steps * BATCH} sequences wanted, {len(rows)} there"
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    config = transformers.LlamaConfig(
+        hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, vocab_size=VOCAB,
+        max_position_embeddings=LENGTH, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.to(device).train()
+    run = rs.attach(model, method_of(name, steps), seed=seed, total_steps=steps)
+    optimizer = run.optimizer(lr=lr)
+    warm = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda n: min((n + 1) / warm, 0.1 + 0.45 * (1 + math.cos(math.pi * max(0, n - warm) / max(1, steps - warm)))),
+    )
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return model(input_ids=ids, labels=ids).loss
+
+    def evaluate() -> float:
+        model.eval()
+        with torch.no_grad():
+            parts = [loss_of(part).item() for part in held_rows.split(BATCH)]
+        model.train()
+        return statistics.mean(parts)
+
+    curve, seen = [], []
+    start = time.perf_counter()
+    for step in range(steps):
+        ids = rows[order[step * BATCH : (step + 1) * BATCH]].to(device, non_blocking=True)
+        loss = loss_of(ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in run.trainable()], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        seen.append(loss.detach())
+        if (step + 1) % max(1, steps // 12) == 0:
+            row = {"step": step + 1, "train": torch.stack(seen).mean().item(), "val": evaluate()}
+            states = [s for s in optimizer.state.values() if "basis" in s]
+            if states:
+                row["rank"] = statistics.mean(s["basis"].shape[-1] for s in states)
+                row["energy"] = torch.stack([s["energy"] for s in states]).mean().item()
+                row["renewals"] = sum(int(s["renewals"]) for s in states)
+            curve.append(row)
+            seen = []
+            if not math.isfinite(row["train"]):
+                break
+    seconds = time.perf_counter() - start
+    state = sum(t.untyped_storage().nbytes() for s in optimizer.state.values() for t in s.values())
+    return {
+        "method": name, "lr": lr, "seed": seed, "steps": steps, "tokens": steps * BATCH * LENGTH,
+        "val": curve[-1]["val"], "train": curve[-1]["train"], "state_mib": state / 2**20, "curve": curve,
+        "skipped": run.skipped, "train_seconds": seconds, "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+
+
+def run_all(options: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    probe = max(20, options.steps // 4)
+    tuning: list[dict[str, Any]] = []
+    finals: list[dict[str, Any]] = []
+    methods = options.methods or list(GRID)
+    best: dict[str, float] = {}
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+
+        def work(jobs: list[tuple[Any, ...]], into: list[dict[str, Any]]) -> None:
+            waiting = {pool.submit(train, *job, str(options.tokens)): job for job in jobs}
+            for done in as_completed(waiting):
+                if done.cancelled():
+                    continue
+                if done.exception() is not None:
+                    print(f"{waiting[done]}: {done.exception()!r}", flush=True)
+                    continue
+                row = done.result()
+                into.append(row)
+                if options.out:  # what is measured stays, whatever ends this
+                    written(options.out, tuning, finals, best)
+                print(
+                    f"{row['method']:12} lr {row['lr']:.0e} seed {row['seed']} {row['steps']:5} steps "
+                    f"val {row['val']:.3f} train {row['train']:.3f} state {row['state_mib']:.0f} MiB "
+                    f"{row['train_seconds']:.0f} s, at {time.perf_counter() - began:.0f} s",
+                    flush=True,
+                )
+                if time.perf_counter() - began > options.deadline:
+                    for other in waiting:
+                        other.cancel()
+
+        work([(name, lr, 0, probe) for name in methods for lr in GRID[name]], tuning)
+        for name in methods:
+            rows = [row for row in tuning if row["method"] == name and math.isfinite(row["val"])]
+            best[name] = min(rows, key=lambda row: row["val"])["lr"] if rows else GRID[name][1]
+        work([(name, best[name], seed, options.steps) for seed in range(options.seeds) for name in methods], finals)
+    for name in methods:
+        rows = [row["val"] for row in finals if row["method"] == name]
+        if rows:
+            print(f"| {name} | {best[name]:.0e} | {statistics.mean(rows):.3f} ± {statistics.pstdev(rows):.3f} |")
+    if options.out:
+        written(options.out, tuning, finals, best)
+
+
+def written(out: Path, tuning: list[dict[str, Any]], finals: list[dict[str, Any]], best: dict[str, float]) -> None:
+    import torch
+    import transformers
+
+    import rankshift as rs
+
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "rankshift": rs.__version__},
+        "grid": GRID, "best_lr": best, "tuning": tuning, "runs": finals,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def plot(results: Path, out: Path) -> None:
+    """Held-out loss and mean rank over tokens, a line a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs = json.loads(results.read_text())["runs"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    for index, name in enumerate(GRID):
+        for row in (r for r in runs if r["method"] == name):
+            x = [point["step"] * BATCH * LENGTH / 1e6 for point in row["curve"]]
+            style = {"color": f"C{index}", "ls": "-" if row["seed"] == 0 else "--"}
+            label = name if row["seed"] == 0 else None
+            left.plot(x, [point["val"] for point in row["curve"]], label=label, **style)
+            if "rank" in row["curve"][0]:
+                right.plot(x, [point["rank"] for point in row["curve"]], label=label, **style)
+    left.set(xlabel="tokens, millions", ylabel="held-out loss, nats a token")
+    right.set(xlabel="tokens, millions", ylabel="mean rank of 56 layers", ylim=(0, None))
+    left.legend()
+    right.legend()
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("prepare")
+    verb.add_argument("--data", type=Path, required=True)
+    verb.add_argument("--tokens", type=Path, required=True)
+    verb.add_argument("--most", type=int, default=22_000_000)
+    verb = verbs.add_parser("run")
+    verb.add_argument("--tokens", type=Path, required=True)
+    verb.add_argument("--out", type=Path)
+    verb.add_argument("--steps", type=int, default=1200)
+    verb.add_argument("--seeds", type=int, default=2)
+    verb.add_argument("--workers", type=int, default=3)
+    verb.add_argument("--methods", nargs="*")
+    verb.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no new run begins")
+    verb = verbs.add_parser("plot")
+    verb.add_argument("--results", type=Path, required=True)
+    verb.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    if options.verb == "prepare":
+        prepare(options.data, options.tokens, options.most)
+    elif options.verb == "run":
+        run_all(options)
+    else:
+        plot(options.results, options.out)
+
+
+if __name__ == "__main__":
+    main()
