@@ -26,7 +26,7 @@ from rankshift.core.base import Dense
 from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.method import Method
 from rankshift.core.site import form_of
-from rankshift.methods import FlatLoRA, Full, LoRA, MELoRA
+from rankshift.methods import AdaRankGrad, FlatLoRA, Full, LoRA, MELoRA
 
 # ---- core/shard.py ---------------------------------------------------------------------------------------------------
 
@@ -354,7 +354,12 @@ def test_gradients_that_nothing_averages_are_found(pool: Pool) -> None:
 
 # ---- other worlds ----------------------------------------------------------------------------------------------------
 
-METHODS: list[Method] = [LoRA(rank=3, alpha=6, bias="lora_only", modules_to_save=("head",)), Full(), Pulse(rank=3)]
+METHODS: list[Method] = [
+    LoRA(rank=3, alpha=6, bias="lora_only", modules_to_save=("head",)),
+    Full(),
+    Pulse(rank=3),
+    AdaRankGrad(rank=6, every=2, earliest=1),
+]
 
 
 def save_after(engine: Engine, method: Method, steps: int) -> bytes:

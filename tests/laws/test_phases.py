@@ -18,7 +18,7 @@ from laws.pulse import Pulse, registered
 from laws.world import Engine, Session, batch, begin, evaluate, gap, loss_of, same, tiny
 from rankshift.core.method import Method
 from rankshift.core.phase import Phase
-from rankshift.methods import Full, LoRA, SoRA
+from rankshift.methods import AdaRankGrad, Full, GaLore, LoRA, SoRA
 
 SORA = SoRA(rank=4, alpha=8, sparsity=(20, 30), gate_init="normal")  # 22 of 28 ranks are left for the second stage
 ROUTES: dict[str, list[Method]] = {
@@ -31,6 +31,12 @@ ROUTES: dict[str, list[Method]] = {
         Full(targets=("head", "up")),
     ],
     "sora-stages-lora": [SORA, replace(SORA, stage=1), LoRA(rank=2)],
+    "lora-galore-lora": [LoRA(rank=2), GaLore(rank=3, every=1, rounding="stochastic"), LoRA(rank=2)],
+    "galore-adarankgrad-galore": [
+        GaLore(rank=4, every=2, rest="freeze"),
+        AdaRankGrad(rank=6, every=1, earliest=1),
+        GaLore(rank=2, every=1, side="in", gradient="projected"),
+    ],
 }
 routes = pytest.mark.parametrize("methods", [pytest.param(m, id=name) for name, m in ROUTES.items()])
 
@@ -45,9 +51,17 @@ def test_resume_across_phases_under_ddp(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("to", [Full(), LoRA(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("to", [Full(), LoRA(rank=2), GaLore(rank=2)], ids=["full", "lora", "galore"])
 def test_shift_preserves_the_function(to: Method, dtype: torch.dtype) -> None:
-    every = (Full(), LoRA(rank=4, alpha=8), LoRA(rank=4, dora=True), ROUTES["extras-lora"][0], Pulse(rank=2), SORA)
+    every = (
+        Full(),
+        LoRA(rank=4, alpha=8),
+        LoRA(rank=4, dora=True),
+        ROUTES["extras-lora"][0],
+        Pulse(rank=2),
+        SORA,
+        GaLore(rank=2, rounding="nearest"),
+    )
     for method in every:
         laws.preserve_shift(Case("shift", method), to, dtype)
 
@@ -72,7 +86,9 @@ def sharded_route(methods: list[Method], each: int) -> dict[str, torch.Tensor]:
         return state
 
 
-@pytest.mark.parametrize("route", ["full-lora-full", "sora-stages-lora"])
+@pytest.mark.parametrize(
+    "route", ["full-lora-full", "sora-stages-lora", "lora-galore-lora", "galore-adarankgrad-galore"]
+)
 def test_phases_under_fsdp2_are_those_of_one_process(route: str, pool: Pool) -> None:
     methods = ROUTES[route]
     session = begin("one", methods[0], torch.float64).steps(2)
@@ -84,7 +100,9 @@ def test_phases_under_fsdp2_are_those_of_one_process(route: str, pool: Pool) -> 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(("model", "run", "optimizer"))), ids="-".join)
 @pytest.mark.parametrize(
-    "method", [LoRA(rank=3, init="pissa", bias="lora_only"), Full(), Pulse(rank=3)], ids=lambda m: m.name
+    "method",
+    [LoRA(rank=3, init="pissa", bias="lora_only"), Full(), Pulse(rank=3), AdaRankGrad(rank=6, every=2, earliest=1)],
+    ids=lambda m: m.name,
 )
 def test_state_may_be_loaded_in_any_order_over_any_weights(method: Method, order: tuple[str, ...]) -> None:
     """model.load_state_dict, run.load_state_dict and optimizer.load_state_dict, on a model with other weights."""

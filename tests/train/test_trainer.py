@@ -426,9 +426,13 @@ def test_killed_and_resumed_is_bit_equal(tmp_path, kind, ladder):
         assert same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
 
 
-@pytest.mark.parametrize("kind", ["lora", "phases"])
+@pytest.mark.parametrize("kind", ["lora", "phases", "adarankgrad"])
 def test_resumed_at_every_step_is_bit_equal(tmp_path, kind, ladder):
-    method = ladder() if kind == "phases" else rs.LoRA(rank=2, init="pissa", train="AB")
+    method = {
+        "lora": rs.LoRA(rank=2, init="pissa", train="AB"),
+        "phases": ladder(),
+        "adarankgrad": rs.AdaRankGrad(rank=6, every=3, earliest=1, residual="fira"),
+    }[kind]
     whole = trainer(tmp_path, method, save_total_limit=None)
     whole.train()
     expected, optimizer = losses(whole), whole.optimizer.state_dict()
@@ -440,6 +444,8 @@ def test_resumed_at_every_step_is_bit_equal(tmp_path, kind, ladder):
         mine = resumed.optimizer.state_dict()
         assert mine["param_groups"] == optimizer["param_groups"]
         assert all(same(mine["state"][k], optimizer["state"][k]) for k in optimizer["state"])
+    saved = [json.loads((tmp_path / f"checkpoint-{k}/rankshift/rankshift.json").read_text()) for k in (1, STEPS)]
+    assert (saved[0]["run"]["subspaces"] != saved[1]["run"]["subspaces"]) == (kind == "adarankgrad")
 
 
 def test_last_means_the_last_complete_checkpoint(tmp_path):

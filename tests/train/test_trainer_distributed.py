@@ -88,11 +88,13 @@ def train_and_resume(out, method, engine, at):
     return first, second
 
 
-@pytest.mark.parametrize(("engine", "at"), [("ddp", 4), ("fsdp2", 3)])
-def test_two_processes_agree_and_resume_to_the_bit(tmp_path, climbing, engine, at):
+@pytest.mark.parametrize(("engine", "at", "kind"), [("ddp", 4, ""), ("fsdp2", 3, ""), ("fsdp2", 5, "subspaces")])
+def test_two_processes_agree_and_resume_to_the_bit(tmp_path, climbing, engine, at, kind):
     if engine == "ddp" and 'type != "cpu"' not in inspect.getsource(transformers.Trainer._load_optimizer_and_scheduler):
         pytest.skip("this transformers cannot load an optimizer on several CPU processes (map_location cpu:0)")
     method = climbing() if engine == "ddp" else rs.LoRA(rank=2)
+    if kind:
+        method = rs.AdaRankGrad(rank=6, every=3, earliest=1)
     (one, resumed), (two, _) = on_two(tmp_path, train_and_resume, tmp_path / "out", method, engine, at)
     assert one["wrapper"] == ("DistributedDataParallel" if engine == "ddp" else "FSDPLlamaForCausalLM")
     assert one["sharded"] == (engine == "fsdp2")
