@@ -104,8 +104,22 @@ def refused() -> None:
         stepped(Project(rank=64, energy=0.5, side="in", store=Blocks(size=64)), True, BF16)
 
 
+def unharmed() -> None:
+    """Another group's tensors are as they were when one is refused."""
+    mesh = init_device_mesh("cpu", (world(),))
+    ps = [nn.Parameter(distribute_tensor(torch.ones(71, 64), mesh, [Shard(0)])) for _ in range(2)]
+    groups = [{"params": [p]} for p in ps]
+    optimizer = Optimizer(groups, [Adam(), Project(rank=16, side="in", store=Blocks())], lr=1e-3)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ConfigError, match="blocks of 16 rows"):
+        optimizer.step()
+    assert (shard.whole(ps[0]) == 1).all()
+
+
 def test_rows_that_do_not_split_into_blocks_are_refused_before_training(pool: Pool) -> None:
     pool.run(refused)
+    pool.run(unharmed)
 
 
 # ---- a model

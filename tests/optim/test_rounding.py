@@ -10,7 +10,8 @@ import rankshift as rs
 from rankshift.core.errors import ConfigError
 from rankshift.core.random import Key, dither
 from rankshift.optim import Adam, Clock, Optimizer, Project, rounding
-from rankshift.optim.moments import Wide
+from rankshift.optim import adam as adam_of
+from rankshift.optim.moments import Blocks, Wide
 
 CPU = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -269,3 +270,31 @@ def test_an_fp32_weight_is_stepped_where_it_lies():
             assert p.is_contiguous(memory_format=where)
             moved.append(p.detach().clone())
         torch.testing.assert_close(*moved, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("how", rounding.ROUNDINGS)
+@pytest.mark.parametrize("store", [Wide(), Blocks(least=0)], ids=["fp32", "8 bits"])
+@pytest.mark.parametrize("width", [3, 40, 300])
+def test_a_large_tensor_is_stepped_piece_by_piece_to_the_same_bits(store, how, width, monkeypatch):
+    """As an embedding is, which would otherwise be held in fp32 several times over."""
+
+    def trained():
+        ps = [weight(BF16, (900, width)), weight(BF16, (5,)), weight(BF16, ())]
+        optimizer = Optimizer([{"params": ps}], [Adam(store=store, rounding=how)], lr=1e-3, weight_decay=0.1)
+        for step in range(3):
+            for i, p in enumerate(ps):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(9 * step + i)).to(BF16)
+            optimizer.step()
+        return [t for p in ps for t in (p, *optimizer.state[p].values())]
+
+    whole = trained()
+    sizes = []
+    kernel = adam_of.adam
+    monkeypatch.setattr(adam_of, "_TOGETHER", 257 * width)
+    monkeypatch.setattr(rounding, "_TOGETHER", 100)
+    monkeypatch.setattr(
+        adam_of, "adam", lambda ps, *a, **k: (sizes.append(sum(p.numel() for p in ps)), kernel(ps, *a, **k))
+    )
+    for a, b in zip(trained(), whole, strict=True):
+        assert torch.equal(a, b)
+    assert max(sizes) == 256 * width

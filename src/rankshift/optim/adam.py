@@ -22,7 +22,7 @@ from rankshift.core.errors import ConfigError
 from rankshift.core.random import Key, signed
 from rankshift.optim import rounding
 from rankshift.optim.moments import Store, Wide, adopt
-from rankshift.optim.rounding import Rounding
+from rankshift.optim.rounding import Rounding, Rows, offset
 from rankshift.optim.transform import Hyper
 
 _TOGETHER = 1 << 24  # numbers of parameters that are held wide at once
@@ -52,23 +52,23 @@ class Adam:
         beta1, beta2 = hyper.betas
         state["step"] += 1
         t = state["step"].item()
-        m, v = self._moments(state)
+        m, v = self._moments(state, ...)
         g = g if self.store is None else shard.held(g).to(m.dtype)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         direction = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt_() + hyper.eps)
-        self._keep(state, m, v)
+        self._keep(state, m, v, ...)
         return direction
 
-    def _moments(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _moments(self, state: dict[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
         if self.store is None:
             return state["exp_avg"], state["exp_avg_sq"]
-        return self.store.read(state, "exp_avg"), self.store.read(state, "exp_avg_sq")
+        return self.store.read(state, "exp_avg", rows), self.store.read(state, "exp_avg_sq", rows)
 
-    def _keep(self, state: dict[str, Tensor], m: Tensor, v: Tensor) -> None:
+    def _keep(self, state: dict[str, Tensor], m: Tensor, v: Tensor, rows: Rows) -> None:
         if self.store is not None:
-            self.store.write(state, "exp_avg", m)
-            self.store.write(state, "exp_avg_sq", v)
+            self.store.write(state, "exp_avg", m, rows)
+            self.store.write(state, "exp_avg_sq", v, rows)
 
     def step(
         self,
@@ -78,17 +78,21 @@ class Adam:
         hyper: Hyper,
     ) -> None:
         if self.store is None:
-            _adamw(parameters, gradients, [self._moments(state) for state in states], states, hyper)
+            moments = [self._moments(state, ...) for state in states]
+            _adamw(parameters, gradients, moments, [state["step"] for state in states], hyper)
             return
         for batch in _batches(parameters):
-            ps, ss = [parameters[i] for i in batch], [states[i] for i in batch]
-            wide = [rounding.opened(p, state) for p, state in zip(ps, ss, strict=True)]
-            gs = [shard.held(gradients[i]).to(w.dtype) for i, w in zip(batch, wide, strict=True)]
-            moments = [self._moments(state) for state in ss]
-            _adamw(wide, gs, moments, ss, hyper)
-            for p, w, (m, v), state in zip(ps, wide, moments, ss, strict=True):
-                self._keep(state, m, v)
-                rounding.close(p, w, state, self.rounding)
+            ps, ss = [parameters[i] for i, _ in batch], [states[i] for i, _ in batch]
+            pieces = [rows for _, rows in batch]
+            wide = [rounding.opened(p, state, rows) for p, state, rows in zip(ps, ss, pieces, strict=True)]
+            gs = [shard.held(gradients[i])[rows].to(w.dtype) for (i, rows), w in zip(batch, wide, strict=True)]
+            moments = [self._moments(state, rows) for state, rows in zip(ss, pieces, strict=True)]
+            for state, rows in zip(ss, pieces, strict=True):
+                state["step"] += offset(rows) == 0  # once a tensor, in its first piece
+            _adamw(wide, gs, moments, [state["step"] - 1 for state in ss], hyper)  # which counts them up
+            for p, w, (m, v), state, rows in zip(ps, wide, moments, ss, pieces, strict=True):
+                self._keep(state, m, v, rows)
+                rounding.close(p, w, state, self.rounding, rows)
 
     def adopt(self, p: Tensor, saved: dict[str, Tensor], fresh: dict[str, Tensor]) -> list[str]:
         if "basis" in saved:
@@ -100,10 +104,10 @@ def _adamw(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
     moments: Sequence[tuple[Tensor, Tensor]],
-    states: Sequence[dict[str, Tensor]],
+    steps: Sequence[Tensor],
     hyper: Hyper,
 ) -> None:
-    """torch's kernel on tensors of one dtype each."""
+    """torch's kernel; ``steps`` are counted up by it."""
     if not parameters:
         return
     adam(
@@ -112,7 +116,7 @@ def _adamw(
         [m for m, _ in moments],
         [v for _, v in moments],
         [],
-        [state["step"] for state in states],
+        list(steps),
         decoupled_weight_decay=True,
         amsgrad=False,
         beta1=hyper.betas[0],
@@ -124,13 +128,17 @@ def _adamw(
     )
 
 
-def _batches(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of parameters to step together: what is large alone."""
-    batch: list[int] = []
+def _batches(parameters: Sequence[Tensor]) -> Iterator[list[tuple[int, Rows]]]:
+    """Parameters to step together, by index, and which rows of each: many small ones, or a piece of a large one."""
+    batch: list[tuple[int, Rows]] = []
+    size = 0
     for index, p in enumerate(parameters):
-        if batch and sum(parameters[i].numel() for i in batch) + p.numel() > _TOGETHER:
-            yield batch
-            batch = []
-        batch.append(index)
+        for rows in rounding.pieces(p, _TOGETHER):
+            count = shard.held(p)[rows].numel()
+            if batch and size + count > _TOGETHER:
+                yield batch
+                batch, size = [], 0
+            batch.append((index, rows))
+            size += count
     if batch:
         yield batch

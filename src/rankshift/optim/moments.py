@@ -21,6 +21,7 @@ from torch import Tensor
 from rankshift.core import shard
 from rankshift.core.errors import ConfigError
 from rankshift.core.random import Key, dither
+from rankshift.optim.rounding import Rows, offset
 
 
 class Store(Protocol):
@@ -30,15 +31,16 @@ class Store(Protocol):
         """Zeros of this (whole) shape. ``split``: along axis 0 over ranks, as the parameter ``like`` is."""
         ...
 
-    def read(self, state: dict[str, Tensor], name: str) -> Tensor:
-        """The part held on this rank, in fp32 or wider; may be changed before it is written."""
+    def read(self, state: dict[str, Tensor], name: str, rows: Rows = ...) -> Tensor:
+        """The part held on this rank, or of that some rows, from a multiple of 256 on; in fp32 or wider. It may be
+        changed before it is written."""
         ...
 
     def check(self, shape: tuple[int, ...], like: Tensor) -> None:
         """Raise ConfigError if this shape cannot be split along axis 0 as ``like`` is."""
         ...
 
-    def write(self, state: dict[str, Tensor], name: str, value: Tensor) -> None:
+    def write(self, state: dict[str, Tensor], name: str, value: Tensor, rows: Rows = ...) -> None:
         """Keep ``value``, of the shape that was read. What is random follows from the state's "key" and "step"."""
         ...
 
@@ -54,11 +56,11 @@ class Wide:
     def check(self, shape: tuple[int, ...], like: Tensor) -> None:
         pass
 
-    def read(self, state: dict[str, Tensor], name: str) -> Tensor:
-        return shard.held(state[name])
+    def read(self, state: dict[str, Tensor], name: str, rows: Rows = ...) -> Tensor:
+        return shard.held(state[name])[rows]
 
-    def write(self, state: dict[str, Tensor], name: str, value: Tensor) -> None:
-        here = shard.held(state[name])
+    def write(self, state: dict[str, Tensor], name: str, value: Tensor, rows: Rows = ...) -> None:
+        here = shard.held(state[name])[rows]
         if here is not value and here.data_ptr() != value.data_ptr():
             here.copy_(value)
 
@@ -104,30 +106,36 @@ class Blocks:
             f'from {self.size // (here & -here)} on it fits), another number of ranks, or moments="float32".'
         )
 
-    def read(self, state: dict[str, Tensor], name: str) -> Tensor:
-        codes, absmax = shard.held(state[name]), state.get(f"{name}_absmax")
-        if absmax is None:
-            return codes
-        absmax = shard.held(absmax)
+    def read(self, state: dict[str, Tensor], name: str, rows: Rows = ...) -> Tensor:
+        if f"{name}_absmax" not in state:
+            return Wide().read(state, name, rows)
+        codes, absmax = shard.held(state[name])[rows], self._absmax(state, name, rows)
         blocks = self._blocks(decode(codes, name.endswith("_sq"), absmax.dtype))
         blocks = blocks * absmax.reshape(blocks.shape[:2])[..., None]
         return _joined(blocks, codes.shape)
 
-    def write(self, state: dict[str, Tensor], name: str, value: Tensor) -> None:
-        absmax = state.get(f"{name}_absmax")
-        if absmax is None:
-            Wide().write(state, name, value)
+    def write(self, state: dict[str, Tensor], name: str, value: Tensor, rows: Rows = ...) -> None:
+        if f"{name}_absmax" not in state:
+            Wide().write(state, name, value, rows)
             return
-        codes, rows = shard.local(state[name])
-        absmax, unsigned = shard.held(absmax), name.endswith("_sq")
+        codes, held = shard.local(state[name])
+        codes, absmax, unsigned = codes[rows], self._absmax(state, name, rows), name.endswith("_sq")
         blocks = self._blocks(value)
         most = blocks.abs().amax(-1)
         absmax.copy_(most.reshape(absmax.shape))
         scaled = blocks / most.clamp(min=torch.finfo(most.dtype).tiny)[..., None]
         word = (Key(int(state["key"])) / name / int(state["step"])).word
-        first = rows.start * math.prod(codes.shape[1:])
+        first = (held.start + offset(rows)) * math.prod(codes.shape[1:])
         noise = dither(word, codes.numel(), first, codes.device).reshape(codes.shape)
         codes.copy_(encode(_joined(scaled, codes.shape), unsigned, noise))
+
+    def _absmax(self, state: dict[str, Tensor], name: str, rows: Rows) -> Tensor:
+        """Those of some rows."""
+        absmax, width = shard.held(state[f"{name}_absmax"]), math.prod(state[name].shape[1:])
+        if rows is ...:
+            return absmax
+        each = 1 if width >= self.size else self._rows(width)
+        return absmax[rows.start // each : -(-rows.stop // each)]
 
     def _holds(self, like: Tensor) -> bool:
         """Whether moments of such a parameter are kept in 8 bits."""

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from types import EllipsisType
 from typing import Literal
 
 import torch
@@ -18,7 +19,26 @@ from rankshift.core.random import Key, dither
 
 Rounding = Literal["nearest", "stochastic", "master"]
 
+Rows = slice | EllipsisType  # of what is held here: some of axis 0, or all
+
 ROUNDINGS: tuple[str, ...] = ("nearest", "stochastic", "master")
+
+
+_TOGETHER = 1 << 24  # numbers that are rounded at once
+
+
+def pieces(tensor: Tensor, size: int) -> list[Rows]:
+    """What this rank holds of a tensor in pieces of about ``size`` numbers, or less; 256 rows and multiples of that."""
+    here = shard.held(tensor)
+    if here.numel() <= size:
+        return [...]
+    rows = max(256, size // math.prod(here.shape[1:]) // 256 * 256)
+    return [slice(start, min(start + rows, here.shape[0])) for start in range(0, here.shape[0], rows)]
+
+
+def offset(rows: Rows) -> int:
+    """The first of them."""
+    return 0 if rows is ... else rows.start
 
 
 def narrow(dtype: torch.dtype) -> bool:
@@ -31,29 +51,33 @@ def init(p: Tensor, how: Rounding) -> dict[str, Tensor]:
     return {"master": p.detach().to(torch.float32)} if how == "master" and narrow(p.dtype) else {}
 
 
-def opened(p: Tensor, state: dict[str, Tensor]) -> Tensor:
+def opened(p: Tensor, state: dict[str, Tensor], rows: Rows = ...) -> Tensor:
     """The part of a weight held here in fp32 or wider, to be changed in place and given to :func:`close`."""
-    here = shard.held(p)
+    here = shard.held(p)[rows]
     if not narrow(here.dtype):
         return here
     if "master" not in state:
         return here.to(torch.float32)
-    master = shard.held(state["master"])
+    master = shard.held(state["master"])[rows]
     moved = master.to(here.dtype) != here  # by others since the last step: a weight that was loaded is not taken back
     return master.copy_(torch.where(moved, here, master))
 
 
-def close(p: Tensor, value: Tensor, state: dict[str, Tensor], how: Rounding) -> None:
+def close(p: Tensor, value: Tensor, state: dict[str, Tensor], how: Rounding, rows: Rows = ...) -> None:
     """Put what :func:`opened` gave, and was changed, back into the weight."""
-    here, rows = shard.local(p)
+    here, held = shard.local(p)
+    here = here[rows]
     if here.data_ptr() == value.data_ptr():
         return
-    if how == "stochastic":
-        word = (Key(int(state["key"])) / "weight" / int(state["step"])).word
-        noise = dither(word, here.numel(), rows.start * math.prod(here.shape[1:]), here.device).reshape(here.shape)
-        here.copy_(stochastic(value, here.dtype, noise))
-    else:
+    if how != "stochastic":
         here.copy_(value)
+        return
+    word = (Key(int(state["key"])) / "weight" / int(state["step"])).word
+    for piece in pieces(here, _TOGETHER):
+        part = here[piece]
+        first = (held.start + offset(rows) + offset(piece)) * math.prod(here.shape[1:])
+        noise = dither(word, part.numel(), first, part.device).reshape(part.shape)
+        part.copy_(stochastic(value[piece], part.dtype, noise))
 
 
 def stochastic(value: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:

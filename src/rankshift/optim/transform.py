@@ -121,7 +121,8 @@ class Optimizer(torch.optim.Optimizer):
             raise ConfigError(f"eps = {eps} and weight_decay = {weight_decay} must not be negative.")
         super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.transforms = tuple(transforms)
-        self.seed, self.ranks = seed, dict(ranks or {})
+        self.seed = seed
+        self.ranks = {} if ranks is None else ranks  # no copy: a run that is loaded later says what they are
         if len(self.transforms) != len(self.param_groups):
             raise ConfigError(f"{len(self.transforms)} transforms for {len(self.param_groups)} parameter groups.")
         for group, transform in zip(self.param_groups, self.transforms, strict=True):
@@ -154,7 +155,9 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         given = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        self._refuse([p for parameters in given for p in parameters])  # before the first of them changes
+        together = [p for parameters in given for p in parameters]
+        self._refuse(together)  # before the first of them changes
+        self._begin(together)  # likewise: a state may be refused too
         for parameters, group, transform in zip(given, self.param_groups, self.transforms, strict=True):
             self.advance(parameters, group, transform)
         return loss
@@ -173,11 +176,15 @@ class Optimizer(torch.optim.Optimizer):
         """Update these parameters of one group, which have gradients."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._refuse(parameters)
+        self._begin(parameters)
+        states = [self.state[p] for p in parameters]
+        transform.step(parameters, gradients, states, hyper_of(group))
+
+    def _begin(self, parameters: Iterable[Tensor]) -> None:
+        """Make the states that are not there yet."""
         for p in parameters:
             if not self.state[p]:
                 self.state[p].update(self.initial(p))
-        states = [self.state[p] for p in parameters]
-        transform.step(parameters, gradients, states, hyper_of(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over another optimizer's state. Where its rule was another, the log says what that changes.
