@@ -157,6 +157,22 @@ def test_the_settings_renew_and_change_ranks() -> None:
             assert any(a != b for a, b in pairwise(ranks[1:])), ranks
 
 
+def test_random_directions_are_drawn_alike() -> None:
+    """Where they decide: sides wider than rank and oversampling together."""
+    ends = []
+    for gradient in ("full", "projected"):
+        method = GaLore(rank=2, every=2, gradient=gradient, stagger=False)  # type: ignore[arg-type]
+        model, run, optimizer = deep(method, 2)
+        for step in range(5):
+            model(
+                torch.randn(30, 24, dtype=F64, generator=torch.Generator().manual_seed(step))
+            ).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(run.merge()[0].weight.detach())  # type: ignore[index]
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
 def by_hand(W: Tensor, batches: list[tuple[Tensor, Tensor]], rank: int, every: int, scale: float) -> Tensor:
     """GaLore's algorithm 2 with AdamW's decay, for y = W x under a squared loss, W (out, in) with in < out."""
     W, beta1, beta2 = W.clone(), 0.9, 0.999
@@ -313,7 +329,7 @@ class Made(TorchDispatchMode):
 def deep(method: GaLore, layers: int) -> tuple[nn.Module, rs.Run, torch.optim.Optimizer]:
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        model = nn.Sequential(*(nn.Linear(24, 24, bias=False) for _ in range(layers))).train()
+        model = nn.Sequential(*(nn.Linear(24, 24, bias=False, dtype=F64) for _ in range(layers))).train()
     run = rs.attach(model, replace(method, targets="all-linear"))
     return model, run, run.optimizer(lr=1e-3)
 
@@ -354,7 +370,7 @@ def test_a_step_is_a_few_launches_a_layer(method: GaLore, most: int) -> None:
     for layers in (10, 20):
         model, _, optimizer = deep(method, layers)
         for _ in range(8):
-            model(torch.randn(8, 24)).square().mean().backward()
+            model(torch.randn(8, 24, dtype=F64)).square().mean().backward()
             with Made() as made:
                 optimizer.step()
             optimizer.zero_grad()
