@@ -845,7 +845,8 @@ class Run:
         self.total_steps = state["total_steps"]
         self.phases = [Phase.from_mapping(phase) for phase in state["phases"]]
         self._changed = set(state["changed"])
-        self._ranks = dict(state.get("subspaces", {}))
+        self._ranks.clear()  # the optimizer reads it too
+        self._ranks.update(state.get("subspaces", {}))
         self.use(*state["active"])
         self._driver.step, self._driver.skipped = int(state["step"]), int(state.get("skipped", 0))
         self._driver.open_window()

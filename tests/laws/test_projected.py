@@ -69,6 +69,8 @@ SETTINGS: list[Method] = [
     GaLore(rank=2, every=1, targets=TARGETS, finder="warm", transport="square"),
     AdaRankGrad(rank=6, every=1, earliest=1, targets=TARGETS),
     AdaRankGrad(rank=6, every=1, earliest=1, targets=TARGETS, side="in", finder="svd", transport="reset"),
+    GaLore(rank=2, every=1, targets=TARGETS, transport="centred", gradient="projected"),
+    AdaRankGrad(rank=6, every=1, earliest=1, targets=TARGETS, side="larger", gradient="projected"),
 ]
 
 
@@ -86,19 +88,19 @@ def kinds(engine: Engine, method: Method, steps: int, accumulate: int = 1) -> di
     return state
 
 
-@pytest.mark.parametrize("method", SETTINGS, ids=lambda m: f"{m.name}-{m.side}-{m.finder}")
+@pytest.mark.parametrize("method", SETTINGS, ids=lambda m: f"{m.name}-{m.side}-{m.finder}-{m.gradient}")
 def test_every_kind_of_layer_in_uneven_shards(method: Method, pool: Pool, pool_of_four: Pool) -> None:
     alone = kinds("one", method, 3)
     same(pool.run(kinds, "fsdp2", method, 3, 2)[1], alone, laws.RANKS, "two ranks, two passes an update")
     same(pool_of_four.run(kinds, "fsdp2", method, 3)[3], alone, laws.RANKS, "four ranks")
 
 
-@pytest.mark.parametrize("method", [SETTINGS[0], SETTINGS[4]], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [SETTINGS[0], SETTINGS[4], *SETTINGS[6:]], ids=lambda m: f"{m.name}-{m.gradient}")
 def test_copies_of_shards(method: Method, pool_of_four: Pool) -> None:
     same(pool_of_four.run(kinds, "hsdp", method, 3)[3], kinds("one", method, 3), laws.RANKS, "two copies of two parts")
 
 
-@pytest.mark.parametrize("method", [SETTINGS[0], SETTINGS[4]], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [SETTINGS[0], SETTINGS[4], *SETTINGS[6:]], ids=lambda m: f"{m.name}-{m.gradient}")
 def test_every_kind_of_layer_under_ddp(method: Method, pool: Pool) -> None:
     same(pool.run(kinds, "ddp", method, 3, 2)[1], kinds("one", method, 3), laws.RANKS, "under DDP")
 
@@ -294,6 +296,13 @@ def broadcast_from_the_first(method: Method) -> None:
     dcp.set_optimizer_state_dict(resumed.model, resumed.optimizer, optimizer if rank() == 0 else {}, options=options)
     resumed.scheduler.load_state_dict(scheduler)
     same(straight.state(), resumed.steps(2).state(), what="resumed from the first rank's state")
+    late = begin("fsdp2", method)  # its optimizer is made before the run knows ranks
+    late.run.load_state_dict(state)
+    options = dcp.StateDictOptions(full_state_dict=True)
+    optimizer = dcp.get_optimizer_state_dict(session.model, session.optimizer, options=options)
+    dcp.set_optimizer_state_dict(late.model, late.optimizer, optimizer, options=options)
+    late.scheduler.load_state_dict(scheduler)
+    same(straight.state(), late.steps(2).state(), what="a run loaded after its optimizer was made")
 
 
 def test_resume_from_what_one_rank_has_read(pool: Pool) -> None:
