@@ -181,3 +181,12 @@ def test_where_a_weight_learns_through_its_site_the_summary_counts_the_weight() 
     for ours, theirs in zip(*(run.subspace_table().rows for run in runs), strict=True):
         assert (ours.name, ours.rank, ours.renewals) == (theirs.name, theirs.rank, theirs.renewals)
         assert ours.energy == pytest.approx(theirs.energy, rel=1e-4)
+
+
+def test_who_asks_for_more_on_resume_is_not_told_of_saturation_before_a_renewal() -> None:
+    optimizer = train(rs.attach(tiny(), rs.AdaRankGrad(rank=9, energy=0.3)), 1)
+    run = rs.attach(tiny(), rs.AdaRankGrad(rank=9, energy=0.999))
+    run.optimizer(lr=1e-2).load_state_dict(optimizer.state_dict())
+    rows = run.subspace_table().rows
+    assert all(row.energy < 0.999 and 0 < row.rank < 9 and row.renewals == 1 for row in rows)
+    assert not any(row.saturated for row in rows)
