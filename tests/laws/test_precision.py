@@ -16,6 +16,7 @@ from laws.pool import Pool
 from laws.world import VOCAB, Engine, Session, same, scramble, world
 from rankshift.core import shard
 from rankshift.core.errors import ConfigError
+from rankshift.core.method import Method
 from rankshift.optim import Adam, Clock, Optimizer, Project
 from rankshift.optim.moments import Blocks
 from rankshift.optim.transform import Transform
@@ -125,9 +126,9 @@ def test_rows_that_do_not_split_into_blocks_are_refused_before_training(pool: Po
 # ---- a model
 
 
-def trained(engine: Engine, how: str, steps: int) -> tuple[dict[str, Tensor], bytes, list[tuple[int, ...]]]:
+def trained(engine: Engine, method: Method, steps: int) -> tuple[dict[str, Tensor], bytes, list[tuple[int, ...]]]:
     scramble()
-    session = Session(engine, rs.attach(broad(BF16), adaptive(how)))
+    session = Session(engine, rs.attach(broad(BF16), method))
     ranks = []
     for _ in range(steps):
         session.step()
@@ -148,13 +149,21 @@ def resumed(engine: Engine, saved: bytes, steps: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("how", ["stochastic", "master"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_ranks_agree_and_resume_exactly(engine: Engine, how: str, pool: Pool) -> None:
-    (straight, _, ranks), _ = pool.run(trained, engine, how, 6)
+    (straight, _, ranks), _ = pool.run(trained, engine, adaptive(how), 6)
     assert len(set(ranks)) > 1
     names = {name for name, value in straight.items() if value.dtype == torch.uint8}
     assert {"blocks.0.weight/exp_avg", "blocks.1.weight/exp_avg_sq"} <= names
     assert not any("norm" in name for name in names)
-    (_, saved, _), _ = pool.run(trained, engine, how, 3)
+    (_, saved, _), _ = pool.run(trained, engine, adaptive(how), 3)
     kept = torch.load(io.BytesIO(saved), weights_only=True)
     assert kept
     for state in pool.run(resumed, engine, saved, 3):
         same(state, straight, what=f"{engine}, {how}")
+
+
+def test_moments_of_two_ranks_are_read_by_four(pool: Pool, pool_of_four: Pool) -> None:
+    method = rs.GaLore(**{**fields("master"), "rank": 16})  # type: ignore[arg-type]
+    (state, saved, _), _ = pool.run(trained, "fsdp2", method, 3)
+    for four in pool_of_four.run(resumed, "fsdp2", saved, 0):
+        same(four, state, what="on four")
+    assert pool_of_four.run(resumed, "fsdp2", saved, 2)
