@@ -876,6 +876,18 @@ def test_from_fixed_to_energy_and_back(caplog):
     assert state(o)["basis"].shape[-1] == 3
 
 
+def test_what_convergence_is_measured_against_begins_with_the_loaded_state(caplog):
+    watched = replace(FIXED, clock=Clock(100, 50, stagger=False))
+    p, o, said, _ = under(watched, replace(FIXED, clock=Clock(100, stagger=False)), caplog)
+    assert "clock.earliest: None → 50" in said
+    sizes = []
+    for step in range(7):
+        G = p.grad = gradient((9, 6), 50 + step)
+        o.step()
+        sizes.append(float((G @ state(o)["basis"]).square().sum()))
+    torch.testing.assert_close(float(state(o)["pace"][1]), sum(sizes[:5]) / 5, rtol=1e-9, atol=0)
+
+
 def test_another_transport_and_finder_are_said(caplog):
     p, o, said, _ = under(replace(FIXED, transport="centred", finder="range"), FIXED, caplog)
     assert "transport: square → centred" in said
