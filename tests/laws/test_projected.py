@@ -290,19 +290,15 @@ def broadcast_from_the_first(method: Method) -> None:
     session = begin("fsdp2", method).steps(2)
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     optimizer = dcp.get_optimizer_state_dict(session.model, session.optimizer, options=options)
+    assert bool(optimizer) == (rank() == 0)
     state, scheduler = session.run.state_dict(), session.scheduler.state_dict()
-    resumed = Session("fsdp2", rs.restore(tiny(), state))
-    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp.set_optimizer_state_dict(resumed.model, resumed.optimizer, optimizer if rank() == 0 else {}, options=options)
-    resumed.scheduler.load_state_dict(scheduler)
-    same(straight.state(), resumed.steps(2).state(), what="resumed from the first rank's state")
     late = begin("fsdp2", method)  # its optimizer is made before the run knows ranks
     late.run.load_state_dict(state)
-    options = dcp.StateDictOptions(full_state_dict=True)
-    optimizer = dcp.get_optimizer_state_dict(session.model, session.optimizer, options=options)
-    dcp.set_optimizer_state_dict(late.model, late.optimizer, optimizer, options=options)
-    late.scheduler.load_state_dict(scheduler)
-    same(straight.state(), late.steps(2).state(), what="a run loaded after its optimizer was made")
+    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    for resumed in (Session("fsdp2", rs.restore(tiny(), state)), late):
+        dcp.set_optimizer_state_dict(resumed.model, resumed.optimizer, optimizer, options=options)
+        resumed.scheduler.load_state_dict(scheduler)
+        same(straight.state(), resumed.steps(2).state(), what="resumed from the first rank's state")
 
 
 def test_resume_from_what_one_rank_has_read(pool: Pool) -> None:
