@@ -213,9 +213,8 @@ def encode(values: Tensor, unsigned: bool, noise: Tensor) -> Tensor:
     """
     known = _map(unsigned, values.dtype, values.device)
     below = torch.bucketize(values.contiguous(), known, out_int32=True, right=True).sub_(1).clamp_(0, len(known) - 2)
-    low = known[below]
-    share = (values - low) / (known[below + 1] - low)
-    codes = below.add_(share > (noise + 0.5) * 2.0**-16)
+    share = (values - known[below]).mul_((2.0**16 / known.diff())[below])
+    codes = below.add_(share.sub_(0.5) > noise)
     return (codes.clamp_(min=(values > 0).int()) if unsigned else codes).to(torch.uint8)
 
 
