@@ -312,6 +312,40 @@ def test_small_layers_move_with_8_bit_moments():
         assert not torch.equal(p, q)
 
 
+# ---- a gradient that is not there yet
+
+
+@pytest.mark.parametrize("gradient", ["full", "projected"])
+@pytest.mark.parametrize("finder", ["svd", "range"])
+def test_a_layer_behind_one_of_zeros_trains_from_its_first_gradient(gradient, finder):
+    """Its first gradient is zero, which says nothing of a subspace: the basis is found in the second update."""
+    g = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10, bias=False, dtype=D), nn.Tanh(), nn.Linear(10, 4, bias=False, dtype=D))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(10, 6, generator=g, dtype=D))
+        model[2].weight.zero_()
+    start = model[0].weight.detach().clone()
+    x, y = torch.randn(8, 6, generator=g, dtype=D), torch.randn(8, 4, generator=g, dtype=D)
+    method = rs.GaLore(rank=2, every=0, finder=finder, gradient=gradient, targets=("0", "2"), scale=1.0)
+    optimizer = rs.attach(model, method).optimizer(lr=1e-2, check_gradients=False)
+    for step in range(4):
+        W = [layer.weight.detach().clone() for layer in (model[0], model[2])]
+        h = torch.tanh(x @ W[0].mT)
+        back = 2 / y.numel() * (h @ W[1].mT - y) @ W[1] * (1 - h**2)
+        G = back.mT @ x  # ∂/∂W of the mean square, written out
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            assert torch.equal(model[0].weight, start)
+        if step == 1:  # the first step of an Adam, along the leading directions of this gradient
+            Q = torch.linalg.svd(G)[2][:2].mT
+            wanted = W[0] - 1e-2 * (G @ Q) / ((G @ Q).abs() + 1e-8) @ Q.mT
+            if finder == "svd":
+                torch.testing.assert_close(model[0].weight.detach(), wanted, rtol=1e-9, atol=1e-11)
+    assert int(torch.linalg.matrix_rank(model[0].weight.detach() - start, rtol=1e-6)) == 2
+
+
 # ---- controls
 
 

@@ -530,7 +530,8 @@ def convergent(scale: float, quiet: int, every: int = 200, earliest: int = 20, s
 
 def test_convergence_renews_between_the_earliest_update_and_the_clock():
     assert convergent(1.0, quiet=45)[:2] == [0, 60]  # two looks later: the mean has to fall by itself
-    assert convergent(1.0, quiet=6)[:2][1] == 20  # not before the earliest
+    assert convergent(1.0, quiet=6)[1] == 20
+    assert convergent(1.0, quiet=6, earliest=40)[1] == 40  # not before the earliest
     assert convergent(1.0, quiet=1000) == [0]  # it never converges, and the clock is far
     assert convergent(1.0, quiet=1000, every=50) == [0, 50, 100]
 
