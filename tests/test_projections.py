@@ -158,8 +158,9 @@ def test_a_stack_of_experts_is_one_row() -> None:
 @pytest.mark.parametrize("rest", ["train", "freeze"])
 def test_nothing_stands_beside_what_trains_the_base(rest: Any) -> None:
     run = rs.attach(tiny(), rs.GaLore(rank=2, rest=rest))
-    with pytest.raises(AttachError, match="stands alone"):
+    with pytest.raises(AttachError, match=r"stands alone\. Use run\.shift") as caught:
         run.add("second", rs.LoRA(rank=2))
+    assert "bias" not in str(caught.value), "which GaLore does not have"
     run = rs.attach(tiny(), rs.LoRA(rank=2))
     with pytest.raises(AttachError, match="stands alone"):
         run.add("second", rs.GaLore(rank=2, rest=rest))

@@ -7,7 +7,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -486,9 +486,10 @@ class Run:
         for other in (method, *(member.method for member in self._on.members.values())):
             projected = other.projects(self.model)
             if any(n in projected or other.in_place(n, adapted) for n, _, adapted in base_parameters(self.model)):
+                without = 'bias="none", or ' if any(field.name == "bias" for field in fields(other)) else ""
                 raise AttachError(
                     f"{type(other).__name__} as configured trains base weights in place, which all adapters would "
-                    'share: it stands alone. Use bias="none", or run.shift(method) to go on with another method.'
+                    f"share: it stands alone. Use {without}run.shift(method) to go on with another method."
                 )
             if other.solitary:
                 raise AttachError(
