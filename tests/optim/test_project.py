@@ -843,6 +843,7 @@ def test_the_same_rule_loads_without_a_word(caplog):
 def test_a_larger_rank_takes_over_at_the_next_renewal(caplog):
     p, o, said, before = under(replace(FIXED, rank=5), FIXED, caplog)
     assert "rank: 3 → 5" in said
+    assert '"rank": "5"' in o.param_groups[0]["rule"]  # what is saved next is of this rule
     assert "rank 3 until the next renewal, then 5: w0" in said
     assert torch.equal(state(o)["exp_avg"], before["exp_avg"])
     p.grad = gradient((9, 6), 3)
