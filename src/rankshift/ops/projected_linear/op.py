@@ -7,9 +7,9 @@
 G = dyᵀ x, (out, in), is formed only while somebody listens: when a new basis is due. Then x is kept on either side.
 
 Whether somebody listens changes from update to update and from layer to layer. A compiled graph that knew would be
-another one for each set of layers that listen, so it does not: inside one, two opaque operations ask a listener, which
-they find by a number that is a tensor on the CPU. One keeps x in forward and hands out a ticket; the other forms dX in
-backward, and G if the ticket is good for an x.
+another one for each set of layers that listen, so there are two. That of most updates, in which nobody listens at all,
+is plain. In that of the others two opaque operations ask a listener, which they find by a number that is a tensor on the
+CPU. One keeps x in forward and hands out a ticket; the other forms dX in backward, and G if the ticket is good for an x.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ from torch.autograd.function import once_differentiable
 from rankshift.ops.products import compute_dtype, into
 
 _LISTENERS: weakref.WeakValueDictionary[int, Listener] = weakref.WeakValueDictionary()
+_OPEN: weakref.WeakSet[Listener] = weakref.WeakSet()
 _numbers = itertools.count(1)
+
+
+class _Ears:
+    """What compiled graphs are guarded by."""
+
+    anybody: bool = False  # listens, in this process
+
+
+_EARS = _Ears()
 
 
 class Listener:
@@ -46,6 +56,8 @@ class Listener:
     def start(self, listens: bool) -> None:
         """Forget what was heard; listen from now on, or not."""
         self.open, self.gradient = listens, None
+        (_OPEN.add if listens else _OPEN.discard)(self)
+        _EARS.anybody = len(_OPEN) > 0
         self._inputs.clear()
 
     def hear(self, dy: Tensor, x: Tensor) -> None:
@@ -107,16 +119,17 @@ class _ProjectedLinear(torch.autograd.Function):
         listener: Listener,
     ) -> Tensor:
         ctx.on_input, ctx.cast, ctx.wide, ctx.listener = on_input, cast, X.dtype, listener
+        compiling = torch.compiler.is_compiling()
+        ctx.opaque = compiling and _EARS.anybody
         kept = other = ticket = number = None
         if learns:
-            compiling = torch.compiler.is_compiling()
-            number = listener.number if compiling else None
+            number = listener.number if ctx.opaque else None
             kept = x @ Q.to(x.dtype) if on_input else x  # (tokens, r), or all of x
             if not on_input:
                 other = Q
-            elif compiling:
+            elif ctx.opaque:
                 ticket = _keep(x, listener.number)
-            elif listener.open:
+            elif not compiling and listener.open:
                 other = x
         ctx.save_for_backward(weight, kept, other, ticket, number)
         if cast:  # autocast: the layer computes in another dtype than it is stored in
@@ -130,7 +143,7 @@ class _ProjectedLinear(torch.autograd.Function):
         weight, kept, other, ticket, number = ctx.saved_tensors
         need_x, _, need_bias, need_X = ctx.needs_input_grad[:4]
         dX = None
-        if need_X and torch.compiler.is_compiling():
+        if need_X and ctx.opaque:
             dX = _gradient(dy, kept, None if ctx.on_input else other, ticket, number, ctx.wide)
         elif need_X and ctx.on_input:
             dX = into(dy.t(), kept, ctx.wide)
@@ -138,7 +151,7 @@ class _ProjectedLinear(torch.autograd.Function):
                 ctx.listener.hear(dy, other)
         elif need_X:
             dX = into(kept.t(), dy @ other.to(dy.dtype), ctx.wide)
-            if ctx.listener.open:
+            if not torch.compiler.is_compiling() and ctx.listener.open:
                 ctx.listener.hear(dy, kept)
         dx = dy @ (weight.to(dy.dtype) if ctx.cast else weight) if need_x else None
         return dx, None, dy.sum(0) if need_bias else None, dX, *(None,) * 5
