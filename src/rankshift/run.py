@@ -181,7 +181,7 @@ class Run:
     def subspaces(self) -> dict[str, int]:
         """The rank that each projected gradient's subspace has now, by the name of its weight."""
         seen = self._on.subspaces(self._driver.states())
-        inside = {name: s.rank for name, s in seen.items() if name not in self._on.projected and s.renewals}
+        inside = {name: s.rank for name, s in seen.items() if name not in self._on.projected and s.bytes}
         return self._ranks | self._driver.ranks() | inside
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:

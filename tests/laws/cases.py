@@ -81,7 +81,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         ),
         Case(
             "galore-projected",
-            GaLore(rank=3, every=2, transport="square", gradient="projected", rounding="stochastic"),
+            GaLore(rank=3, every=2, transport="square", gradient="projected", begin=2, rounding="stochastic"),
             kept=(1, 0, 1),
         ),
         Case(

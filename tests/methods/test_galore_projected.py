@@ -164,9 +164,8 @@ def test_random_directions_are_drawn_alike() -> None:
         method = GaLore(rank=2, every=2, gradient=gradient, stagger=False)  # type: ignore[arg-type]
         model, run, optimizer = deep(method, 2)
         for step in range(5):
-            model(
-                torch.randn(30, 24, dtype=F64, generator=torch.Generator().manual_seed(step))
-            ).square().mean().backward()
+            x = torch.randn(30, 24, dtype=F64, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         ends.append(run.merge()[0].weight.detach())  # type: ignore[index]
@@ -308,6 +307,9 @@ def test_clipping_by_value_stops_the_run() -> None:
 # ---- memory and launches ---------------------------------------------------------------------------------------------
 
 
+_NO_LAUNCH = ("aten::detach", "aten::alias", "aten::t", "aten::_local_scalar_dense")
+
+
 class Made(TorchDispatchMode):
     """New memory by shape, and how many operations ran."""
 
@@ -322,7 +324,7 @@ class Made(TorchDispatchMode):
         for t in out if isinstance(out, (list, tuple)) else [out]:
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in held:
                 self.shapes.append(tuple(t.shape))
-        self.count += func.name().split(".")[0] not in ("aten::detach", "aten::t", "aten::_local_scalar_dense")
+        self.count += func.name().split(".")[0] not in _NO_LAUNCH
         return out
 
 
@@ -549,3 +551,30 @@ def test_fused_backward_and_a_second_adapter_are_refused() -> None:
         run.optimizer(fused_backward=True)
     with pytest.raises(rs.errors.AttachError, match="stands alone"):
         run.add("second", rs.LoRA(rank=2, targets=("grow",)))
+
+
+# ---- layers that begin one after the other ---------------------------------------------------------------------------
+
+
+def test_layers_begin_one_after_the_other() -> None:
+    """Never more than their share of whole gradients; who waits stands still; then it trains as from a first update."""
+    model, run, optimizer = attached(GaLore(rank=3, every=0, begin=3, gradient="projected", targets=LAYERS[:4]))
+    start, moved = weights(net()), []
+    for step in range(6):
+        loss_of(model, *batch(step)).backward()
+        layers = run.adapter().values()
+        assert sum(layer.listener.gradient is not None for layer in layers) <= 2  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append({n for n in LAYERS[:4] if not torch.equal(weights(model)[f"{n}.weight"], start[f"{n}.weight"])})
+    assert moved[0] == {"grow", "same"}
+    assert moved[1] == set(LAYERS[:4])
+    states = {name: optimizer.state[layer.subspace] for name, layer in run.adapter().items()}  # type: ignore[index]
+    assert {name: int(state["step"]) for name, state in states.items()} == {
+        "grow": 6, "same": 6, "shrink": 5, "transposed": 5
+    }  # fmt: skip
+
+
+def test_begin_belongs_to_projected() -> None:
+    with pytest.raises(rs.errors.ConfigError, match='set gradient="projected"'):
+        GaLore(begin=4)

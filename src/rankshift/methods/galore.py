@@ -89,9 +89,17 @@ class GaLore(Method):
     out·in numbers, and keep r numbers a token for backward where their input side is projected. The same training, but
     gradients are clipped by the norm of the projected ones, and the memory of moments stays that of the largest rank.
     Other layers, such as convolutions, go as in "full"."""
+    begin: int = 1
+    """With "projected": updates over which layers begin to train, one after the other. Each needs its whole gradient in
+    its first update; 1 has all of them in the first one, with as much memory as "full". 16 is a sixteenth of that."""
 
     def check(self) -> None:
         kind = type(self).__name__
+        if self.begin < 1 or (self.begin > 1 and self.gradient == "full"):
+            raise ConfigError(
+                f'{kind}(begin={self.begin}, gradient="{self.gradient}"): updates over which layers of '
+                'gradient="projected" begin, at least 1. Leave it out, or set gradient="projected".'
+            )
         if self.gradient == "projected":
             if self.residual == "fira":
                 raise ConfigError(
@@ -163,7 +171,7 @@ class GaLore(Method):
     def events(self) -> tuple[Event, ...]:
         if self.gradient == "full":
             return ()
-        return galore_projected.events(self.project(_LINEAR), self.rounding or "nearest")
+        return galore_projected.events(self.project(_LINEAR), self.rounding or "nearest", self.begin)
 
     def in_place(self, name: str, adapted: bool) -> bool:
         return self.rest == "train" and not (adapted and name.rpartition(".")[2] == "weight")

@@ -12,13 +12,17 @@ below). Input sides keep x Q for backward, r numbers a token; output sides keep 
 In an update that renews a layer's basis, its backward passes sum up G as well; it is averaged over ranks as X's
 gradient was, and scaled as that was since (unscaled, clipped): by c with X.grad = c·A Q_old. From there the arithmetic
 is Project's: the training is that of ``gradient="full"`` up to rounding, but for what clipping by another norm changes.
+The first update renews all layers, with as much memory as there, unless they begin one after the other over some
+updates (``begin``); a layer stands still until its turn.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import ClassVar
 
 import torch
@@ -141,10 +145,16 @@ class ProjectedLayer(Adapter):
         return None
 
 
+def _begun(state: Mapping[str, Tensor]) -> bool:
+    """Whether there is a basis that comes from a gradient."""
+    return bool(state) and int(state["renewals"]) > 0
+
+
 @dataclass(frozen=True)
 class Listen:
     """Layers whose basis will be renewed in the coming update sum up their whole gradient."""
 
+    begin: int  # updates over which the first renewals are spread
     moment: ClassVar[Moment] = Moment.WINDOW
 
     def due(self, tick: Tick) -> bool:
@@ -158,7 +168,14 @@ class Listen:
     def apply(self, adapter: Adapter, tick: Tick) -> None:
         assert isinstance(adapter, ProjectedLayer)
         state = tick.state(adapter.subspace)
-        adapter.listener.start(not state or int(state["next"]) <= int(state["step"]))
+        due = int(state["next"]) <= int(state["step"]) if _begun(state) else self._first(adapter.subspace, tick)
+        adapter.listener.start(due)
+
+    def _first(self, X: Tensor, tick: Tick) -> bool:
+        """Whether it is the turn of a layer that has no basis yet: those before it come first."""
+        group = tick.group(X).get("params", [])
+        waiting = takewhile(lambda p: p is not X, (p for p in group if not _begun(tick.state(p))))
+        return sum(1 for _ in waiting) < max(1, math.ceil(len(group) / self.begin))
 
 
 @dataclass(frozen=True)
@@ -174,12 +191,16 @@ class Renew:
     def apply(self, adapter: Adapter, tick: Tick) -> None:
         assert isinstance(adapter, ProjectedLayer)
         X = adapter.subspace
-        if not adapter.listener.open or X.grad is None:
+        if X.grad is None:
             return
         assert isinstance(tick.optimizer, Optimizer)
         if not tick.state(X):
             tick.optimizer.state[X].update(tick.optimizer.initial(X))
-        adapter.renew(self.transform, tick.state(X), tick)
+        state = tick.state(X)
+        if adapter.listener.open:
+            adapter.renew(self.transform, state, tick)
+        elif not _begun(state):
+            X.grad = None  # its turn is yet to come
 
 
 @dataclass(frozen=True)
@@ -216,9 +237,9 @@ def start(adapter: Adapter, key: Key) -> None:
     adapter.basis.copy_(normal(key / "basis", (s, rank), s**-0.5, dtype=adapter.basis.dtype))
 
 
-def events(project: Project, how: Rounding) -> tuple[Event, ...]:
+def events(project: Project, how: Rounding, begin: int) -> tuple[Event, ...]:
     """What happens between steps."""
-    return Listen(), Renew(Inside.of(project)), FoldIn(how)
+    return Listen(begin), Renew(Inside.of(project)), FoldIn(how)
 
 
 def subspaces(
