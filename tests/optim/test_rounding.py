@@ -298,3 +298,14 @@ def test_a_large_tensor_is_stepped_piece_by_piece_to_the_same_bits(store, how, w
     for a, b in zip(trained(), whole, strict=True):
         assert torch.equal(a, b)
     assert max(sizes) == 256 * width
+
+
+def test_a_large_weight_is_rounded_piece_by_piece_to_the_same_bits(monkeypatch):
+    project = TRANSFORMS["project"]("stochastic")
+    found = []
+    for size in (1 << 24, 100):
+        monkeypatch.setattr(rounding, "_TOGETHER", size)
+        p = weight(BF16, (700, 9))
+        stepped(p, project, 3, lr=1e-2)
+        found.append(p.detach())
+    assert torch.equal(*found)
