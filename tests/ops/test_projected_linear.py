@@ -292,33 +292,33 @@ class Block(nn.Module):
         return x + self.c(torch.tanh(self.b(self.a(x))))
 
 
-def test_blocks_share_one_graph_whoever_listens() -> None:
-    """Each layer listens in a window of its own, and the first time all do; the graph knows nothing of it."""
+def test_blocks_share_one_graph_whoever_listens_and_one_where_nobody_does() -> None:
+    """The first time all layers listen, then each in a window of its own, then nobody, then one again."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = nn.Sequential(*(Block(i) for i in range(3))).double()
     compiled = [torch.compile(block, backend="aot_eager", fullgraph=True) for block in model]
     layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
     x = seeded(3, 5, 8, grad=True)
-    for update in range(len(layers) + 1):
+    for listening in (range(1, 10), *([i] for i in range(1, 10)), (), (), [2]):
         results = []
         for blocks in (list(model), compiled):
             model.zero_grad()
             for i, layer in enumerate(layers, 1):
-                layer.listener.start(update in (0, i))
+                layer.listener.start(i in listening)
             for micro in range(2):
                 h = x + micro
                 for block in blocks:
                     h = block(h)
                 h.square().sum().backward()
             heard = [layer.listener.gradient for layer in layers]
-            assert [g is not None for g in heard] == [update in (0, i) for i in range(1, len(layers) + 1)]
+            assert [g is not None for g in heard] == [i in listening for i in range(1, 10)]
             results.append(
                 [p.grad for p in model.parameters() if p.grad is not None] + [g for g in heard if g is not None]
             )
         for plain, mine in zip(*results, strict=True):
             torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
     assert not any(layer.listener._inputs for layer in layers), "an input is kept for longer than its backward pass"
 
