@@ -190,7 +190,7 @@ def adopt(
             fresh[name].copy_(saved[name])
     for name, other in held.items():
         if other is store:
-            for key in store.init(name, shape, like, split):  # as it is: to encode again would round again
+            for key in store.init(name, shape, like, split):  # as it is, to the bit
                 fresh[key].copy_(saved[key])
         else:
             store.write(fresh, name, other.read(saved, name).to(shard.held(fresh[name]).device))
