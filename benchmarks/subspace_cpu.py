@@ -51,7 +51,7 @@ def measure(threads: int, rounds: int) -> list[dict]:
         change = torch.randn(G.shape, generator=g)
         sigma = torch.linalg.eigvalsh((G @ G.mT).double()).flip(0)
         best, total = sigma[:RANK].sum(), sigma.sum()
-        # where "warm" begins: the basis of a gradient that was 10 % another one
+        # where "warm" begins: the basis of the same gradient with a tenth of its energy added as other noise
         last = find(A + 0.1**0.5 * (change / change.norm() * G.norm()).mT, RANK, "eigh").narrow(RANK)
         start = torch.cat([last, draw], -1)[:, : RANK + MORE]
         arms = {
