@@ -405,6 +405,29 @@ def test_memory_stays_that_of_the_largest_rank_and_columns_beyond_are_zero() -> 
 # ---- weights in bf16 -------------------------------------------------------------------------------------------------
 
 
+def test_moments_in_8_bits() -> None:
+    ends = []
+    for moments in ("float32", "8bit"):
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            layer = nn.Linear(80, 80, bias=False)
+        start = layer.weight.detach().clone()
+        run = rs.attach(
+            nn.Sequential(layer),
+            GaLore(rank=64, every=4, gradient="projected", moments=moments, targets=("0",)),  # type: ignore[arg-type]
+        )
+        optimizer = run.optimizer(lr=1e-3)
+        for step in range(10):
+            x = torch.randn(64, 80, generator=torch.Generator().manual_seed(step))
+            (run.model(x) - x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        (state,) = optimizer.state.values()
+        assert state["exp_avg"].dtype == (torch.uint8 if moments == "8bit" else torch.float32)
+        ends.append(layer.weight.detach() - start)
+    assert 0 < (ends[1] - ends[0]).norm() < 0.1 * ends[0].norm()
+
+
 def test_a_bf16_weight_needs_a_word_on_rounding() -> None:
     model = net(torch.bfloat16)
     with pytest.raises(rs.errors.ConfigError, match=r"grow.weight is in bfloat16.*rounding="):

@@ -91,7 +91,7 @@ class GaLore(Method):
     Other layers, such as convolutions, go as in "full"."""
     begin: int = 1
     """With "projected": updates over which layers begin to train, one after the other. Each needs its whole gradient in
-    its first update; 1 has all of them in the first one, with as much memory as "full". 16 is a sixteenth of that."""
+    its first update, in fp32; 1 has all of them in the first one, 16 a sixteenth of them at a time."""
 
     def check(self) -> None:
         kind = type(self).__name__
