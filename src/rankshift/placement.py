@@ -365,8 +365,9 @@ class Placement:
     def audience(self) -> Iterator[tuple[Event, Sequence[Adapter]]]:
         """The events of the acting adapters, and where they apply."""
         for name in self.active:
-            for event in self.members[name].method.events():
-                yield event, list(self.adapter(name).values())
+            if events := self.members[name].method.events():
+                adapters = list(self.adapter(name).values())
+                yield from ((event, adapters) for event in events)
 
     def added(self) -> dict[str, Tensor]:
         """Every tensor that the base does not have, by ``adapter/layer.tensor``, as it is held here."""

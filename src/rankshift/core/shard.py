@@ -66,9 +66,13 @@ def settle(model: nn.Module) -> None:
 
     After a forward without backward the root's stay gathered, and what is written to a gathered parameter is lost.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for unit in units(model):
+        unit.reshard()
+
+
+def units(model: nn.Module) -> list[FSDPModule]:
+    """The modules that FSDP2 gathers and shards one at a time."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def assign_(target: Tensor, value: Tensor) -> None:

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,7 @@ class ProjectedLayer(Adapter):
         self.basis = nn.Parameter(torch.zeros(s, rank, dtype=spec.master, device=spec.device), requires_grad=False)
         self.listener = Listener()
         self.put_off = 0  # renewals in a row
+        self._narrow: tuple[int, Tensor] | None = None
 
     @property
     def rank(self) -> int:
@@ -99,6 +100,31 @@ class ProjectedLayer(Adapter):
 
         self.base.rewrite_(write)
         shard.held(self.subspace).zero_()
+
+    @torch.no_grad()
+    def fold_narrow(self, step: Tensor, keep: float) -> None:
+        """W ← keep·W + ΔW, summed in fp32 and rounded once, from this rank's part of X in the weight's dtype."""
+        basis = self._narrow_basis(step.dtype)
+        by_out = type(self.form) is Form
+        if by_out == self.on_input:
+            rows, columns = step, basis
+        else:
+            rows = basis[shard.local(self.basis)[1]]
+            columns = shard.whole(self.subspace).to(step.dtype) if shard.is_sharded(self.subspace) else step
+
+        def write(weight: Tensor) -> None:
+            shard.held(weight).addmm_(rows, columns.t(), beta=keep)
+
+        self.base.rewrite_(write)
+
+    def _narrow_basis(self, dtype: torch.dtype) -> Tensor:
+        """The whole basis in the weight's dtype; where it is held whole, made once a renewal."""
+        if shard.is_sharded(self.basis):
+            return shard.whole(self.basis).to(dtype)
+        version = self.basis._version
+        if self._narrow is None or self._narrow[0] != version or self._narrow[1].dtype != dtype:
+            self._narrow = version, self.basis.detach().to(dtype)
+        return self._narrow[1]
 
     @torch.no_grad()
     def renew(self, transform: Inside, state: dict[str, Tensor], tick: Tick) -> None:
@@ -218,8 +244,29 @@ class FoldIn:
         assert isinstance(adapter, ProjectedLayer)
         X = adapter.subspace
         if X.grad is not None:
-            keep = 1 - tick.lr(X) * tick.group(X)["weight_decay"]
-            adapter.fold(tick.state(X), keep, self.how)
+            adapter.fold(tick.state(X), _kept(tick.group(X)), self.how)
+
+    def apply_all(self, adapters: Sequence[Adapter], tick: Tick) -> None:
+        """With one launch for what all layers share: the steps in the weights' dtype, and the zeros after."""
+        chosen = [a for a in adapters if isinstance(a, ProjectedLayer) and a.subspace.grad is not None]
+        steps = [shard.held(a.subspace) for a in chosen]
+        wide = [
+            s for a, s in zip(chosen, steps, strict=True) if self.how != "nearest" or s.dtype == a.base.weight.dtype
+        ]
+        if wide or not steps:
+            for adapter in chosen:
+                self.apply(adapter, tick)
+            return
+        narrow = [torch.empty_like(s, dtype=a.base.weight.dtype) for a, s in zip(chosen, steps, strict=True)]
+        torch._foreach_copy_(narrow, steps)
+        for adapter, step in zip(chosen, narrow, strict=True):
+            adapter.fold_narrow(step, _kept(tick.group(adapter.subspace)))
+        torch._foreach_zero_(steps)
+
+
+def _kept(group: Mapping[str, Any]) -> float:
+    """What weight decay leaves of a weight."""
+    return float(1 - group["lr"] * group["weight_decay"])
 
 
 # ---- what the methods ask --------------------------------------------------------------------------------------------

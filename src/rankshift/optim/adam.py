@@ -89,7 +89,8 @@ class Adam:
             moments = [self._moments(state, rows) for state, rows in zip(ss, pieces, strict=True)]
             for state, rows in zip(ss, pieces, strict=True):
                 state["step"] += offset(rows) == 0  # once a tensor, in its first piece
-            _adamw(wide, gs, moments, [state["step"] - 1 for state in ss], hyper)  # which counts them up
+            taken = [state["step"] - 1 for state in ss]
+            _adamw(wide, gs, moments, taken, hyper, fused=all(w.is_cuda for w in wide))
             for p, w, (m, v), state, rows in zip(ps, wide, moments, ss, pieces, strict=True):
                 self._keep(state, m, v, rows)
                 rounding.close(p, w, state, self.rounding, rows)
@@ -106,10 +107,17 @@ def _adamw(
     moments: Sequence[tuple[Tensor, Tensor]],
     steps: Sequence[Tensor],
     hyper: Hyper,
+    fused: bool = False,
 ) -> None:
-    """torch's kernel; ``steps`` are counted up by it."""
+    """torch's kernel; ``steps`` are counted up by it. ``fused``: by that which reads and writes each number once."""
     if not parameters:
         return
+    if fused:  # it counts on the device; copies do, because the state's own are counted up by who calls
+        ages, device = [float(step) for step in steps], parameters[0].device
+        one = len(set(ages)) == 1
+        steps = (
+            torch.full((len(ages),), ages[0], device=device) if one else torch.tensor(ages, device=device)
+        ).unbind()
     adam(
         list(parameters),
         list(gradients),
@@ -117,6 +125,7 @@ def _adamw(
         [v for _, v in moments],
         [],
         list(steps),
+        fused=fused,
         decoupled_weight_decay=True,
         amsgrad=False,
         beta1=hyper.betas[0],

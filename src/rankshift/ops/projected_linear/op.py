@@ -8,8 +8,9 @@ G = dyᵀ x, (out, in), is formed only while somebody listens: when a new basis 
 
 Whether somebody listens changes from update to update and from layer to layer. A compiled graph that knew would be
 another one for each set of layers that listen, so there are two. That of most updates, in which nobody listens at all,
-is plain. In that of the others two opaque operations ask a listener, which they find by a number that is a tensor on the
-CPU. One keeps x in forward and hands out a ticket; the other forms dX in backward, and G if the ticket is good for an x.
+is plain. In that of the others two opaque operations ask a listener, which they find by a number that is a tensor on
+the CPU. One keeps x in forward and hands out a ticket; the other forms dX in backward, and G if the ticket is good for
+an x.
 """
 
 from __future__ import annotations
