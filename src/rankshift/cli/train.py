@@ -94,3 +94,5 @@ def _say(console: Console) -> None:
     logger = logging.getLogger("rankshift")
     logger.addHandler(_Notes(console))
     logger.propagate = False
+    # peft loads it where it is installed, and on a CPU it misses kernels that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
