@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 import rankshift as rs
@@ -66,6 +67,9 @@ def shard_file(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     column = distribute_tensor(torch.zeros(4, 4), init_device_mesh("cpu", (world(),)), [Shard(1)])
     with pytest.raises(NotImplementedError, match="axis 0"):
         shard.local(column)
+    strided = DTensor.from_local(torch.zeros(2, 4), column.device_mesh, [_StridedShard(0, split_factor=2)])
+    with pytest.raises(NotImplementedError, match="axis 0"):  # tensor parallelism below FSDP2
+        shard.local(strided)
     return parts
 
 

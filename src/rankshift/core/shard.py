@@ -40,10 +40,10 @@ def _span(total: int, like: DTensor) -> slice:
     """Which of ``total`` indices of axis 0 this rank holds, of a tensor that is split as ``like`` is."""
     start = 0
     for axis, placement in enumerate(like.placements):
-        if not isinstance(placement, Shard):
+        if placement.is_replicate():
             continue
-        if placement.dim != 0:
-            raise NotImplementedError("rankshift shards weights along axis 0 only, as FSDP2 does")
+        if not isinstance(placement, Shard) or placement.dim != 0:
+            raise NotImplementedError(f"rankshift knows shards along axis 0, as FSDP2 makes them, not {placement}")
         parts, index = like.device_mesh.size(axis), like.device_mesh.get_local_rank(axis)
         width = -(-total // parts)  # torch.chunk: equal parts, the last ones shorter or empty
         begin = min(index * width, total)
