@@ -65,7 +65,7 @@ class ProjectedLayer(Adapter):
         self.basis = nn.Parameter(torch.zeros(s, rank, dtype=spec.master, device=spec.device), requires_grad=False)
         self.listener = Listener()
         self.put_off = 0  # renewals in a row
-        self._narrow: tuple[int, Tensor] | None = None  # Q's version, and Q in the weight's dtype
+        self._narrow: tuple[Any, Tensor] | None = None  # Q in the weight's dtype, and what it was made from
 
     @property
     def rank(self) -> int:
@@ -121,9 +121,9 @@ class ProjectedLayer(Adapter):
         """The whole basis in the weight's dtype; where it is held whole, made once a renewal."""
         if shard.is_sharded(self.basis):
             return shard.whole(self.basis).to(dtype)
-        version, like = self.basis._version, (dtype, self.basis.device)
-        if self._narrow is None or self._narrow[0] != version or (self._narrow[1].dtype, self._narrow[1].device) != like:
-            self._narrow = version, self.basis.detach().to(dtype)
+        made_from = self.basis._version, self.basis.device, dtype
+        if self._narrow is None or self._narrow[0] != made_from:
+            self._narrow = made_from, self.basis.detach().to(dtype)
         return self._narrow[1]
 
     @torch.no_grad()
