@@ -80,29 +80,33 @@ def arms(
     shape: str, rank: int, batch: dict[str, torch.Tensor], device: str, clock: dict[str, float]
 ) -> dict[str, Callable[[], Step]]:
     basis = {"rank": rank, "side": "in"}
-    return {
-        "frozen": lambda: arm_frozen(llama(shape, device), batch),
+    found: dict[str, Callable[[], Step]] = {  # what the figures need first
         "frozen, blocks compiled": lambda: arm_frozen(compiled(llama(shape, device)), batch),
+        "projected, blocks compiled": lambda: ours(shape, device, batch, True, **basis, gradient="projected"),
         "full, fused AdamW": lambda: full(shape, device, batch, False),
         "full, fused AdamW, blocks compiled": lambda: full(shape, device, batch, True),
-        "GaLore": lambda: ours(shape, device, batch, False, **basis),
-        "GaLore, blocks compiled": lambda: ours(shape, device, batch, True, **basis),
-        "GaLore, fused backward, blocks compiled": lambda: ours(
-            shape, device, batch, True, **basis, fused_backward=True
-        ),
+        "galore-torch": lambda: theirs(shape, device, batch, rank, clock),
+        "frozen": lambda: arm_frozen(llama(shape, device), batch),
         "projected": lambda: ours(shape, device, batch, False, **basis, gradient="projected"),
-        "projected, blocks compiled": lambda: ours(shape, device, batch, True, **basis, gradient="projected"),
+        "GaLore": lambda: ours(shape, device, batch, False, **basis),
+        "GaLore, fused backward": lambda: ours(shape, device, batch, False, **basis, fused_backward=True),
         "projected, stochastic rounding, blocks compiled": lambda: ours(
             shape, device, batch, True, **basis, gradient="projected", rounding="stochastic"
         ),
-        "galore-torch": lambda: theirs(shape, device, batch, rank, clock),
+        "GaLore, blocks compiled": lambda: ours(shape, device, batch, True, **basis),
     }
+    return found
 
 
-def build(found: dict[str, Callable[[], Step]], failed: dict[str, str]) -> tuple[dict[str, Step], dict[str, float]]:
+def build(
+    found: dict[str, Callable[[], Step]], failed: dict[str, str], until: float
+) -> tuple[dict[str, Step], dict[str, float]]:
     """Every arm after four steps, and the most memory that it needs alone, GiB."""
     steps, peaks = {}, {}
     for name, make in found.items():
+        if time.perf_counter() > until:
+            failed[name] = "left out: the time for building arms was over"
+            continue
         gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
@@ -149,7 +153,9 @@ def measure(steps: dict[str, Step], peaks: dict[str, float], rounds: int) -> dic
     return table
 
 
-def renewals(shape: str, rank: int, batch: dict[str, torch.Tensor], device: str, every: int) -> dict[str, float]:
+def renewals(
+    shape: str, rank: int, batch: dict[str, torch.Tensor], device: str, every: int, listed: bool
+) -> dict[str, float]:
     """Milliseconds a step over one whole period with renewals spread over it, and without, in turns."""
     options = {"rank": rank, "side": "in", "gradient": "projected"}
     with_, without = (ours(shape, device, batch, True, **options, every=period) for period in (every, 0))
@@ -162,6 +168,8 @@ def renewals(shape: str, rank: int, batch: dict[str, torch.Tensor], device: str,
         without()
     a: list[float] = []
     b: list[float] = []
+    if listed:
+        profile({"ten updates, with renewals": lambda: [with_() for _ in range(10)] and None})
     for _ in range(every):
         a.append(once(with_))
         b.append(once(without))
@@ -185,7 +193,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--every", type=int, default=200)
-    parser.add_argument("--arms", nargs="*", help="only those whose name contains one of these")
+    parser.add_argument("--profile", nargs="*", default=[], help="arms whose kernels are listed")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no arm is built")
+    parser.add_argument("--arms", nargs="*", help="only these")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = "cuda"
@@ -195,8 +205,9 @@ def main() -> None:
     failed: dict[str, str] = {}
     found = arms(options.shape, options.rank, batch, device, clock)
     if options.arms:
-        found = {name: make for name, make in found.items() if any(part in name for part in options.arms)}
-    steps, peaks = build(found, failed)
+        found = {name: make for name, make in found.items() if name in options.arms}
+    torch._dynamo.config.recompile_limit = 64  # arms share the code of a block
+    steps, peaks = build(found, failed, time.perf_counter() + options.deadline)
     table = measure(steps, peaks, options.rounds)
     floor = min((row["ms"] for name, row in table.items() if name.startswith("frozen")), default=float("nan"))
     print(f"{'arm':50} {'ms':>8} {'p10':>8} {'p90':>8} {'× floor':>8} {'GiB':>7}")
@@ -204,27 +215,61 @@ def main() -> None:
         row["x_floor"] = row["ms"] / floor
         cells = f"{row['ms']:8.1f} {row['p10']:8.1f} {row['p90']:8.1f} {row['x_floor']:8.2f} {row['gib']:7.2f}"
         print(f"{name:50} {cells}", flush=True)
+    spread: dict[str, float] = {}
+    record(options, table, clock, spread, failed, ids.numel())
+    profile({name: steps[name] for name in options.profile if name in steps})
     steps.clear()
     gc.collect()
     torch.cuda.empty_cache()
-    spread: dict[str, float] = {}
     if options.every:
         try:
-            spread = renewals(options.shape, options.rank, batch, device, options.every)
+            spread = renewals(options.shape, options.rank, batch, device, options.every, bool(options.profile))
         except Exception as error:
             failed["renewals"] = f"{type(error).__name__}: {str(error)[:400]}"
     print(clock, spread, failed)
-    if options.out:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "rankshift": rs.__version__}
-        if "galore-torch" in table:
-            versions["galore-torch"] = importlib.metadata.version("galore-torch")
-        result = {
-            "date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "versions": versions,
-            "shape": options.shape, "rank": options.rank, "tokens": ids.numel(), "arms": table, "clock": clock,
-            "renewals": spread, "failed": failed,
-        }  # fmt: skip
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    record(options, table, clock, spread, failed, ids.numel())
+
+
+def profile(steps: dict[str, Step]) -> None:
+    """What the GPU does in a step of each arm, and for how long it does anything."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    for name, step in steps.items():
+        with torch.profiler.profile(activities=kinds) as seen:
+            start = time.perf_counter()
+            for _ in range(3):
+                step()
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - start
+        rows = [e for e in seen.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"]
+        busy = sum(e.self_device_time_total for e in rows) / 3e3
+        print(f"{name}: kernels {busy:.1f} ms of {1e3 * wall / 3:.1f} ms a step, {sum(e.count for e in rows) // 3}")
+        for e in sorted(rows, key=lambda e: -e.self_device_time_total)[:14]:
+            print(f"    {e.self_device_time_total / 3e3:7.2f} ms {e.count // 3:5} {e.key[:110]}")
+        calls = [e for e in seen.key_averages() if e.self_cpu_time_total > 0 and e.device_type.name == "CPU"]
+        for e in sorted(calls, key=lambda e: -e.self_cpu_time_total)[:10]:
+            print(f"    CPU {e.self_cpu_time_total / 3e3:7.2f} ms {e.count // 3:5} {e.key[:90]}", flush=True)
+
+
+def record(
+    options: argparse.Namespace,
+    table: dict[str, dict[str, float]],
+    clock: dict[str, float],
+    spread: dict[str, float],
+    failed: dict[str, str],
+    tokens: int,
+) -> None:
+    if not options.out:
+        return
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "rankshift": rs.__version__}
+    if "galore-torch" in table:
+        versions["galore-torch"] = importlib.metadata.version("galore-torch")
+    result = {
+        "date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "versions": versions,
+        "shape": options.shape, "rank": options.rank, "tokens": tokens, "arms": table, "clock": clock,
+        "renewals": spread, "failed": failed,
+    }  # fmt: skip
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

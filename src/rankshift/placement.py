@@ -57,6 +57,7 @@ class Placement:
         self.active: tuple[str, ...] = ()
         self.sites: dict[str, Site] = {}  # by the name of the layer
         self.projected: dict[str, Spec] = {}  # weights whose gradients are projected, by name
+        self._audience: tuple[Any, list[tuple[Event, Sequence[Adapter]]]] | None = None
         self.originals: dict[str, Tensor] = {}  # of base tensors that train in place and can be put back
 
     # ---- placing
@@ -362,12 +363,17 @@ class Placement:
         adapters = self.adapter(self.active[0]) if self.active else {}
         return self.method.subspaces(self.projected, states, adapters)
 
-    def audience(self) -> Iterator[tuple[Event, Sequence[Adapter]]]:
+    def audience(self) -> Sequence[tuple[Event, Sequence[Adapter]]]:
         """The events of the acting adapters, and where they apply."""
-        for name in self.active:
-            if events := self.members[name].method.events():
-                adapters = list(self.adapter(name).values())
-                yield from ((event, adapters) for event in events)
+        stands = self.active, [id(member) for member in self.members.values()], len(self.sites)
+        if self._audience is None or self._audience[0] != stands:
+            found: list[tuple[Event, Sequence[Adapter]]] = []
+            for name in self.active:
+                if events := self.members[name].method.events():
+                    adapters = list(self.adapter(name).values())
+                    found += [(event, adapters) for event in events]
+            self._audience = stands, found  # it is asked three times an update
+        return self._audience[1]
 
     def added(self) -> dict[str, Tensor]:
         """Every tensor that the base does not have, by ``adapter/layer.tensor``, as it is held here."""

@@ -448,9 +448,8 @@ def fold(how: str, step: float, times: int) -> Tensor:
     state = {"key": torch.tensor(7), "step": torch.tensor(0)}
     for _ in range(times):
         state["step"] += 1
-        adapter.subspace.data.fill_(step)
-        adapter.fold(state, 1.0, how)  # type: ignore[arg-type]
-    assert not adapter.subspace.any()
+        part = torch.full_like(adapter.subspace, step, dtype=torch.bfloat16 if how == "nearest" else torch.float32)
+        adapter.fold(state, 1.0, how, part.detach())  # type: ignore[arg-type]
     return layer.weight.detach()
 
 

@@ -180,6 +180,8 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 def held(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, detached and sharing its storage; of a sparse one the values."""
+    if type(tensor) in (Tensor, nn.Parameter) and not tensor.requires_grad and not tensor.is_sparse:
+        return tensor  # it is asked of every tensor in every step
     tensor = tensor.detach()
     tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return tensor.coalesce().values() if tensor.is_sparse else tensor

@@ -86,77 +86,64 @@ class ProjectedLayer(Adapter):
         return left[rows] @ right.t()
 
     @torch.no_grad()
-    def fold(self, state: dict[str, Tensor], keep: float, how: Rounding) -> None:
-        """W ← keep·W + ΔW, rounded once; X ← 0."""
-        by_out = type(self.form) is Form  # axis 0 of the stored weight, along which it may be sharded
-        first, other = (self.subspace, self.basis) if by_out == self.on_input else (self.basis, self.subspace)
-        rows, columns = shard.held(first), shard.whole(other)
+    def fold(self, state: dict[str, Tensor], keep: float, how: Rounding, step: Tensor) -> None:
+        """W ← keep·W + ΔW, rounded once.
+
+        Args:
+            step: this rank's part of X; in the weight's dtype to be rounded to the nearest: a product in 16 bits is
+                summed in fp32.
+        """
+        basis = self._whole_basis(step.dtype)
+        if (type(self.form) is Form) == self.on_input:  # axis 0 of the stored weight, which may be sharded, is X's
+            rows, columns = step, basis
+        else:
+            rows = basis[shard.local(self.basis)[1]] if shard.is_sharded(self.basis) else basis
+            columns = shard.whole(self.subspace).to(step.dtype) if shard.is_sharded(self.subspace) else step
 
         def write(weight: Tensor) -> None:
-            # a product in bf16 is summed in fp32 and rounded once
-            here = shard.held(weight) if how == "nearest" else rounding.opened(weight, state)
+            if how == "nearest":
+                shard.held(weight).addmm_(rows, columns.t(), beta=keep)
+                return
+            here = rounding.opened(weight, state)
             here.addmm_(rows.to(here.dtype), columns.t().to(here.dtype), beta=keep)
             rounding.close(weight, here, state, how)
 
         self.base.rewrite_(write)
-        shard.held(self.subspace).zero_()
 
-    @torch.no_grad()
-    def fold_narrow(self, step: Tensor, keep: float) -> None:
-        """W ← keep·W + ΔW, summed in fp32 and rounded once, from this rank's part of X in the weight's dtype."""
-        basis = self._narrow_basis(step.dtype)
-        by_out = type(self.form) is Form
-        if by_out == self.on_input:
-            rows, columns = step, basis
-        else:
-            rows = basis[shard.local(self.basis)[1]]
-            columns = shard.whole(self.subspace).to(step.dtype) if shard.is_sharded(self.subspace) else step
-
-        def write(weight: Tensor) -> None:
-            shard.held(weight).addmm_(rows, columns.t(), beta=keep)
-
-        self.base.rewrite_(write)
-
-    def _narrow_basis(self, dtype: torch.dtype) -> Tensor:
-        """The whole basis in the weight's dtype; where it is held whole, made once a renewal."""
-        if shard.is_sharded(self.basis):
-            return shard.whole(self.basis).to(dtype)
-        made_from = self.basis._version, self.basis.device, dtype
+    def _whole_basis(self, dtype: torch.dtype) -> Tensor:
+        """Q in some dtype; where it is held whole, a narrower one is made once a renewal."""
+        Q = self.basis
+        if shard.is_sharded(Q) or dtype == Q.dtype:
+            return shard.whole(Q).to(dtype)
+        made_from = Q._version, Q.device, dtype
         if self._narrow is None or self._narrow[0] != made_from:
-            self._narrow = made_from, self.basis.detach().to(dtype)
+            self._narrow = made_from, Q.detach().to(dtype)
         return self._narrow[1]
 
     @torch.no_grad()
-    def renew(self, transform: Inside, state: dict[str, Tensor], tick: Tick) -> None:
-        """A new basis from the gradient that was heard, and X's gradient in it."""
-        g = self.subspace.grad
+    def heard(self) -> Tensor:
+        """A (l, s), the whole gradient of this update, equal on all ranks."""
+        g, G = self.subspace.grad, self.listener.gradient
         assert g is not None
-        G = self.listener.gradient
         if G is None:  # no token came here on this rank
             G = torch.zeros(self.out_features, self.in_features, dtype=self.basis.dtype, device=self.basis.device)
         self.listener.start(False)
         G = shard.over_data(G, g).to(self.basis.dtype)
-        A, Q, (part, rows) = G if self.on_input else G.t(), shard.whole(self.basis), shard.local(g)
-        factor = self._factor(part, A[rows] @ Q, g)
-        if factor is None:
-            if int(state["renewals"]) == 0:
-                self.subspace.grad = None  # there is no basis yet to step in
-            return
-        A.mul_(factor)
-        key = Key(tick.seed) / f"{self.site}.weight"
-        Q = transform.turn(A, Q, rows, state, key, hyper_of(tick.group(self.subspace)))
-        shard.assign_(self.basis, Q)
-        part.copy_(A[rows] @ Q)
+        return G if self.on_input else G.t()
 
-    def _factor(self, part: Tensor, formed: Tensor, g: Tensor) -> float | None:
-        """c with X.grad = c·A Q; None if they are not along each other."""
-        sums = torch.stack([(part * formed).sum(), formed.square().sum(), part.square().sum()])
-        along, size, scaled = shard.sum_like(sums, g).tolist()
+    def factor(self, along: float, size: float, scaled: float) -> float | None:
+        """c with X.grad = c·A Q; None if they are not along each other.
+
+        Args:
+            along: ⟨X.grad, A Q⟩.
+            size: ‖A Q‖².
+            scaled: ‖X.grad‖².
+        """
         if size == scaled == 0:
             return 1.0
         if along**2 > _ALONG * size * scaled:
             self.put_off = 0
-            return float(along / size)
+            return along / size
         self.put_off += 1
         message = (
             f"{self.site}: its gradient was changed by more than a factor between the backward pass and the step "
@@ -215,18 +202,55 @@ class Renew:
         return True
 
     def apply(self, adapter: Adapter, tick: Tick) -> None:
-        assert isinstance(adapter, ProjectedLayer)
-        X = adapter.subspace
-        if X.grad is None:
-            return
-        assert isinstance(tick.optimizer, Optimizer)
-        if not tick.state(X):
-            tick.optimizer.state[X].update(tick.optimizer.initial(X))
-        state = tick.state(X)
-        if adapter.listener.open:
-            adapter.renew(self.transform, state, tick)
-        elif not _begun(state):
-            X.grad = None  # its turn is yet to come
+        self.apply_all([adapter], tick)
+
+    def apply_all(self, adapters: Sequence[Adapter], tick: Tick) -> None:
+        """Bases of layers of one shape are found together, and all are scaled after one transfer to the host."""
+        due: dict[int, list[ProjectedLayer]] = {}  # by parameter group
+        for adapter in adapters:
+            assert isinstance(adapter, ProjectedLayer)
+            X = adapter.subspace
+            if X.grad is None:
+                continue
+            assert isinstance(tick.optimizer, Optimizer)
+            if not tick.state(X):
+                tick.optimizer.state[X].update(tick.optimizer.initial(X))
+            if adapter.listener.open:
+                due.setdefault(id(tick.group(X)), []).append(adapter)
+            elif not _begun(tick.state(X)):
+                X.grad = None  # its turn is yet to come
+        for layers in due.values():
+            self._renew(layers, tick)
+
+    def _renew(self, layers: Sequence[ProjectedLayer], tick: Tick) -> None:
+        As = [layer.heard() for layer in layers]
+        Qs = [shard.whole(layer.basis) for layer in layers]
+        parts, rows = zip(
+            *(shard.local(g) for g in (layer.subspace.grad for layer in layers) if g is not None), strict=True
+        )
+        formed = [A[held] @ Q for A, Q, held in zip(As, Qs, rows, strict=True)]
+        pairs = [*zip(parts, formed, strict=True), *zip(formed, formed, strict=True), *zip(parts, parts, strict=True)]
+        sums = torch.stack([(a * b).sum() for a, b in pairs])
+        sums = shard.sum_like(sums, layers[0].subspace).view(3, -1).t()
+        chosen = []
+        for index, (layer, measured) in enumerate(zip(layers, sums.tolist(), strict=True)):
+            factor = layer.factor(*measured)
+            if factor is not None:
+                As[index].mul_(factor)
+                chosen.append(index)
+            elif not _begun(tick.state(layer.subspace)):
+                layer.subspace.grad = None  # there is no basis yet to step in
+        turned = self.transform.turn(
+            [As[i] for i in chosen],
+            [Qs[i] for i in chosen],
+            [rows[i] for i in chosen],
+            [tick.state(layers[i].subspace) for i in chosen],
+            [Key(tick.seed) / f"{layers[i].site}.weight" for i in chosen],
+            hyper_of(tick.group(layers[0].subspace)),
+        )
+        for i, Q in zip(chosen, turned, strict=True):
+            shard.assign_(layers[i].basis, Q)
+            parts[i].copy_(As[i][rows[i]] @ Q)
 
 
 @dataclass(frozen=True)
@@ -241,27 +265,21 @@ class FoldIn:
         return True
 
     def apply(self, adapter: Adapter, tick: Tick) -> None:
-        assert isinstance(adapter, ProjectedLayer)
-        X = adapter.subspace
-        if X.grad is not None:
-            adapter.fold(tick.state(X), _kept(tick.group(X)), self.how)
+        self.apply_all([adapter], tick)
 
     def apply_all(self, adapters: Sequence[Adapter], tick: Tick) -> None:
         """With one launch for what all layers share: the steps in the weights' dtype, and the zeros after."""
-        chosen = [a for a in adapters if isinstance(a, ProjectedLayer) and a.subspace.grad is not None]
-        steps = [shard.held(a.subspace) for a in chosen]
-        wide = [
-            s for a, s in zip(chosen, steps, strict=True) if self.how != "nearest" or s.dtype == a.base.weight.dtype
-        ]
-        if wide or not steps:
-            for adapter in chosen:
-                self.apply(adapter, tick)
+        layers = [a for a in adapters if isinstance(a, ProjectedLayer) and a.subspace.grad is not None]
+        if not layers:
             return
-        narrow = [torch.empty_like(s, dtype=a.base.weight.dtype) for a, s in zip(chosen, steps, strict=True)]
-        torch._foreach_copy_(narrow, steps)
-        for adapter, step in zip(chosen, narrow, strict=True):
-            adapter.fold_narrow(step, _kept(tick.group(adapter.subspace)))
-        torch._foreach_zero_(steps)
+        parts = steps = [shard.held(layer.subspace) for layer in layers]
+        if self.how == "nearest":
+            steps = [torch.empty_like(s, dtype=a.base.weight.dtype) for a, s in zip(layers, parts, strict=True)]
+            torch._foreach_copy_(steps, parts)
+        for layer, step in zip(layers, steps, strict=True):
+            X = layer.subspace
+            layer.fold(tick.state(X), _kept(tick.group(X)), self.how, step)
+        torch._foreach_zero_(parts)
 
 
 def _kept(group: Mapping[str, Any]) -> float:

@@ -22,10 +22,8 @@ from rankshift.core.form import Form
 from rankshift.core.random import Key, signed
 from rankshift.optim import subspace
 from rankshift.optim.moments import Wide
-from rankshift.optim.project import Project
+from rankshift.optim.project import AT_ONCE, TOGETHER, Project
 from rankshift.optim.transform import Hyper
-
-_TOGETHER = 1 << 24  # numbers of moments that are stepped at once
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Inside(Project):
         """α N, of the part held here."""
         assert p is not None
         X = shard.held(g).to(shard.held(state["mass"]).dtype)
-        N = self.adam(X, state, hyper)
+        (N,) = self.adam([X], [state], hyper)
         self.look([p], [X.square().sum()], [state])
         return self.scale * N
 
@@ -69,59 +67,55 @@ class Inside(Project):
     ) -> None:
         """X ← −lr·α·N. Weight decay is for whoever folds X into the weight."""
         parts = [shard.held(p) for p in parameters]
-        for batch in subspace.same_shape([tuple(part.shape) for part in parts], _TOGETHER):
+        for batch in subspace.together([part.numel() for part in parts], AT_ONCE):
             ss = [states[i] for i in batch]
             gs = [shard.held(gradients[i]).to(shard.held(states[i]["mass"]).dtype) for i in batch]
-            if isinstance(self.store, Wide):
-                steps = self._adam_together(gs, ss, hyper)
-            else:
-                steps = [self.adam(g, state, hyper) for g, state in zip(gs, ss, strict=True)]
-                torch._foreach_mul_(steps, -hyper.lr * self.scale)
+            steps = self.adam(gs, ss, hyper)
+            torch._foreach_mul_(steps, -hyper.lr * self.scale)
             torch._foreach_copy_([parts[i] for i in batch], steps)
         if self.clock.earliest is not None and parameters:
             norms = torch._foreach_norm([shard.held(g) for g in gradients])
             self.look(parameters, [norm.square() for norm in norms], states)
 
-    def _adam_together(self, gs: list[Tensor], states: Sequence[dict[str, Tensor]], hyper: Hyper) -> list[Tensor]:
-        """−lr·α·N of each: :meth:`adam` with one launch for what all tensors share."""
-        beta1, beta2 = hyper.betas
-        m, v, mass = ([shard.held(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq", "mass"))
-        torch._foreach_add_([state["step"] for state in states], 1)
-        torch._foreach_lerp_(m, gs, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, gs, gs, value=1 - beta2)
-        torch._foreach_mul_(mass, beta2)
-        torch._foreach_add_(mass, 1 - beta2)
-        below = [average / filled for average, filled in zip(v, mass, strict=True)]
-        torch._foreach_sqrt_(below)
-        torch._foreach_add_(below, hyper.eps)
-        steps = list(torch._foreach_div(m, below))
-        ages = [int(state["step"]) - int(state["born"]) for state in states]
-        torch._foreach_mul_(steps, [-hyper.lr * self.scale / (1 - beta1**age) for age in ages])
-        return steps
-
-    def turn(self, A: Tensor, Q: Tensor, rows: slice, state: dict[str, Tensor], key: Key, hyper: Hyper) -> Tensor:
-        """A new basis for A, (s, width) as the old one, and the moments taken along.
+    def turn(
+        self,
+        As: Sequence[Tensor],
+        Qs: Sequence[Tensor],
+        rows: Sequence[slice],
+        states: Sequence[dict[str, Tensor]],
+        keys: Sequence[Key],
+        hyper: Hyper,
+    ) -> list[Tensor]:
+        """New bases, (s, width) as the old ones, and the moments taken along; those of one shape are found together.
 
         Args:
-            A: (l, s), the whole gradient, equal on all ranks.
-            Q: (s, width) the whole basis of now, zero beyond the rank.
+            As: (l, s) each, the whole gradients, equal on all ranks.
+            Qs: (s, width) each, the whole bases of now, zero beyond the rank.
             rows: of A, those that the moments held here belong to.
-            key: of the weight, so that the draws are those of :class:`Project`.
+            keys: of the weights, so that the draws are those of :class:`Project`.
         """
-        plain, rank, width = replace(self, store=Wide()), int(state["rank"]), Q.shape[1]
-        # what Project would hold for these rows of a weight A at the rank of now; counters are the state's own
+        plain, turned = replace(self, store=Wide()), list(Qs)
+        for batch in subspace.same_shape([tuple(A.shape) for A in As], TOGETHER):
+            gradients = [As[i] for i in batch]
+            views = [self._view(Qs[i], states[i], keys[i]) for i in batch]
+            found = plain._find(gradients, gradients, views)
+            for i, view, basis, new in zip(batch, views, found, plain._ranks(gradients, views, found), strict=True):
+                if not new:  # a gradient of zeros
+                    continue
+                state, room = states[i], Qs[i].shape[1] - new
+                plain._move(As[i][rows[i]], view, basis, new, hyper)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    self.store.write(state, name, F.pad(view[name], (0, room)))
+                shard.held(state["mass"]).copy_(F.pad(view["mass"], (0, room)))
+                state["rank"].fill_(new)
+                turned[i] = F.pad(view["basis"], (0, room))
+        return turned
+
+    def _view(self, Q: Tensor, state: dict[str, Tensor], key: Key) -> dict[str, Tensor]:
+        """What Project would hold for these rows of a weight A at the rank of now; counters are the state's own."""
+        rank = int(state["rank"])
         view = {**state, "basis": Q[:, :rank].clone(), "mass": shard.held(state["mass"])[:rank].clone()}
         view["key"] = torch.tensor(signed((key / "basis").word), dtype=torch.int64)
         for name in ("exp_avg", "exp_avg_sq"):
             view[name] = self.store.read(state, name)[:, :rank].clone()
-        found = plain._find([A], [A], [view])
-        (new,) = plain._ranks([A], [view], found)
-        if not new:  # a gradient of zeros
-            return Q
-        plain._move(A[rows], view, found[0], new, hyper)
-        for name in ("exp_avg", "exp_avg_sq"):
-            self.store.write(state, name, F.pad(view[name], (0, width - new)))
-        shard.held(state["mass"]).copy_(F.pad(view["mass"], (0, width - new)))
-        state["rank"].fill_(new)
-        return F.pad(view["basis"], (0, width - new))
+        return view

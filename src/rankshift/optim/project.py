@@ -33,8 +33,10 @@ from rankshift.optim.rounding import Rounding
 from rankshift.optim.subspace import Finder, Transport
 from rankshift.optim.transform import Hyper
 
-_TOGETHER = 1 << 26  # elements of the gradients that are decomposed at once
+TOGETHER = 1 << 26  # elements of the gradients that are decomposed at once
+AT_ONCE = 1 << 24  # numbers of projected gradients that are stepped at once
 _FIRST = 5  # updates after a renewal whose mean gradient is the measure of convergence
+_MOMENTS = 20  # in a period at which tensors are renewed, where that is spread: what is due together is cheaper
 _FADE = 0.9  # of the running mean that is compared with it
 _NEVER = 1 << 62  # updates
 
@@ -54,15 +56,16 @@ class Clock:
     look: int = 10
     """Updates between two looks: one transfer to the host each."""
     stagger: bool = True
-    """Spread the second renewal of all tensors evenly over the first ``every`` updates, so that no update has them
-    all; False renews all at once, as GaLore does."""
+    """Spread the second renewal of all tensors over the first ``every`` updates, a few of one shape at a time, so that
+    no update has them all; False renews all at once, as GaLore does."""
 
     def wait(self, place: tuple[int, int] | None = None) -> int:
         """Updates between two renewals; with ``place``, between the first two of one tensor of so many."""
         if not self.every:
             return _NEVER
         index, count = place if place is not None and self.stagger else (1, 1)
-        return -(-self.every * index // count)
+        moments = min(count, _MOMENTS)
+        return -(-self.every * -(-index * moments // count) // moments)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,8 @@ class Project:
         if _due(state):
             self.renew([p], [g], [state], hyper)
         A = self.facing(p, shard.held(g))
-        N, X = self.advance(A, p, state, hyper)
+        X = self.project(A, p, state)
+        (N,) = self.adam([X], [state], hyper)
         self.look([p], [X.square().sum()], [state])
         direction = self.lift(N, X, A, p, state)
         return self.form.stored(direction if self.face(p)[1] else direction.mT)
@@ -189,38 +193,58 @@ class Project:
         due = [i for i, state in enumerate(states) if _due(state)]
         if due:
             self.renew([parameters[i] for i in due], [gradients[i] for i in due], [states[i] for i in due], hyper)
-        seen = []
-        for p, g, state in zip(parameters, gradients, states, strict=True):
-            A = self.facing(p, shard.held(g))
-            N, X = self.advance(A, p, state, hyper)
-            self.apply(N, X, A, p, state, hyper)
+        seen: list[Tensor] = []
+        sizes = [
+            p.numel() * state["basis"].shape[-1] // self.face(p)[0][-1]
+            for p, state in zip(parameters, states, strict=True)
+        ]
+        for batch in subspace.together(sizes, AT_ONCE):
+            ps, ss = [parameters[i] for i in batch], [states[i] for i in batch]
+            As = [self.facing(p, shard.held(gradients[i])) for i, p in zip(batch, ps, strict=True)]
+            Xs = [self.project(A, p, state) for A, p, state in zip(As, ps, ss, strict=True)]
+            for N, X, A, p, state in zip(self.adam(Xs, ss, hyper), Xs, As, ps, ss, strict=True):
+                self.apply(N, X, A, p, state, hyper)
             if self.clock.earliest is not None:
-                seen.append(X.square().sum())
+                seen += [norm.square() for norm in torch._foreach_norm(Xs)]
         self.look(parameters, seen, states)
 
-    def advance(self, A: Tensor, p: Tensor, state: dict[str, Tensor], hyper: Hyper) -> tuple[Tensor, Tensor]:
-        """(N, X): Adam inside the subspace, for the rows of A held here."""
+    def project(self, A: Tensor, p: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """X = A Q, for the rows of A held here."""
         X = _product(A, self.basis(p, state))
-        X = shard.sum_like(X, p) if self.split(p) == "columns" else X
-        return self.adam(X, state, hyper), X
+        return shard.sum_like(X, p) if self.split(p) == "columns" else X
 
-    def adam(self, X: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
-        """N of a projected gradient X, with the moments advanced."""
+    def adam(self, Xs: Sequence[Tensor], states: Sequence[dict[str, Tensor]], hyper: Hyper) -> list[Tensor]:
+        """N of projected gradients X, with the moments advanced: one launch for what all tensors share."""
         beta1, beta2 = hyper.betas
-        state["step"] += 1
-        t = int(state["step"]) - int(state["born"])
-        mass = shard.held(state["mass"]).mul_(beta2).add_(1 - beta2)
-        m, v = self.store.read(state, "exp_avg"), self.store.read(state, "exp_avg_sq")
-        m.lerp_(X, 1 - beta1)
-        v.mul_(beta2).addcmul_(X, X, value=1 - beta2)
-        N = (m / (1 - beta1**t)) / ((v / mass[..., None, :]).sqrt_() + hyper.eps)
-        self.store.write(state, "exp_avg", m)
-        self.store.write(state, "exp_avg_sq", v)
+        store, Xs = self.store, list(Xs)
+        masses = [shard.held(state["mass"]) for state in states]
+        m, v = ([store.read(state, name) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_add_([state["step"] for state in states], 1)
+        torch._foreach_mul_(masses, beta2)
+        torch._foreach_add_(masses, 1 - beta2)
+        torch._foreach_lerp_(m, Xs, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, Xs, Xs, value=1 - beta2)
+        ages = [int(state["step"]) - int(state["born"]) for state in states]
+        if self.transport in ("none", "reset"):  # there every direction of a tensor has been seen as often
+            below = list(torch._foreach_div(v, [1 - beta2**age for age in ages]))
+        else:
+            below = [average / mass[..., None, :] for average, mass in zip(v, masses, strict=True)]
+        torch._foreach_sqrt_(below)
+        torch._foreach_add_(below, hyper.eps)
+        N = list(torch._foreach_div(m, below))
+        torch._foreach_div_(N, [1 - beta1**age for age in ages])
+        for name, averages in (("exp_avg", m), ("exp_avg_sq", v)):
+            for state, average in zip(states, averages, strict=True):
+                store.write(state, name, average)
         return N
 
     def apply(self, N: Tensor, X: Tensor, A: Tensor, p: Tensor, state: dict[str, Tensor], hyper: Hyper) -> None:
         """W ← (1 − lr·wd) W − lr·lift(N), rounded once."""
-        weight = rounding.opened(p, state)
+        here = shard.held(p)
+        # a product of 16 bits is summed in fp32 and rounded once, to the nearest
+        plain = here.is_cuda and self.rounding == "nearest" and not self.residual
+        weight = here if plain else rounding.opened(p, state)
         view, decay = self.facing(p, weight), 1 - hyper.lr * hyper.weight_decay
         if self.residual or view.data_ptr() != weight.data_ptr():  # a weight with its channels last has no such view
             direction = self.lift(N, X, A, p, state)
@@ -228,7 +252,8 @@ class Project:
             weight.mul_(decay).sub_(direction, alpha=hyper.lr)
         else:
             step = view.addmm_ if view.dim() == 2 else view.baddbmm_
-            step(N, self.basis(p, state).mT, beta=decay, alpha=-hyper.lr * self.scale)
+            N, basis = N.to(weight.dtype), self.basis(p, state).to(weight.dtype)
+            step(N, basis.mT, beta=decay, alpha=-hyper.lr * self.scale)
         rounding.close(p, weight, state, self.rounding)
 
     def basis(self, p: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -265,7 +290,7 @@ class Project:
         kinds = [(self.split(p), p.dtype, p.device) for p in parameters]
         for kind in dict.fromkeys(kinds):
             alike = [i for i, other in enumerate(kinds) if other == kind]
-            for batch in subspace.same_shape([self.face(parameters[i])[0] for i in alike], _TOGETHER):
+            for batch in subspace.same_shape([self.face(parameters[i])[0] for i in alike], TOGETHER):
                 ps, ss = [parameters[alike[i]] for i in batch], [states[alike[i]] for i in batch]
                 found = self._find(ps, [gradients[alike[i]] for i in batch], ss)
                 ranks = self._ranks(ps, ss, found)

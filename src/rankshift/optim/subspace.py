@@ -71,11 +71,33 @@ def find(
     Z = draw[..., :width]
     if start is not None:
         Z = torch.cat([start, Z], -1)[..., :width]
+    noise = Z
     for _ in range(1 if start is not None else 1 + power):
-        Z = torch.linalg.qr(reduce(A.mT @ (A @ Z))).Q
+        Z = orthonormal(reduce(A.mT @ (A @ Z)), noise)
     B = A @ Z
     energies, rotation = torch.linalg.eigh(reduce(B.mT @ B))
     return Basis(_signed(Z @ rotation.flip(-1)), energies.flip(-1).clamp(min=0), total)
+
+
+def orthonormal(Y: Tensor, noise: Tensor) -> Tensor:
+    """(…, s, k): an orthonormal basis of the columns of Y. On a GPU, where Householder's takes a launch a column, twice
+    Cholesky's in float64, with 1e-7 of ``noise`` (…, s, k), which keeps it definite whatever rank Y has."""
+    if Y.is_cuda:
+        return cholesky_qr(Y, noise)
+    Q: Tensor = torch.linalg.qr(Y).Q
+    return Q
+
+
+def cholesky_qr(Y: Tensor, noise: Tensor) -> Tensor:
+    """As :func:`orthonormal`."""
+    Z = Y.double()
+    Z = Z / torch.linalg.matrix_norm(Z, keepdim=True).clamp(min=torch.finfo(Y.dtype).tiny)
+    Z = Z + 1e-7 * noise / noise.shape[-2] ** 0.5
+    for _ in range(2):
+        R = torch.linalg.cholesky_ex(Z.mT @ Z, upper=True).L
+        Z = torch.linalg.solve_triangular(R, Z, upper=True, left=False)
+    basis: Tensor = Z.to(Y.dtype)
+    return basis
 
 
 def _signed(vectors: Tensor) -> Tensor:
@@ -142,6 +164,19 @@ def transport(moments: Moments, R: Tensor, how: Transport, seen: float) -> Momen
 def rounded_up(rank: int, multiple: int, most: int) -> int:
     """A rank as a multiple of some number, at most ``most``."""
     return min(-(-rank // multiple) * multiple, most)
+
+
+def together(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices in order, in batches of at most ``limit`` elements."""
+    batches: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if not batches or size > room:
+            batches.append([])
+            room = limit
+        batches[-1].append(index)
+        room -= size
+    return batches
 
 
 def same_shape(shapes: Sequence[tuple[int, ...]], limit: int) -> list[list[int]]:

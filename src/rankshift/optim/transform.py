@@ -159,14 +159,15 @@ class Optimizer(torch.optim.Optimizer):
         self._refuse(together)  # before the first of them changes
         self._begin(together)  # likewise: a state may be refused too
         for parameters, group, transform in zip(given, self.param_groups, self.transforms, strict=True):
-            self.advance(parameters, group, transform)
+            self._advance(parameters, group, transform)
         return loss
 
     def _refuse(self, parameters: Iterable[Tensor]) -> None:
         """Raise ConfigError for a gradient that no transform knows what to do with."""
         for p in parameters:
-            if p.grad is not None and (p.grad.is_sparse or p.grad.is_complex()):
-                kind = "sparse (an embedding with sparse=True makes such)" if p.grad.is_sparse else "complex"
+            g = p.grad
+            if g is not None and (g.is_sparse or g.is_complex()):
+                kind = "sparse (an embedding with sparse=True makes such)" if g.is_sparse else "complex"
                 raise ConfigError(
                     f"The gradient of {self._where(p)[1]} {tuple(p.shape)} is {kind}: not supported. No tensor was "
                     "changed."
@@ -174,9 +175,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def advance(self, parameters: Sequence[Tensor], group: dict[str, Any], transform: Transform) -> None:
         """Update these parameters of one group, which have gradients."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
         self._refuse(parameters)
         self._begin(parameters)
+        self._advance(parameters, group, transform)
+
+    def _advance(self, parameters: Sequence[Tensor], group: dict[str, Any], transform: Transform) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
         states = [self.state[p] for p in parameters]
         transform.step(parameters, gradients, states, hyper_of(group))
 
