@@ -44,6 +44,7 @@ def find(
     draw: Tensor | None = None,
     start: Tensor | None = None,
     power: int = 1,
+    nested: bool = True,
     reduce: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Basis:
     """The ``width`` leading right singular directions of A, exact ("svd", "eigh") or nearly so ("range", "warm").
@@ -56,6 +57,8 @@ def find(
         A: (…, l, s), in fp32 or wider. Rows may be spread over ranks.
         draw: (…, s, width) random numbers, for "range", and for what "warm" has no direction for.
         start: (…, s, r) the last basis, for "warm".
+        nested: whether the first r directions are to be the best r of these, for every r. If all of them are wanted
+            anyway, "range" and "warm" need no eigenvectors.
         reduce: sums over the ranks that hold other rows of A; "svd" needs all rows here.
     """
     width = min(width, A.shape[-1])
@@ -75,6 +78,9 @@ def find(
     for _ in range(1 if start is not None else 1 + power):
         Z = orthonormal(reduce(A.mT @ (A @ Z)), noise)
     B = A @ Z
+    if not nested:
+        energies, order = reduce(B.square().sum(-2)).sort(dim=-1, descending=True, stable=True)
+        return Basis(_signed(Z.gather(-1, order[..., None, :].expand_as(Z))), energies, total)
     energies, rotation = torch.linalg.eigh(reduce(B.mT @ B))
     return Basis(_signed(Z @ rotation.flip(-1)), energies.flip(-1).clamp(min=0), total)
 
