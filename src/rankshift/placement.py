@@ -68,7 +68,7 @@ class Placement:
         """The layers and the whole modules a method will take. Every refusal comes here; nothing is changed."""
         model = self.model
         specs = [spec_of(model, site) for site in (method.sites(model) if ranks is None else ranks)]
-        method.projects(model)
+        projected = method.projects(model)
         copies = _copies(model, method)
         specs = [s for s in specs if not any(s.name == c or s.name.startswith(c + ".") for c in copies)]
         for spec in specs:
@@ -83,7 +83,7 @@ class Placement:
                 "attach(), run.add() and run.shift(), or calibration= of rs.Trainer."
             )
         if method.tied == "refuse":
-            for spec in perhaps_tied(model, specs):
+            for spec in perhaps_tied(model, [*specs, *projected.values()]):
                 check_tied(model, spec)
         return specs, copies
 
@@ -104,7 +104,7 @@ class Placement:
         refuse_sharded(model, "Placing an adapter")
         specs, copies = self.plan(method, data, ranks)
         found = method.survey(model, specs, data, seed) if fill else {}
-        for spec in perhaps_tied(model, specs):
+        for spec in perhaps_tied(model, [*specs, *method.projects(model).values()]):
             untie(model, spec)
         ranks = dict(ranks) if ranks is not None else {s.name: method.rank_at(s.name, found.get(s.name)) for s in specs}
         shared = method.share(specs, ranks, saved)
@@ -188,6 +188,7 @@ class Placement:
 
     def strip(self) -> None:
         """Take everything off the model: plain layers, and of whole modules the one that acts."""
+        self._audience = None
         for site in self.sites.values():
             site.leave()
             remove(self.model, site)

@@ -269,6 +269,12 @@ class Run:
         elif clip_each is not None:
             raise ConfigError("clip_each= belongs to fused_backward=True. Here call torch.nn.utils.clip_grad_norm_.")
         lr = self.method.default_lr if lr is None else lr
+        for name, tensor, _ in base_parameters(self.model):
+            if name in self._on.projected and not tensor.requires_grad:
+                raise ConfigError(
+                    f"{name} was frozen after attach(), and {type(self.method).__name__} was told to train it. Undo "
+                    'requires_grad_(False), or attach with other targets and rest="freeze".'
+                )
         owned = list(self._on.trainable())
         check_dtypes(self._on.sites)
         factors: dict[str, float] = {}

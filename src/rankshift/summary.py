@@ -133,13 +133,15 @@ class Projections:
     by_energy: bool  # ranks follow the gradient
 
     def means(self) -> dict[str, float]:
-        """What is logged of all together: mean rank and captured energy, saturated share, sum of renewals."""
+        """What is logged of all together: mean rank and captured energy (of those that have a
+        subspace yet), saturated share, sum of renewals."""
         if not self.rows:
             return {}
         count = len(self.rows)
+        begun = [row.energy for row in self.rows if row.renewals]
         found = {
             "subspace_rank": sum(row.rank for row in self.rows) / count,
-            "subspace_energy": sum(row.energy for row in self.rows) / count,
+            "subspace_energy": sum(begun) / max(1, len(begun)),
         }
         if self.by_energy:
             found["subspace_saturated"] = sum(row.saturated for row in self.rows) / count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor, nn
 
 import rankshift as rs
-from rankshift.core.errors import ConfigError, UnmatchedTarget, UnsupportedLayer
+from rankshift.core.errors import ConfigError, TiedWeights, UnmatchedTarget, UnsupportedLayer
 from rankshift.optim import Optimizer
 from rankshift.optim.project import Clock, Project
 
@@ -468,3 +469,51 @@ def test_a_run_goes_on_under_another_rank(caplog):
 def test_wrong_fields(field, value):
     with pytest.raises(ConfigError, match=field):
         rs.GaLore(**{field: value})
+
+
+# ---- what others may have done to the model --------------------------------------------------------------------------
+
+
+def tied_llama() -> nn.Module:
+    config = tf.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=31,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return tf.AutoModelForCausalLM.from_config(config)
+
+
+def test_a_tied_head_is_refused_or_gets_a_weight_of_its_own() -> None:
+    method = rs.GaLore(rank=4, targets=("q_proj", "lm_head"))
+    with pytest.raises(TiedWeights, match=r"lm_head\.weight"):
+        rs.attach(tied_llama(), method)
+    model = tied_llama()
+    run = rs.attach(model, replace(method, tied="untie"))
+    ids = torch.arange(12).view(2, 6)
+    optimizer = run.optimizer(lr=1e-3)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    assert "basis" in optimizer.state[model.lm_head.weight]
+    assert "lm_head.weight" in str(run.subspace_table())
+
+
+def test_a_target_frozen_after_attach_is_refused() -> None:
+    model = Net()
+    run = rs.attach(model, rs.GaLore(rank=2))
+    model.wide.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"wide\.weight was frozen"):
+        run.optimizer(lr=1e-2)
+
+
+def test_the_mean_energy_is_of_those_that_have_a_subspace() -> None:
+    model = Net()
+    run = rs.attach(model, rs.GaLore(rank=2))
+    run.optimizer(lr=1e-2)
+    assert run.metrics()["subspace_energy"] == 0
+    run.optimizer(lr=1e-2)
+    optimizer = run._driver._optimizer
+    model.wide.requires_grad_(False)
+    loss_of(model.train(), 0).backward()
+    optimizer.step()
+    energies = [optimizer.state[layer.weight]["energy"].item() for layer in (model.tall, model.square)]
+    assert run.metrics()["subspace_energy"] == pytest.approx(sum(energies) / 2)

@@ -600,3 +600,22 @@ def test_layers_begin_one_after_the_other() -> None:
 def test_begin_belongs_to_projected() -> None:
     with pytest.raises(rs.errors.ConfigError, match='set gradient="projected"'):
         GaLore(begin=4)
+
+
+def test_a_skipped_update_leaves_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
+    """Layers that were due had heard NaN; the next update renews them as if that had not been."""
+    results = []
+    for bad in (False, True):
+        model, run, optimizer = attached(GaLore(rank=3, every=2, stagger=False, gradient="projected", targets=LAYERS))
+        for step in range(5):
+            if bad and step in (0, 2):
+                (loss_of(model, *batch(step)) * float("nan")).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            loss_of(model, *batch(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert run.skipped == 2 * bad
+        results.append(weights(model))
+    assert not [r for r in caplog.records if "put off" in r.message]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

@@ -366,6 +366,7 @@ class Driver:
         else:
             self._streak = 0
         if self._skip:
+            self.open_window()  # the same update again: what was heard for it is of no use
             return
         self._apply(Moment.UPDATED)
         group["updates"] += 1

@@ -57,7 +57,9 @@ class AdaRankGrad(GaLore):
         if self.transport == "none":
             raise ConfigError('AdaRankGrad(transport="none"): moments have no place in a subspace of another rank.')
         if self.earliest < 1 or (self.every and self.earliest > self.every):
-            raise ConfigError(f"AdaRankGrad(earliest={self.earliest}) must lie in 1 … every = {self.every}.")
+            raise ConfigError(
+                f"AdaRankGrad(earliest={self.earliest}) must lie in 1 … every = {self.every}. Lower earliest."
+            )
         if not 0 < self.kappa < 1:
             raise ConfigError(f"AdaRankGrad(kappa={self.kappa}): a share, in (0, 1).")
         if self.multiple < 1:

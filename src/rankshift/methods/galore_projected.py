@@ -154,7 +154,8 @@ class ProjectedLayer(Adapter):
                 f"{message}, {_PATIENCE} times in a row. Clip by norm, zero all gradients after each step, or use "
                 'gradient="full".'
             )
-        _log.warning("%s. It is in the next update.", message)
+        if self.put_off == 1:
+            _log.warning("%s. It is put off from update to update.", message)
         return None
 
 

@@ -115,8 +115,8 @@ class Optimizer(torch.optim.Optimizer):
     ):
         if lr < 0:
             raise ConfigError(f"lr = {lr} is negative.")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(f"betas = {betas}: each must lie in [0, 1).")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"betas = {betas}: two numbers in [0, 1).")
         if eps < 0 or weight_decay < 0:
             raise ConfigError(f"eps = {eps} and weight_decay = {weight_decay} must not be negative.")
         super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
