@@ -3,8 +3,8 @@
     python benchmarks/subspace_cpu.py [--threads 1 2] [--rounds 5] [--json benchmarks/results/subspace_cpu.json]
 
 A gradient of 1024 × 2736 (an MLP of the 350M Llama of GaLore's paper), r = 256, fp32. "svd" is what galore-torch calls,
-torch.linalg.svd of G as it is stored; the rest are the finders of rankshift.optim.subspace, as GaLore uses them for a
-fixed rank, on the shorter side. Two spectra: σ_i = 1/i with 1 % of its energy in white noise, which is like those
+torch.linalg.svd of G as it is stored; the rest are the finders of rankshift.optim.subspace, as GaLore uses them: with 8
+directions more, of the shorter side. Two spectra: σ_i = 1/i with 1 % of its energy in white noise, which is like those
 of gradients, and white noise alone, which has no subspace. Rounds are interleaved; times are medians. Each thread count
 runs in a process of its own.
 """
@@ -22,7 +22,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-ROWS, COLUMNS, RANK = 1024, 2736, 256
+ROWS, COLUMNS, RANK, MORE = 1024, 2736, 256, 8
 
 
 def spectra():
@@ -47,20 +47,19 @@ def measure(threads: int, rounds: int) -> list[dict]:
     for name, G in spectra().items():
         A = G.mT  # the shorter side of G are the columns of A
         g = torch.Generator().manual_seed(1)
-        draw = torch.randn(ROWS, RANK, generator=g)
+        draw = torch.randn(ROWS, RANK + MORE, generator=g)
         change = torch.randn(G.shape, generator=g)
         sigma = torch.linalg.eigvalsh((G @ G.mT).double()).flip(0)
         best, total = sigma[:RANK].sum(), sigma.sum()
         # where "warm" begins: the basis of the same gradient with a tenth of its energy added as other noise
         last = find(A + 0.1**0.5 * (change / change.norm() * G.norm()).mT, RANK, "eigh").narrow(RANK)
+        start = torch.cat([last, draw], -1)[:, : RANK + MORE]
         arms = {
             "svd": lambda G=G: torch.linalg.svd(G, full_matrices=False)[0],
             "eigh": lambda A=A: find(A, RANK, "eigh").vectors,
-            "range, power 1": lambda A=A, first=draw: find(A, RANK, "range", draw=first, nested=False).vectors,
-            "range, power 0": lambda A=A, first=draw: find(A, RANK, "range", draw=first, power=0, nested=False).vectors,
-            "warm": lambda A=A, first=last, draw=draw: (
-                find(A, RANK, "warm", draw=draw, start=first, nested=False).vectors
-            ),
+            "range, power 1": lambda A=A, first=draw: find(A, RANK + MORE, "range", draw=first, power=1).vectors,
+            "range, power 0": lambda A=A, first=draw: find(A, RANK + MORE, "range", draw=first, power=0).vectors,
+            "warm": lambda A=A, first=start: find(A, RANK + MORE, "warm", draw=first).vectors,
         }
         times: dict[str, list[float]] = {arm: [] for arm in arms}
         kept: dict[str, float] = {}

@@ -122,6 +122,7 @@ class Run:
             self._close("an error")
             raise ConfigError(f"{type(method).__name__} has events but no layer for them to apply to.")
         self.phases.append(Phase(to_dict(method), self.step))
+        self._driver.began = self.step
         _ATTACHED.add(self.model)
         self._listen()
         self._driver.open_window()
@@ -724,7 +725,7 @@ class Run:
         run = Run(self.model, seed=self.seed, total_steps=self.total_steps, start=self.step)
         run._on, run._changed, run._frozen = self._on, changed, self._frozen
         run._driver.audience, run._driver.trainable = self._on.audience, self._on.required
-        run._driver.skips = self.skipped
+        run._driver.skips, run._driver.began = self.skipped, self.step
         run.phases = [*self.phases[:-1], self.phases[-1].ended(self.step), Phase(to_dict(method), self.step)]
         for _, parameter in self.trainable():
             parameter.grad = None
@@ -851,6 +852,7 @@ class Run:
         self.seed = self._driver.seed = int(state["seed"])
         self.total_steps = state["total_steps"]
         self.phases = [Phase.from_mapping(phase) for phase in state["phases"]]
+        self._driver.began = self.phases[-1].start
         self._changed = set(state["changed"])
         self._ranks.clear()  # the optimizer reads it too
         self._ranks.update(state.get("subspaces", {}))

@@ -1,5 +1,6 @@
 """Fused backward: the numbers of the ordinary way, one gradient alive at a time, and no misuse that goes unseen."""
 
+import copy
 import gc
 import io
 import weakref
@@ -508,3 +509,17 @@ def test_a_part_that_is_not_finite_leaves_the_tensor_alone_on_every_rank(pool):
 @pytest.mark.parametrize("when", ["plain", "wrapped"])
 def test_ddp_is_refused(when, pool):
     assert all("DDP averages gradients after" in said for said in pool.run(ddp, when))
+
+
+def test_a_copy_of_the_model_has_none_of_its_updates() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    run = rs.attach(model, rs.Full())
+    run.optimizer(lr=1e-2, fused_backward=True)
+    twin = copy.deepcopy(model)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for other in (twin, torch.load(stored, weights_only=False)):
+        before = [p.detach().clone() for p in other.parameters()]
+        other(torch.ones(3, 4)).sum().backward()
+        assert all(torch.equal(p, q) and p.grad is not None for p, q in zip(other.parameters(), before, strict=True))

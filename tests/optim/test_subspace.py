@@ -345,3 +345,24 @@ def test_what_has_one_shape_goes_together_up_to_a_limit():
     shapes = [(4, 5), (5, 4), (4, 5), (4, 5), (2, 4, 5)]
     assert subspace.same_shape(shapes, 40) == [[0, 2], [3], [1], [4]]
     assert subspace.same_shape(shapes, 1) == [[0], [2], [3], [1], [4]]  # never none
+
+
+# ---- Cholesky's factorisation, as on GPUs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["full", "graded", "rank 3", "zero"])
+def test_cholesky_gives_an_orthonormal_basis_of_the_columns(kind: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    Y = torch.randn(60, 8, generator=g, dtype=torch.float64)
+    if kind == "graded":
+        Y = Y * 10.0 ** -torch.arange(8, dtype=torch.float64)
+    elif kind == "rank 3":
+        Y = Y[:, :3] @ torch.randn(3, 8, generator=g, dtype=torch.float64)
+    elif kind == "zero":
+        Y = Y * 0
+    Q = subspace.cholesky_qr(Y.to(dtype), torch.randn(60, 8, generator=g, dtype=torch.float64).to(dtype)).double()
+    close = 1e-6 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(8, dtype=torch.float64), atol=close, rtol=0)
+    left = Y - Q @ (Q.mT @ Y)
+    assert left.norm() <= 2e-6 * Y.norm()  # the noise that keeps it definite

@@ -51,6 +51,7 @@ class Tick:
     total: int | None  # updates of the whole run, if the caller said
     seed: int
     optimizer: torch.optim.Optimizer | None
+    began: int = 0  # updates taken when this phase began
 
     def key(self, *path: str | int) -> Key:
         """The random key of this step under a path of names, e.g. ``tick.key(adapter.site, "A")``."""
@@ -158,6 +159,7 @@ class Driver:
     total: int | None = None
     trainable: Callable[[], Iterable[tuple[str, Tensor, Needs]]] = tuple
     start: int = 0  # updates taken, while no optimizer counts
+    began: int = 0  # updates taken when the phase began
     skips: int = 0  # updates skipped, likewise
     check_gradients: bool = True
     refusal: str = ""  # why no update can be taken now
@@ -381,7 +383,7 @@ class Driver:
                 state["step"] *= 0
 
     def _apply(self, moment: Moment) -> None:
-        tick = Tick(self.step, self.total, self.seed, self._optimizer)
+        tick = Tick(self.step, self.total, self.seed, self._optimizer, self.began)
         due = [(event, adapters) for event, adapters in self.audience() if event.moment is moment and event.due(tick)]
         for unit in self._units if due else ():  # as shard.settle, without a walk over the model in every step
             unit.reshard()

@@ -19,10 +19,8 @@ updates (``begin``); a layer stands still until its turn.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, ClassVar
 
 import torch
@@ -186,10 +184,10 @@ class Listen:
         adapter.listener.start(due)
 
     def _first(self, X: Tensor, tick: Tick) -> bool:
-        """Whether it is the turn of a layer that has no basis yet: those before it come first."""
+        """Whether it is the turn of a layer that has no basis yet. It stays its turn until a gradient comes."""
         group = tick.group(X).get("params", [])
-        waiting = takewhile(lambda p: p is not X, (p for p in group if not _begun(tick.state(p))))
-        return sum(1 for _ in waiting) < max(1, math.ceil(len(group) / self.begin))
+        place = next((i for i, p in enumerate(group) if p is X), 0)
+        return place * self.begin < len(group) * (tick.step - tick.began + 1)
 
 
 @dataclass(frozen=True)
@@ -231,7 +229,7 @@ class Renew:
         )
         formed = [A[held] @ Q for A, Q, held in zip(As, Qs, rows, strict=True)]
         pairs = [*zip(parts, formed, strict=True), *zip(formed, formed, strict=True), *zip(parts, parts, strict=True)]
-        sums = torch.stack([(a * b).sum() for a, b in pairs])
+        sums = torch.stack([(a * b).sum().to(parts[0].device) for a, b in pairs])
         sums = shard.sum_like(sums, layers[0].subspace).view(3, -1).t()
         chosen = []
         for index, (layer, measured) in enumerate(zip(layers, sums.tolist(), strict=True)):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,9 @@ class Backward:
     _hooks: dict[int, Any] = field(default_factory=dict)  # by the id of a tensor
     _places: dict[int, int] = field(default_factory=dict)  # the parameter group of each
     _hypers: list[Hyper] = field(default_factory=list)  # of this update
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _quiet, ()  # a copied or saved model has none of this run's updates in it
 
     def hooks(self, model: nn.Module) -> list[Any]:
         """Begin; what is returned ends it, each by its ``remove()``."""
@@ -129,6 +132,14 @@ class Backward:
                 "optimizer.step(), but fused_backward=True has taken the update with the old one. Change it before "
                 "loss.backward()."
             )
+
+
+def _nothing(*args: object) -> None:
+    """What stands in a copy where a hook was."""
+
+
+def _quiet() -> Callable[..., None]:
+    return _nothing
 
 
 def refuse_apart(tensors: Iterable[Tensor]) -> None:

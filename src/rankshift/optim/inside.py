@@ -95,7 +95,14 @@ class Inside(Project):
             keys: of the weights, so that the draws are those of :class:`Project`.
         """
         plain, turned = replace(self, store=Wide()), list(Qs)
-        for batch in subspace.same_shape([tuple(A.shape) for A in As], TOGETHER):
+        kinds = [(A.dtype, A.device) for A in As]
+        alike = [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
+        batches = [
+            [some[i] for i in batch]
+            for some in alike
+            for batch in subspace.same_shape([tuple(As[i].shape) for i in some], TOGETHER)
+        ]
+        for batch in batches:
             gradients = [As[i] for i in batch]
             views = [self._view(Qs[i], states[i], keys[i]) for i in batch]
             found = plain._find(gradients, gradients, views)

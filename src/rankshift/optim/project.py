@@ -309,7 +309,9 @@ class Project:
         A = torch.stack(faces) if len(faces) > 1 else faces[0].contiguous()[None]  # one alone has the same bits
         del parts, faces
         s = A.shape[-1]
-        more = 0 if self.energy is None or self.finder in ("eigh", "svd") else self.oversample
+        # where moments stay in their places, so should directions: those of a sketch are turned anyhow
+        nested = self.energy is not None or self.transport == "none"
+        more = self.oversample if nested and self.finder in ("range", "warm") else 0
         width = min(s, self.limit(ps[0]) + more)
         draw = start = None
         if self.finder in ("range", "warm"):
@@ -321,7 +323,7 @@ class Project:
                 start = torch.stack([torch.cat(pair, -1)[..., :width] for pair in zip(bases, draws, strict=True)])
         rows = split == "rows" and not gather
         found = subspace.find(
-            A, width, self.finder, draw=draw, start=start, power=self.power, nested=self.energy is not None,
+            A, width, self.finder, draw=draw, start=start, power=self.power, nested=nested,
             reduce=(lambda part: shard.sum_like(part, ps[0])) if rows else (lambda part: part),
         )  # fmt: skip
         told = (found.vectors, found.energies, found.total)
