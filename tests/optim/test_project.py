@@ -1037,3 +1037,45 @@ def test_a_closure_gives_the_same_result():
         loss(other)
         b.step()
     assert torch.equal(mine, other)
+
+
+# ---- convergence, pinned ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "renews"), [(0.6, False), (0.45, True)])
+def test_kappa_is_a_share_of_the_norm_and_not_of_its_square(share: float, renews: bool):
+    p = weight((9, 6))
+    o = optimizer([p], Project(6, 1.0, clock=Clock(0, earliest=5, look=1), transport="square"))
+    found = steps_of_renewals(o, [p], 80, lambda step, i: gradient((9, 6), 0) * (1.0 if step < 10 else share))
+    assert any(now for now in found[10:]) == renews
+
+
+def test_what_convergence_is_measured_by_begins_anew_at_a_renewal():
+    p = weight((9, 6))
+    o = optimizer([p], Project(6, 1.0, clock=Clock(12, earliest=6, look=1), transport="square"))
+    steps_of_renewals(o, [p], 16, lambda step, i: gradient((9, 6), 0) * (3.0 if step < 12 else 1.0))
+    state = o.state[p]
+    assert int(state["renewals"]) == 2
+    size = gradient((9, 6), 0).square().sum()  # the subspace is everything
+    assert state["pace"][0] == pytest.approx(size.item(), rel=1e-9)
+    assert state["pace"][1] == pytest.approx(0.8 * size.item(), rel=1e-9)  # four of five updates since
+
+
+def test_every_renewal_draws_anew():
+    p = weight((40, 30))
+    o = optimizer([p], Project(2, clock=Clock(1, stagger=False), finder="range", power=0, oversample=0))
+    bases = []
+    for _ in range(2):
+        p.grad = gradient((40, 30), 0)  # white noise: what is found depends on the sketch
+        o.step()
+        bases.append(o.state[p]["basis"].clone())
+    assert (bases[0].mT @ bases[1]).abs().max() < 0.99
+
+
+def test_renewals_come_in_at_most_twenty_groups():
+    ps = [weight((4, 3), seed) for seed in range(50)]
+    o = optimizer(ps, Project(2, clock=Clock(200)))
+    found = steps_of_renewals(o, ps, 201, lambda step, i: gradient((4, 3), step, i))
+    groups = [now for now in found[1:] if now]
+    assert len(groups) == 20
+    assert max(map(len, groups)) == 3
