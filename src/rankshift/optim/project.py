@@ -56,8 +56,8 @@ class Clock:
     look: int = 10
     """Updates between two looks: one transfer to the host each."""
     stagger: bool = True
-    """Spread the second renewal of all tensors over the first ``every`` updates, a few of one shape at a time, so that
-    no update has them all; False renews all at once, as GaLore does."""
+    """Spread the second renewal of all tensors over the first ``every`` updates, at twenty moments at most, so that no
+    update has them all; False renews all at once, as GaLore does."""
 
     def wait(self, place: tuple[int, int] | None = None) -> int:
         """Updates between two renewals; with ``place``, between the first two of one tensor of so many."""

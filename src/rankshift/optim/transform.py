@@ -1,7 +1,7 @@
 """Transform: how one tensor's gradient becomes a direction; Optimizer: one torch optimizer over many of them.
 
-As in optax, a transform is a pair of pure functions, ``init`` and ``update``, and transforms nest: a projection hands
-its small gradient to the one inside it, with ``p=None`` because there is no parameter in the subspace.
+As in optax, a transform makes the state of a tensor (``init``) and turns its gradient into a direction (``update``);
+``step`` does that for all tensors of a group, as fast as it can.
 """
 
 from __future__ import annotations
