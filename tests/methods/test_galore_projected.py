@@ -644,3 +644,23 @@ def test_a_layer_without_a_gradient_keeps_no_turn_from_others() -> None:
         optimizer.zero_grad()
     begun = {row.name: row.renewals for row in run.subspace_table().rows}
     assert begun == {"unused.weight": 0, "inner.weight": 1, "outer.weight": 1, "last.weight": 1}
+
+
+def test_the_narrow_basis_is_that_of_the_last_renewal() -> None:
+    """A bf16 weight moves inside the subspace of now, in every update."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16, bias=False, dtype=torch.bfloat16))
+    method = GaLore(rank=2, every=2, side="in", stagger=False, gradient="projected", rounding="nearest", targets=("0",))
+    run = rs.attach(model, method)
+    optimizer = run.optimizer(lr=1.0)
+    layer = run.adapter()["0"]
+    assert isinstance(layer, ProjectedLayer)
+    for step in range(6):
+        before = model[0].weight.detach().double()
+        x = torch.randn(40, 24, generator=torch.Generator().manual_seed(step)).bfloat16()
+        (model(x).float() - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved, Q = model[0].weight.detach().double() - before, layer.basis.detach().double()
+        outside = moved - moved @ Q @ Q.t()
+        assert outside.norm() < 0.1 * moved.norm(), f"update {step}"

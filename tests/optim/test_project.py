@@ -1079,3 +1079,15 @@ def test_renewals_come_in_at_most_twenty_groups():
     groups = [now for now in found[1:] if now]
     assert len(groups) == 20
     assert max(map(len, groups)) == 3
+
+
+def test_a_gradient_of_zeros_at_a_renewal_leaves_what_is_known():
+    p = weight((9, 6))
+    o = optimizer([p], Project(3, clock=Clock(3, stagger=False)))
+    steps_of_renewals(o, [p], 3, lambda step, i: gradient((9, 6), step))
+    basis, energy = (o.state[p][key].clone() for key in ("basis", "energy"))
+    steps_of_renewals(o, [p], 1, lambda step, i: torch.zeros(9, 6, dtype=D))
+    assert int(o.state[p]["renewals"]) == 2
+    assert torch.equal(o.state[p]["basis"], basis)
+    assert torch.equal(o.state[p]["energy"], energy)
+    assert energy > 0.3

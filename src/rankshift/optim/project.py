@@ -390,7 +390,8 @@ class Project:
         shard.held(state["basis"]).copy_(new)
         share = subspace.captured(found, rank).sum()
         share = shard.sum_like(share, p) if self.split(p) == "batch" else share
-        state["energy"].copy_(share / math.prod(self.face(p)[0][:-2]))
+        share = share / math.prod(self.face(p)[0][:-2])
+        state["energy"].copy_(torch.where(share > 0, share, state["energy"]))  # a gradient of zeros says nothing
         state["renewals"] += 1
         state["renewed"].copy_(state["step"])
         state["next"].copy_(state["step"] + state["wait"])
