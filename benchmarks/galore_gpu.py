@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from lora_gpu import SHAPES, Step, arm_frozen, compiled, llama
+from lora_gpu import SHAPES, Step, arm_frozen, compiled, llama, measure
 from torch import nn
 
 import rankshift as rs
@@ -136,23 +136,6 @@ def once(step: Step) -> float:
     return start.elapsed_time(stop)
 
 
-def measure(steps: dict[str, Step], peaks: dict[str, float], rounds: int) -> dict[str, dict[str, float]]:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(once(step))
-    table = {}
-    for name, values in times.items():
-        values.sort()
-        table[name] = {
-            "ms": statistics.median(values),
-            "p10": values[len(values) // 10],
-            "p90": values[len(values) * 9 // 10],
-            "gib": peaks[name],
-        }
-    return table
-
-
 def renewals(
     shape: str, rank: int, batch: dict[str, torch.Tensor], device: str, every: int, listed: bool
 ) -> dict[str, float]:
@@ -208,11 +191,11 @@ def main() -> None:
         found = {name: make for name, make in found.items() if name in options.arms}
     torch._dynamo.config.recompile_limit = 64  # arms share the code of a block
     steps, peaks = build(found, failed, time.perf_counter() + options.deadline)
-    table = measure(steps, peaks, options.rounds)
+    table = measure(steps, options.rounds)
     floor = min((row["ms"] for name, row in table.items() if name.startswith("frozen")), default=float("nan"))
     print(f"{'arm':50} {'ms':>8} {'p10':>8} {'p90':>8} {'× floor':>8} {'GiB':>7}")
     for name, row in table.items():
-        row["x_floor"] = row["ms"] / floor
+        row["x_floor"], row["gib"] = row["ms"] / floor, peaks[name]
         cells = f"{row['ms']:8.1f} {row['p10']:8.1f} {row['p90']:8.1f} {row['x_floor']:8.2f} {row['gib']:7.2f}"
         print(f"{name:50} {cells}", flush=True)
     spread: dict[str, float] = {}

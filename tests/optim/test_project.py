@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankshift.core.errors import ConfigError
 from rankshift.core.form import ExpertsForm, TransposedForm
-from rankshift.optim import Adam, Hyper, Optimizer, subspace
+from rankshift.optim import Adam, Optimizer, subspace
 from rankshift.optim.moments import Blocks
 from rankshift.optim.project import Clock, Project
 
@@ -179,22 +179,6 @@ def test_decay_is_of_the_whole_weight_and_without_the_scale():
     start = p.detach().clone()
     train(p, Project(2, scale=0.25), 1, lambda n: 0 * gradient((9, 6), n), lr=0.1, weight_decay=0.5)
     torch.testing.assert_close(p.detach(), 0.95 * start, rtol=1e-14, atol=0)
-
-
-def test_update_is_the_direction_that_step_takes():
-    for residual in (False, True):
-        project = Project(3, clock=Clock(2, stagger=False), residual=residual, scale=0.5)
-        a, b = weight(), weight()
-        o = optimizer([b], project)
-        mine = project.init(a, None)
-        hyper_lr = 1e-2
-        for step in range(5):
-            G = b.grad = gradient((9, 6), step)
-            with torch.no_grad():
-                d = project.update(G, mine, a, Hyper(hyper_lr, (0.9, 0.999), 1e-8, 0.0))
-                a.sub_(d, alpha=hyper_lr)
-            o.step()
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 # ---- invariances of transport

@@ -112,9 +112,8 @@ class GaLore(Method):
                     'which would keep their copies. Use rounding="stochastic", or load the model in fp32 and train '
                     "under autocast."
                 )
-        for name in ("rank",):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{kind}({name}={getattr(self, name)}): it must be at least 1.")
+        if self.rank < 1:
+            raise ConfigError(f"{kind}(rank={self.rank}): it must be at least 1.")
         if self.every < 0:
             raise ConfigError(f"{kind}(every={self.every}): updates between two renewals, or 0 for never.")
         if not self.scale > 0:

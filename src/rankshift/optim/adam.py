@@ -48,18 +48,6 @@ class Adam:
         state |= self.store.init("exp_avg_sq", tuple(p.shape), p, shard.is_sharded(p))
         return state | rounding.init(p, self.rounding)
 
-    def update(self, g: Tensor, state: dict[str, Tensor], p: Tensor | None, hyper: Hyper) -> Tensor:
-        beta1, beta2 = hyper.betas
-        state["step"] += 1
-        t = state["step"].item()
-        m, v = self._moments(state, ...)
-        g = g if self.store is None else shard.held(g).to(m.dtype)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        direction = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt_() + hyper.eps)
-        self._keep(state, m, v, ...)
-        return direction
-
     def _moments(self, state: dict[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
         if self.store is None:
             return state["exp_avg"], state["exp_avg_sq"]

@@ -50,14 +50,6 @@ class Inside(Project):
             raise ConfigError("it is not that of a gradient that is projected as it is formed.")
         return self._taken(p, saved, fresh, tuple(p.shape))
 
-    def update(self, g: Tensor, state: dict[str, Tensor], p: Tensor | None, hyper: Hyper) -> Tensor:
-        """α N, of the part held here."""
-        assert p is not None
-        X = shard.held(g).to(shard.held(state["mass"]).dtype)
-        (N,) = self.adam([X], [state], hyper)
-        self.look([p], [X.square().sum()], [state])
-        return self.scale * N
-
     def step(
         self,
         parameters: Sequence[Tensor],

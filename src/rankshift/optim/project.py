@@ -171,18 +171,6 @@ class Project:
 
     # ---- a step
 
-    def update(self, g: Tensor, state: dict[str, Tensor], p: Tensor | None, hyper: Hyper) -> Tensor:
-        """The direction for one parameter, dense, of the part held here. It needs the parameter: there is no other."""
-        assert p is not None, "a projection has nothing to project inside another"
-        if _due(state):
-            self.renew([p], [g], [state], hyper)
-        A = self.facing(p, shard.held(g))
-        X = self.project(A, p, state)
-        (N,) = self.adam([X], [state], hyper)
-        self.look([p], [X.square().sum()], [state])
-        direction = self.lift(N, X, A, p, state)
-        return self.form.stored(direction if self.face(p)[1] else direction.mT)
-
     def step(
         self,
         parameters: Sequence[Tensor],
@@ -241,19 +229,17 @@ class Project:
 
     def apply(self, N: Tensor, X: Tensor, A: Tensor, p: Tensor, state: dict[str, Tensor], hyper: Hyper) -> None:
         """W ← (1 − lr·wd) W − lr·lift(N), rounded once."""
-        here = shard.held(p)
-        # a product of 16 bits is summed in fp32 and rounded once, to the nearest
-        plain = here.is_cuda and self.rounding == "nearest" and not self.residual
-        weight = here if plain else rounding.opened(p, state)
-        view, decay = self.facing(p, weight), 1 - hyper.lr * hyper.weight_decay
-        if self.residual or view.data_ptr() != weight.data_ptr():  # a weight with its channels last has no such view
-            direction = self.lift(N, X, A, p, state)
+        here, decay = shard.held(p), 1 - hyper.lr * hyper.weight_decay
+        viewed = self.facing(p, here).data_ptr() == here.data_ptr()  # not a weight with its channels last
+        if self.residual or not viewed:
+            weight, direction = rounding.opened(p, state), self.lift(N, X, A, p, state)
             direction = self.form.stored(direction if self.face(p)[1] else direction.mT)
             weight.mul_(decay).sub_(direction, alpha=hyper.lr)
-        else:
+        else:  # a product in 16 bits is summed in fp32 and rounded once, to the nearest
+            weight = here if self.rounding == "nearest" else rounding.opened(p, state)
+            view, basis = self.facing(p, weight), self.basis(p, state).to(weight.dtype)
             step = view.addmm_ if view.dim() == 2 else view.baddbmm_
-            N, basis = N.to(weight.dtype), self.basis(p, state).to(weight.dtype)
-            step(N, basis.mT, beta=decay, alpha=-hyper.lr * self.scale)
+            step(N.to(weight.dtype), basis.mT, beta=decay, alpha=-hyper.lr * self.scale)
         rounding.close(p, weight, state, self.rounding)
 
     def basis(self, p: Tensor, state: dict[str, Tensor]) -> Tensor:

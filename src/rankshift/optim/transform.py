@@ -1,7 +1,7 @@
 """Transform: how one tensor's gradient becomes a direction; Optimizer: one torch optimizer over many of them.
 
-As in optax, a transform makes the state of a tensor (``init``) and turns its gradient into a direction (``update``);
-``step`` does that for all tensors of a group, as fast as it can.
+A transform makes the state of a tensor (``init``), steps all tensors of a group (``step``), and says what it
+can make of another's state (``adopt``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def hyper_of(group: dict[str, Any]) -> Hyper:
 
 @runtime_checkable
 class Transform(Protocol):
-    """How the gradient of one tensor becomes a direction of descent."""
+    """How gradients become steps."""
 
     def init(
         self, p: Tensor, key: Key | None = None, rank: int | None = None, place: tuple[int, int] = (1, 1)
@@ -53,10 +53,6 @@ class Transform(Protocol):
         """
         ...
 
-    def update(self, g: Tensor, state: dict[str, Tensor], p: Tensor | None, hyper: Hyper) -> Tensor:
-        """The direction d of ``p ← p − lr·d`` (decay not included), with ``state`` advanced in place."""
-        ...
-
     def step(
         self,
         parameters: Sequence[Tensor],
@@ -64,7 +60,7 @@ class Transform(Protocol):
         states: Sequence[dict[str, Tensor]],
         hyper: Hyper,
     ) -> None:
-        """Decay and update whole parameters in place; :func:`plain_step` unless there is a faster form."""
+        """p ← (1 − lr·weight_decay) p − lr·d for every parameter, in place, with its state advanced."""
         ...
 
     def adopt(self, p: Tensor, saved: dict[str, Tensor], fresh: dict[str, Tensor]) -> list[str]:
@@ -77,19 +73,6 @@ class Transform(Protocol):
             ConfigError: it is of no use here.
         """
         ...
-
-
-def plain_step(
-    transform: Transform,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
-    hyper: Hyper,
-) -> None:
-    """p ← (1 − lr·wd) p − lr·update(g), tensor by tensor."""
-    for p, g, state in zip(parameters, gradients, states, strict=True):
-        direction = transform.update(g, state, p, hyper)
-        p.mul_(1 - hyper.lr * hyper.weight_decay).sub_(direction, alpha=hyper.lr)
 
 
 class Optimizer(torch.optim.Optimizer):
