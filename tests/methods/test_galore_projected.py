@@ -157,11 +157,12 @@ def test_the_settings_renew_and_change_ranks() -> None:
             assert any(a != b for a, b in pairwise(ranks[1:])), ranks
 
 
-def test_random_directions_are_drawn_alike() -> None:
-    """Where they decide: sides wider than rank and oversampling together."""
+@pytest.mark.parametrize("finder", ["range", "warm"])
+def test_random_directions_are_drawn_alike(finder: str) -> None:
+    """Where they decide: sides wider than rank and oversampling together. "warm" goes on from the last basis too."""
     ends = []
     for gradient in ("full", "projected"):
-        method = GaLore(rank=2, every=2, gradient=gradient, stagger=False)  # type: ignore[arg-type]
+        method = GaLore(rank=2, every=2, finder=finder, gradient=gradient, stagger=False)  # type: ignore[arg-type]
         model, run, optimizer = deep(method, 2)
         for step in range(5):
             x = torch.randn(30, 24, dtype=F64, generator=torch.Generator().manual_seed(step))

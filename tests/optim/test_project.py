@@ -439,6 +439,41 @@ def test_the_basis_stands_bit_for_bit_between_renewals():
         torch.testing.assert_close(Q.mT @ Q, torch.eye(3), rtol=0, atol=1e-5)
 
 
+def course_of_energies(rule: Project, steps: int) -> Tensor:
+    """What each basis of a constant gradient holds, as a share of the best; its singular values have no gap."""
+    p = weight((40, 30))
+    o = optimizer([p], rule)
+    sigma = torch.linalg.svdvals(gradient((40, 30), 0)).square()
+    shares = []
+    for _ in range(steps):
+        p.grad = gradient((40, 30), 0)
+        o.step()
+        kept = p.grad @ state(o)["basis"]
+        shares.append(kept.square().sum() / sigma[: kept.shape[-1]].sum())
+    return torch.stack(shares)
+
+
+@pytest.mark.parametrize("transport", ["none", "square"])
+def test_warm_comes_nearer_to_the_best_with_every_renewal(transport):
+    """One iteration at a time, each from where the last one ended; another finder begins anew every time."""
+    rule = Project(5, clock=EACH, finder="warm", transport=transport, oversample=0)
+    warm = course_of_energies(rule, 60)
+    assert bool((warm.diff() > -1e-9).all())
+    assert warm[0] < 0.9
+    assert warm[-1] > 0.999
+    assert course_of_energies(replace(rule, finder="range"), 60).max() < 0.97
+
+
+def test_warm_goes_on_from_a_basis_narrower_than_the_sketch():
+    """A rank of 4, chosen by energy, of 7 directions that are sought: the other three are drawn."""
+    rule = Project(7, 0.3, clock=EACH, finder="warm", transport="square", oversample=0)
+    warm = course_of_energies(rule, 30)
+    assert bool((warm.diff() > -1e-9).all())
+    assert warm[0] < 0.96
+    assert warm[-1] > 0.9999
+    assert course_of_energies(replace(rule, finder="range"), 30).max() < 0.99
+
+
 # ---- when
 
 
@@ -613,6 +648,22 @@ def test_experts_are_projected_one_by_one(transposed):
     for e, p in enumerate(alone):
         train(p, replace(project, form=form), 7, lambda n, e=e: gradient((3, 8, 5), n)[e])
         torch.testing.assert_close(stack[e], p, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("finder", ["svd", "eigh", "range", "warm"])
+def test_the_energy_of_a_stack_is_the_mean_over_its_experts(finder):
+    """From singular values, at two renewals; the experts' own shares lie far apart."""
+    ranks = torch.tensor([2, 4, 6])
+    p = weight((3, 12, 8))
+    o = optimizer([p], Project(2, clock=EACH, finder=finder, form=ExpertsForm(3)))
+    for step in range(2):
+        G = p.grad = torch.stack([gradient((12, r), step, r) @ gradient((r, 8), step, r + 9) for r in ranks.tolist()])
+        o.step()
+        sigma = torch.linalg.svdvals(G).square()
+        shares = sigma[:, :2].sum(-1) / sigma.sum(-1)
+        assert float(shares.max() - shares.min()) > 0.25
+        # sketches of 2 + 8 directions know all eight
+        torch.testing.assert_close(state(o)["energy"], shares.mean(), rtol=1e-9, atol=0)
 
 
 def test_an_expert_without_tokens_keeps_its_basis_and_moments():

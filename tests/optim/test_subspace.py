@@ -270,6 +270,19 @@ def test_centred_is_the_formula_of_ldadam():
     torch.testing.assert_close(moved.first, M @ R.mT, rtol=1e-12, atol=1e-12)
 
 
+def test_centred_takes_the_magnitude_of_an_estimate_below_zero():
+    """Where averages over unlike windows say m² > v: |…| of the sum, not 0, nor a sum of magnitudes. By hand."""
+    R = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=D)
+    M, V = torch.tensor([[2.0, 1.0]], dtype=D), torch.tensor([[1.0, 3.0]], dtype=D)
+    # v − m² = (−3, 2); (R∘R)(v − m²) = (0.36·−3 + 0.64·2, 0.64·−3 + 0.36·2) = (0.2, −1.2)
+    # R m = (2, −1), so the estimates are 4.2 and −0.2
+    moved = transport(Moments(M, V, full_mass(2)), R, "centred", seen=1.0)
+    torch.testing.assert_close(moved.second, torch.tensor([[4.2, 0.2]], dtype=D), rtol=1e-12, atol=0)
+    half = transport(Moments(0.25 * M, 0.5 * V, 0.5 * full_mass(2)), R, "centred", seen=0.25)  # the same averages
+    torch.testing.assert_close(half.second, torch.tensor([[2.1, 0.1]], dtype=D), rtol=1e-12, atol=0)
+    torch.testing.assert_close(half.mass, 0.5 * full_mass(2), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("how", ["square", "centred"])
 def test_a_new_basis_of_the_same_span_moves_no_first_moment(how):
     g = generator()
