@@ -105,34 +105,65 @@ def test_every_kind_of_layer_under_ddp(method: Method, pool: Pool) -> None:
     same(pool.run(kinds, "ddp", method, 3, 2)[1], kinds("one", method, 3), laws.RANKS, "under DDP")
 
 
-def stepped(transform: project.Project, shape: tuple[int, ...], split: bool) -> dict[str, Tensor]:
-    """A weight and its state, whole, after updates on noise, which has no direction that every sketch would find."""
+def stepped(
+    transform: project.Project, shape: tuple[int, ...], split: bool, loudness: Tensor | None = None
+) -> dict[str, Tensor]:
+    """A weight and its state, whole, after updates on noise, which has no direction that every sketch would find.
+
+    ``loudness``: (updates, axis 0), what the gradient of each row is multiplied by. Beside the last state there is
+    what those numbers of it were after every update that tell what was decided.
+    """
     generator = torch.Generator().manual_seed(0)
 
-    def noise() -> Tensor:
+    def noise(loudness: Tensor | None = None) -> Tensor:
         tensor = torch.randn(*shape, generator=generator, dtype=F64)
+        if loudness is not None:
+            tensor = tensor * loudness.view(-1, *(1 for _ in shape[1:]))
         return distribute_tensor(tensor, init_device_mesh("cpu", (world(),)), [Shard(0)]) if split else tensor
 
     p = nn.Parameter(noise())
     optimizer = Optimizer([{"params": [p]}], [transform], lr=1e-2)
-    for _ in range(3):
-        p.grad = noise()
+    course: dict[str, list[Tensor]] = {"limit": [], "pace": [], "renewals": []}
+    for loud in [None] * 3 if loudness is None else loudness:
+        p.grad = noise(loud)
         optimizer.step()
-    return {name: shard.whole(value).clone() for name, value in {"weight": p, **optimizer.state[p]}.items()}
+        for key in course.keys() & optimizer.state[p].keys():
+            course[key].append(optimizer.state[p][key].clone())
+    found = {name: shard.whole(value).clone() for name, value in {"weight": p, **optimizer.state[p]}.items()}
+    return found | {f"course of {key}": torch.stack(values) for key, values in course.items() if values}
 
 
-@pytest.mark.parametrize("finder", ["range", "warm"])
-@pytest.mark.parametrize(
+PARTS = pytest.mark.parametrize(
     ("form", "shape"),
     [(Form(), (25, 30)), (Form(), (30, 25)), (ExpertsForm(3), (3, 30, 24))],
     ids=["columns", "rows", "matrices"],
 )
+
+
+@pytest.mark.parametrize("finder", ["range", "warm"])
+@PARTS
 def test_a_sketch_is_that_of_the_whole(form: Form, shape: tuple[int, ...], finder: str, pool_of_four: Pool) -> None:
     transform = project.Project(rank=3, clock=project.Clock(1), finder=finder, transport="square", form=form)  # type: ignore[arg-type]
     alone = stepped(transform, shape, False)
     assert 0 < float(alone["energy"]) < 0.6
     for states in pool_of_four.run(stepped, transform, shape, True):
         same(states, alone, laws.RANKS, "on four ranks")
+
+
+@PARTS
+def test_what_limits_a_residual_is_the_norm_over_all_ranks(
+    form: Form, shape: tuple[int, ...], pool: Pool, pool_of_four: Pool
+) -> None:
+    """In updates where it binds and in others; every part's norm takes a course of its own."""
+    transform = project.Project(rank=3, clock=project.Clock(0), residual=True, form=form)
+    loudness = torch.ones(8, shape[0], dtype=F64)
+    alone = stepped(transform, shape, False, loudness)
+    grown = alone["course of limit"][1:] / alone["course of limit"][:-1]
+    bound = (grown - 1.01).abs() < 1e-9
+    assert 2 <= bound.sum() < 7
+    for ranks in (pool, pool_of_four):
+        for states in ranks.run(stepped, transform, shape, True, loudness):
+            same(states, alone, laws.RANKS, f"on {ranks.size} ranks")
 
 
 # ---- one decision ----------------------------------------------------------------------------------------------------
@@ -330,22 +361,46 @@ def test_shards_of_two_ranks_resume_on_four(method: Method, pool: Pool, pool_of_
 CALMS = AdaRankGrad(rank=6, every=0, earliest=3, kappa=0.99)
 
 
-def converged(engine: Engine, k: int) -> tuple[dict[str, Tensor], list[int]]:
+def converged(engine: Engine, k: int, method: Method) -> tuple[dict[str, Tensor], list[int]]:
     """26 updates, through a file at ``k``; and how often each basis was renewed."""
-    session = begin(engine, CALMS, F64, total=26, lr=1e-3).steps(k)
+    session = begin(engine, method, F64, total=26, lr=1e-3).steps(k)
     session = Session.load(session.save(), engine, tiny(F64), lr=1e-3).steps(26 - k)
     states = [session.optimizer.state[p] for _, p in session.run.trainable()]
     return session.state(whole=True), [int(state["renewals"]) for state in states if "renewals" in state]
 
 
-def test_convergence_renews_alike_on_all_ranks_and_after_a_resume(pool: Pool) -> None:
-    alone, renewals = converged("one", 0)
+@pytest.mark.parametrize("gradient", ["full", "projected"])
+def test_convergence_renews_alike_on_all_ranks_and_after_a_resume(
+    gradient: str, pool: Pool, pool_of_four: Pool
+) -> None:
+    method = replace(CALMS, gradient=gradient)
+    alone, renewals = converged("one", 0, method)
     assert max(renewals) > 1, "no subspace has converged"
     assert min(renewals) < max(renewals), "all have, at once"
-    for engine, k in (("one", 9), ("fsdp2", 11), ("ddp", 8)):
-        found = converged(engine, k) if engine == "one" else pool.run(converged, engine, k)[1]  # type: ignore[arg-type]
+    ways = [converged("one", 9, method), pool.run(converged, "ddp", 8, method)[1]]
+    ways.append(pool_of_four.run(converged, "fsdp2", 11, method)[3])  # 18 rows: 5, 5, 5 and 3
+    for found in ways:
         assert found[1] == renewals
-        same(found[0], alone, laws.RANKS, f"{engine}, resumed at {k}")
+        same(found[0], alone, laws.RANKS)
+
+
+@PARTS
+@pytest.mark.parametrize("energy", [None, 0.5])
+def test_convergence_is_that_of_the_whole_in_uneven_parts(
+    form: Form, shape: tuple[int, ...], energy: float | None, pool_of_four: Pool
+) -> None:
+    """Rows die down one after the other, so that every rank by itself would renew in another update."""
+    loudness = torch.ones(32, shape[0], dtype=F64)
+    for row in range(shape[0]):
+        loudness[5 + 12 * row // shape[0] :, row] = 0.02
+    clock = project.Clock(0, earliest=6, kappa=0.5, look=2)
+    transform = project.Project(rank=4, energy=energy, clock=clock, transport="square", form=form)
+    alone = stepped(transform, shape, False, loudness)
+    renewed = (alone["course of renewals"].diff() > 0).nonzero()[:, 0] + 1
+    assert len(renewed) == 1
+    assert renewed[0] > 20, "it is not the first rows alone that decide"
+    for states in pool_of_four.run(stepped, transform, shape, True, loudness):
+        same(states, alone, laws.RANKS, "on four ranks")
 
 
 # ---- dtypes ----------------------------------------------------------------------------------------------------------
