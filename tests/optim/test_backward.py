@@ -103,27 +103,75 @@ def test_gradient_checkpointing(reentrant):
     same(train(False), train(True))
 
 
-def test_a_shared_weight_is_updated_once():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
-            self.down.weight = self.up.weight
+class Loop(nn.Module):
+    """One weight that three products share, two of them inside what may be checkpointed."""
 
-        def forward(self, x):
-            return self.down(self.up(x).tanh())
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.up, self.down, self.last = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.last.weight = self.down.weight
+
+    def forward(self, x):
+        h = self.up(x)
+        for _ in range(2):
+            h = self.inner(h) if self.how is None else checkpoint(self.inner, h, use_reentrant=self.how)
+        return self.last(h).square().sum()
+
+    def inner(self, h):
+        return self.down(h.tanh())
+
+
+def looped(how, method, fused):
+    """A run on it after three updates."""
+    run = rs.attach(Loop(how), method)
+    optimizer = run.optimizer(lr=1e-2, fused_backward=fused)
+    for i in range(3):
+        run.model(torch.full((2, 6), i + 1.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return run, optimizer
+
+
+@pytest.mark.parametrize("how", [None, False], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("method", [rs.Full(), rs.GaLore(rank=2, every=2, targets=("up",))], ids=lambda m: m.name)
+def test_a_weight_that_is_used_three_times_is_updated_once(method, how):
+    ordinary, fused = looped(how, method, False), looped(how, method, True)
+    same(state(*ordinary), state(*fused))
+    assert {int(s["step"]) for s in fused[1].state.values()} == {3}
+    assert len(fused[1].state) == 3
+
+
+def test_a_gradient_that_comes_in_pieces_is_refused():
+    """Reentrant checkpointing runs a backward pass of its own for every region: of each a shared weight gets a part."""
+    with pytest.raises(TrainingError, match="cannot be accumulated"):
+        looped(True, rs.Full(), True)
+
+
+def test_tensors_that_come_into_the_optimizer_later_are_updated_once_as_the_others():
+    """As an engine does that puts its own in the place of the model's."""
 
     def train(fused):
-        run = rs.attach(Tied(), rs.Full())
+        run = rs.attach(Two(), rs.Full())
         optimizer = run.optimizer(lr=1e-2, fused_backward=fused)
-        for i in range(3):
-            run.model(torch.full((2, 6), i + 1.0)).square().sum().backward()
+        model, group = run.model, optimizer.param_groups[0]
+        for i in range(4):
+            if i == 2:
+                old = model.second.weight
+                model.second.weight = nn.Parameter(old.detach().clone())
+                group["params"] = [model.second.weight if p is old else p for p in group["params"]]
+            model(torch.full((2, 4), i + 1.0)).backward()
             optimizer.step()
             optimizer.zero_grad()
-        return {name: t.clone() for name, t in run.model.state_dict().items()}
+        found = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return found | {f"{name}/step": optimizer.state[p]["step"] for name, p in model.named_parameters()}
 
-    same(train(False), train(True))
+    found = train(True)
+    same(train(False), found)
+    assert {name: int(n) for name, n in found.items() if name.endswith("/step")} == {
+        "first.weight/step": 4, "first.bias/step": 4, "second.weight/step": 2, "second.bias/step": 4
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("norm", [1e-3, 0.2, 100.0])
