@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from rankshift.core.adapter import Adapter
 from rankshift.core.errors import AttachError, ConfigError, ExportError, TrainingError, WrongBase
 from rankshift.core.event import Driver
 from rankshift.core.lesson import Ear, Lesson
-from rankshift.core.method import Estate, Method
+from rankshift.core.method import Estate, Method, compare
 from rankshift.core.phase import Phase
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, separate
 from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
@@ -36,6 +37,8 @@ from rankshift.placement import (
     weights,
 )
 from rankshift.summary import Compression, Projections, Summary, compression, projections, summarise
+
+_log = logging.getLogger(__name__)
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -94,6 +97,7 @@ class Run:
         self._ranks: dict[str, int] = {}  # of the subspaces of projected gradients, where no optimizer knows them
         self._frozen = {name: p.requires_grad for name, p, _ in base_parameters(model)}
         self._closed = self._suspended = ""
+        self._told: list[str] = []  # how the method differs from that of the state that was loaded
         self._ear = Ear()
         self._driver = Driver(self._on.audience, seed, _count(total_steps), self._on.required, start)
         self._driver.objection = self._objection
@@ -294,6 +298,7 @@ class Run:
         optimizer = (FusedOptimizer if fused_backward else Optimizer)(
             groups.values(), [key[0] for key in groups], lr, betas, eps, weight_decay, self.seed, self._ranks
         )
+        optimizer.told = self._told  # no copy, as of the ranks
         self._driver.check_gradients = check_gradients
         hooks = Backward(optimizer, self._driver, clip_each).hooks(self.model) if fused_backward else None
         self._driver.bind(optimizer, self.model, optimizer.initial, hooks)
@@ -814,14 +819,19 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state of another run of the same method on the same base.
 
+        Where a method allows it (``Method.adjustable``: most fields of GaLore and AdaRankGrad), this run's may differ;
+        it goes on as it is, and the log says in what.
+
         Raises:
-            WrongBase: a tensor is missing, unknown or of another shape; nothing was changed.
+            WrongBase: another method, or a tensor is missing, unknown or of another shape; nothing was changed.
         """
         self._open()
         wanted = {name: from_dict(entry["method"]) for name, entry in state["adapters"].items()}
-        for name, member in self._on.members.items():
-            if name in wanted and wanted[name] != member.method:
-                raise WrongBase(f"adapter {name!r} was trained as {wanted[name]}, but {member.method} is attached.")
+        other = [
+            compare(wanted[name], member.method, "The run" if name == DEFAULT else f"Adapter {name!r}")
+            for name, member in self._on.members.items()
+            if name in wanted
+        ]
         mine = {name: dict(m.ranks) for name, m in self._on.members.items()}
         for name, entry in state["adapters"].items():
             if name in mine and mine[name] != entry["ranks"]:
@@ -852,6 +862,8 @@ class Run:
         self.seed = self._driver.seed = int(state["seed"])
         self.total_steps = state["total_steps"]
         self.phases = [Phase.from_mapping(phase) for phase in state["phases"]]
+        if any(other):
+            self.phases[-1] = replace(self.phases[-1], method=to_dict(self.method))
         self._driver.began = self.phases[-1].start
         self._changed = set(state["changed"])
         self._ranks.clear()  # the optimizer reads it too
@@ -859,6 +871,9 @@ class Run:
         self.use(*state["active"])
         self._driver.step, self._driver.skipped = int(state["step"]), int(state.get("skipped", 0))
         self._driver.open_window()
+        self._told[:] = filter(None, other)
+        for change in self._told:
+            _log.warning("%s.", change)
 
     def _take(self, tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> None:
         """Copy saved tensors to their places; every refusal comes before the first."""

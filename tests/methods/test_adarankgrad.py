@@ -57,9 +57,9 @@ def test_ranks_jump_with_the_gradient_and_the_run_knows_them():
 
 
 def test_with_a_fixed_rank_and_clock_and_no_transport_it_is_galore():
-    ada = rs.AdaRankGrad(rank=6, every=7, earliest=7, scale=0.5).project(SPEC)
+    ada = rs.AdaRankGrad(rank=6, every=7, earliest=7, scale=0.5).project(SPEC.form)
     same = replace(ada, energy=None, transport="none", clock=replace(ada.clock, earliest=None))
-    galore = rs.GaLore(rank=6, every=7, scale=0.5).project(SPEC)
+    galore = rs.GaLore(rank=6, every=7, scale=0.5).project(SPEC.form)
     assert same == galore
 
 
@@ -68,7 +68,7 @@ def test_fields_reach_the_transform():
         rank=9, min_rank=2, energy=0.7, multiple=4, every=80, earliest=30, kappa=0.4, transport="centred",
         finder="eigh", scale=0.5, residual="fira", side="in", stagger=False,
     )  # fmt: skip
-    assert method.project(SPEC) == Project(
+    assert method.project(SPEC.form) == Project(
         rank=9, energy=0.7, min_rank=2, multiple=4, clock=Clock(80, 30, 0.4, stagger=False), finder="eigh",
         transport="centred", residual=True, side="in", scale=0.5,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rankshift as rs
 from rankshift.cli import files, inspect
-from rankshift.core.errors import ConfigError, DataError, MissingFile, NotWritable, RankshiftError
+from rankshift.core.errors import ConfigError, DataError, MissingFile, NotWritable, RankshiftError, WrongBase
 from rankshift.run import load
 from rankshift.train import bases, config, recipe
 
@@ -452,6 +452,41 @@ def test_an_interrupted_run_keeps_the_course_of_its_subspaces(tmp_path, tiny_lla
         np.testing.assert_array_equal(
             course(metrics["subspaces"], what).values, course(whole["subspaces"], what).values
         )
+
+
+def test_a_run_is_resumed_with_other_settings_of_its_method(tmp_path, tiny_llama, monkeypatch, caplog):
+    from rankshift.train.trainer import Trainer
+
+    (tmp_path / "a.txt").write_text("hello how are you ? fine thanks . " * 50)
+    settings = {
+        "model": str(tiny_llama), "data": {"train": str(tmp_path / "a.txt"), "max_length": 16},
+        "method": {"method": "galore", "rank": 4, "every": 2},
+        "train": {"steps": 6, "lr": 1e-3, "save_every": 3},
+    }  # fmt: skip
+    step = Trainer.training_step
+
+    def stopped(self, *arguments, **named):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(Trainer, "training_step", stopped)
+    with pytest.raises(recipe.Interrupted) as caught:
+        train(tmp_path, **settings)
+    monkeypatch.undo()
+    directory = caught.value.directory
+    before = (directory / "config.yaml").read_text()
+    with pytest.raises(WrongBase, match=r"GaLore\(side=\"larger\"\): side cannot change"):
+        recipe.resume(directory, Console(file=io.StringIO()), ["method.side=larger"])
+    assert (directory / "config.yaml").read_text() == before
+    with caplog.at_level("WARNING", "rankshift"):
+        recipe.resume(directory, Console(file=io.StringIO()), ["method.every=3", "method.rank=8"])
+    assert "The run was saved as GaLore(rank=4, every=2) and goes on as GaLore(rank=8, every=3)." in caplog.text
+    after = config.read(directory / "config.yaml")
+    assert (after.method.rank, after.method.every) == (8, 3)
+    run = load(bases.load(directory).model, directory / "adapter")
+    assert run.method == after.method
+    assert set(run.subspaces.values()) == {8}
 
 
 def test_compression_and_the_mixed_loss_are_told(tmp_path, tiny_llama):

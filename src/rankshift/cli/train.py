@@ -18,9 +18,11 @@ def run(settings: list[str], resume: Path | None) -> None:
     overrides = [text for text in settings if "=" in text]
     if len(files) > 1:
         raise ConfigError(f"{files[1]!r} is a second config file. Give one file, and settings as key=value.")
-    if resume is not None and settings:
+    other = next((text for text in settings if not text.startswith("method.")), None)
+    if resume is not None and other is not None:
         raise ConfigError(
-            f"--resume goes on with the settings of {resume}. Leave {settings[0]!r} out, or start a new run."
+            f"--resume goes on with the settings of {resume}, but for those of its method. Leave {other!r} out, or "
+            "start a new run."
         )
     if "LOCAL_RANK" not in os.environ:  # one process uses one GPU; several are torchrun's business
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -35,7 +37,7 @@ def run(settings: list[str], resume: Path | None) -> None:
         if wanted is not None:
             recipe.train(wanted, console)
         elif resume is not None:
-            recipe.resume(resume, console)
+            recipe.resume(resume, console, overrides)
     except recipe.Interrupted as stop:
         if not recipe.resumable(stop.directory):
             console.print(f"\nStopped after update {stop.step}, before anything was saved.", highlight=False)

@@ -13,11 +13,12 @@ from torch import nn
 from rankshift.core import config
 from rankshift.core.adapter import Adapter
 from rankshift.core.base import Base
-from rankshift.core.errors import ConfigError, nearest
+from rankshift.core.errors import ConfigError, WrongBase, nearest
 from rankshift.core.event import Event, Moment
 from rankshift.core.lesson import Lesson
 from rankshift.core.random import Key
 from rankshift.core.site import Spec, select
+from rankshift.core.watch import Wish
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -212,6 +213,12 @@ class Method:
         return "changes gradients" if any(event.moment is Moment.GRADS for event in self.events()) else ""
 
     @property
+    def adjustable(self) -> frozenset[str]:
+        """Fields in which a run may differ from a saved one and go on from its state: they choose what happens from
+        then on, not what the saved tensors are."""
+        return frozenset()
+
+    @property
     def trains_narrow(self) -> bool:
         """Whether what trains in place may be in bf16, because it is said how such a weight takes a small step."""
         return False
@@ -220,6 +227,10 @@ class Method:
     def needs_data(self) -> bool:
         """Whether :meth:`survey` looks at data."""
         return False
+
+    def watches(self, model: nn.Module) -> Wish | None:
+        """What :meth:`then` wants to know of the training so far: ``run.watch`` has it. None: nothing."""
+        return None
 
     def then(self, run: Any) -> Method | None:
         """The next phase, when it is due."""
@@ -249,6 +260,36 @@ class Method:
         if not isinstance(method, cls):
             raise ConfigError(f"{where} = {method.name!r} is not a {cls.__name__}.")
         return method
+
+
+def compare(saved: Method, here: Method, what: str) -> str:
+    """What is otherwise ``here`` than in a method whose state is to be gone on from, in words; "" if nothing is.
+
+    Args:
+        what: of which that state is, to begin a sentence with.
+
+    Raises:
+        WrongBase: the state cannot go on so.
+    """
+    if type(saved) is type(here):
+        names = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(here, f.name)]
+        now, then = (f"{type(m).__name__}({_written(m, names)})" for m in (here, saved))
+        firm = [name for name in names if name not in here.adjustable]
+        if not firm:
+            return f"{what} was saved as {then} and goes on as {now}" if names else ""
+        reason = f"{' and '.join(firm)} cannot change in a saved state"
+    else:
+        now, then, reason = type(here).__name__, type(saved).__name__, "the state of one is of no use to the other"
+    raise WrongBase(
+        f"{what} was saved as {then}, and here it is {now}: {reason}. Give the method as it was; or load the run as it "
+        "was, with rs.load() or rs.restore(), and go on by run.shift(method), whose moments begin anew."
+    )
+
+
+def _written(method: Method, names: Sequence[str]) -> str:
+    """Some fields as they are written in a call."""
+    values = {name: config.plain(getattr(method, name)) for name in names}
+    return ", ".join(f'{name}="{v}"' if isinstance(v, str) else f"{name}={v!r}" for name, v in values.items())
 
 
 def methods() -> dict[str, type[Method]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rankshift.core.errors import ConfigError
-from rankshift.core.site import Spec
+from rankshift.core.form import Form
 from rankshift.methods.galore import GaLore
 from rankshift.optim.project import Clock, Project
 from rankshift.optim.subspace import Transport
@@ -65,9 +65,9 @@ class AdaRankGrad(GaLore):
         if self.multiple < 1:
             raise ConfigError(f"AdaRankGrad(multiple={self.multiple}): at least 1.")
 
-    def project(self, spec: Spec) -> Project:
+    def project(self, form: Form) -> Project:
         return replace(
-            super().project(spec),
+            super().project(form),
             energy=self.energy,
             min_rank=self.min_rank,
             multiple=self.multiple,

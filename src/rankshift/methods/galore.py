@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,8 +39,6 @@ from rankshift.optim.rounding import narrow
 from rankshift.optim.subspace import Finder, Transport
 
 _log = logging.getLogger(__name__)
-
-_LINEAR = Spec("", 1, 1, Form(), torch.float32, torch.device("cpu"))  # any: what is asked of it does not depend on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +159,7 @@ class GaLore(Method):
         return self.rank
 
     def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
-        on_input = galore_projected.on_input(self.project(spec), spec)
+        on_input = galore_projected.on_input(self.project(spec.form), spec)
         return galore_projected.ProjectedLayer(base, spec, min(rank, spec.max_rank), on_input)
 
     def start(self, adapter: Adapter, key: Key, found: Any = None) -> None:
@@ -170,7 +168,7 @@ class GaLore(Method):
     def events(self) -> tuple[Event, ...]:
         if self.gradient == "full":
             return ()
-        return galore_projected.events(self.project(_LINEAR), self.rounding or "nearest", self.begin)
+        return galore_projected.events(self.project(Form()), self.rounding or "nearest", self.begin)
 
     def in_place(self, name: str, adapted: bool) -> bool:
         return self.rest == "train" and not (adapted and name.rpartition(".")[2] == "weight")
@@ -180,10 +178,10 @@ class GaLore(Method):
 
     def transform(self, name: str, tensor: Tensor, spec: Spec | None = None) -> Any:
         if self.gradient == "projected" and name.rpartition(".")[2] == galore_projected.LEAF:
-            return Inside.of(self.project(_LINEAR))
+            return Inside.of(self.project(Form()))
         self._check_rounding(name, tensor.dtype)
         if spec is not None:
-            return self.project(spec)
+            return self.project(spec.form)
         if self.moments == "float32" and not narrow(tensor.dtype):
             return None
         return Adam(self.store, self.rounding or "nearest")
@@ -199,6 +197,15 @@ class GaLore(Method):
             )
 
     @property
+    def adjustable(self) -> frozenset[str]:
+        """All but what decides which tensors there are and of what shape: where a gradient is projected as it is
+        formed, X and its basis have the largest rank."""
+        firm = {"targets", "exclude", "tied", "modules_to_save", "rest", "side", "gradient"}
+        if self.gradient == "projected":
+            firm.add("rank")
+        return frozenset(f.name for f in fields(self)) - firm
+
+    @property
     def trains_narrow(self) -> bool:
         return self.rounding is not None
 
@@ -207,8 +214,8 @@ class GaLore(Method):
         """Of Adam's moments."""
         return Blocks() if self.moments == "8bit" else Wide()
 
-    def project(self, spec: Spec) -> Project:
-        """The transform of one layer's weight."""
+    def project(self, form: Form) -> Project:
+        """The transform of the weights of layers of this form."""
         return Project(
             rank=self.rank,
             clock=Clock(self.every, stagger=self.stagger),
@@ -217,7 +224,7 @@ class GaLore(Method):
             residual=self.residual == "fira",
             side=self.side,
             scale=self.scale,
-            form=spec.form,
+            form=form,
             store=self.store,
             rounding=self.rounding or "nearest",
         )
@@ -229,7 +236,7 @@ class GaLore(Method):
         adapters: Mapping[str, Adapter],
     ) -> dict[str, Subspace]:
         found = {name: self.seen(spec, states.get(name, {})) for name, spec in specs.items()}
-        return found | galore_projected.subspaces(adapters, states, self.project(_LINEAR).energy)
+        return found | galore_projected.subspaces(adapters, states, self.project(Form()).energy)
 
     def seen(self, spec: Spec, state: Mapping[str, Tensor]) -> Subspace:
         """What one layer's state says of its subspace."""
@@ -237,4 +244,5 @@ class GaLore(Method):
         renewals, renewed = (int(state[key]) if state else 0 for key in ("renewals", "renewed"))
         rank = state["basis"].shape[-1] if state else most
         size = sum(t.numel() * t.element_size() for t in state.values() if t.dim())
-        return Subspace(spec.shape, rank, most, self.project(spec).energy, state.get("energy"), renewals, renewed, size)
+        wish = self.project(spec.form).energy
+        return Subspace(spec.shape, rank, most, wish, state.get("energy"), renewals, renewed, size)

@@ -23,6 +23,12 @@ from rankshift.core.errors import ConfigError
 from rankshift.core.random import Key, dither
 from rankshift.optim.rounding import Rows, offset
 
+_CALLED = {  # what only some rules keep; there is nothing to say of the rest
+    "pace": "what convergence is measured against",
+    "limit": "the norm that bounds the residual's growth",
+    "master": "the fp32 copy of the weight",
+}
+
 
 class Store(Protocol):
     """Where a tensor of a state is kept, under one name or several."""
@@ -195,8 +201,9 @@ def adopt(
         else:
             store.write(fresh, name, other.read(saved, name).to(shard.held(fresh[name]).device))
     left = [name for name in saved if name not in fresh and not name.startswith("exp_avg")]
-    return [f"{name!r} begins anew" for name in rest if name not in saved and name != "key"] + [
-        f"{name!r} is left behind" for name in left if name != "key"
+    new = [name for name in rest if name not in saved]
+    return [f"{_CALLED[name]} begins anew" for name in new if name in _CALLED] + [
+        f"{_CALLED[name]} is left behind" for name in left if name in _CALLED
     ]
 
 

@@ -106,6 +106,7 @@ class Optimizer(torch.optim.Optimizer):
         self.transforms = tuple(transforms)
         self.seed = seed
         self.ranks = {} if ranks is None else ranks  # no copy: a run that is loaded later says what they are
+        self.told: Sequence[str] = ()  # what a run has said of how its method differs from that of a loaded state
         if len(self.transforms) != len(self.param_groups):
             raise ConfigError(f"{len(self.transforms)} transforms for {len(self.param_groups)} parameter groups.")
         for group, transform in zip(self.param_groups, self.transforms, strict=True):
@@ -180,19 +181,27 @@ class Optimizer(torch.optim.Optimizer):
             ConfigError: the state of a tensor is of no use under this rule; nothing was changed.
         """
         rules = [group["rule"] for group in self.param_groups]
-        states, changes = self._adopted(state_dict)
+        states, differences, changes = self._adopted(state_dict)
         super().load_state_dict({**state_dict, "state": states})
         for group, rule in zip(self.param_groups, rules, strict=True):
             group["rule"] = rule
         for index, p in zip(_indices(state_dict), _indices(self), strict=True):
             if index in states:
                 self.state[p] = states[index]  # as they are: torch casts to the parameter's dtype and device
+        told = []
+        if differences and not self.told:
+            told.append(f"The optimizer state was saved under another rule ({', '.join(differences)}).")
+        elif changes:
+            told.append("Of the saved optimizer state:")
         for change, names in changes.items():
-            more = "" if len(names) == 1 else f" and {len(names) - 1} more"
-            _log.warning("The optimizer state was saved under another rule. %s: %s%s.", change, names[0], more)
+            told.append(f"{change}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}.")
+        if told:
+            _log.warning("%s", " ".join(told))
 
-    def _adopted(self, state_dict: dict[str, Any]) -> tuple[dict[int, dict[str, Tensor]], dict[str, list[str]]]:
-        """States by saved index, and the tensors that each difference from the saved rule concerns."""
+    def _adopted(
+        self, state_dict: dict[str, Any]
+    ) -> tuple[dict[int, dict[str, Tensor]], list[str], dict[str, list[str]]]:
+        """States by saved index, how the rules differ, and what becomes of which tensors for it."""
         mine, theirs = ([len(g["params"]) for g in of] for of in (self.param_groups, state_dict["param_groups"]))
         if theirs != mine:
             raise ConfigError(
@@ -200,10 +209,18 @@ class Optimizer(torch.optim.Optimizer):
                 "method, other targets, or with other tensors that decay. Make it as it was, or begin a new state."
             )
         states: dict[int, dict[str, Tensor]] = {}
+        differences: dict[str, None] = {}  # in order
         changes: dict[str, list[str]] = {}
         for group, own in zip(state_dict["param_groups"], self.param_groups, strict=True):
             before, now = (json.loads(g.get("rule", "{}")) for g in (group, own))
-            differences = [f"{k}: {before[k]} → {now[k]}" for k in now if k in before and before[k] != now[k]]
+            saved_states = [state_dict["state"].get(index, {}) for index in group["params"]]
+            begun = any(int(state.get("renewals", 0)) for state in saved_states)
+            both = [key for key in now if key in before and before[key] != now[key]]
+            differences |= dict.fromkeys(
+                _told(key, before[key], now[key])
+                for key in both
+                if not (begun and key == "clock.stagger")  # which spreads what has been by then
+            )
             for index, p in zip(group["params"], own["params"], strict=True):
                 saved = {k: torch.as_tensor(v) for k, v in state_dict["state"].get(index, {}).items()}
                 if not saved:
@@ -219,9 +236,9 @@ class Optimizer(torch.optim.Optimizer):
                         "optimizer as it was when that was saved, or begin a new state."
                     ) from None
                 states[index] = fresh
-                for change in (*differences, *said):
+                for change in said:
                     changes.setdefault(change, []).append(name)
-        return states, changes
+        return states, list(differences), changes
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -229,6 +246,7 @@ class Optimizer(torch.optim.Optimizer):
             "transforms": self.transforms,
             "seed": self.seed,
             "ranks": self.ranks,
+            "told": self.told,
         }  # torch's own names what is copied
 
 
@@ -236,6 +254,14 @@ def _indices(of: Any) -> list[Any]:
     """What stands for the parameters, in the order of the groups."""
     groups = of["param_groups"] if isinstance(of, dict) else of.param_groups
     return [p for group in groups for p in group["params"]]
+
+
+def _told(key: str, before: str, now: str) -> str:
+    """A difference between rules as users write them: "every: 200 → 50"."""
+    if key == "store":
+        bits = {"Blocks": "8bit"}
+        return f"moments: {bits.get(before, 'float32')} → {bits.get(now, 'float32')}"
+    return f"{key.rpartition('.')[2]}: {before} → {now}"
 
 
 def _rule(transform: Transform) -> str:

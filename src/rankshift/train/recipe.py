@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from rankshift.core.errors import (
     beside,
 )
 from rankshift.core.form import ConvForm, EmbeddingForm
+from rankshift.core.method import compare
 from rankshift.io.atomic import explain
 from rankshift.methods import PCLoRA
 from rankshift.run import Run
@@ -291,13 +292,15 @@ def train(config: TrainConfig, console: Console) -> Result:
     return _run(job, directory, console, resume=False)
 
 
-def resume(directory: Path, console: Console) -> Result:
-    """Go on with an interrupted run.
+def resume(directory: Path, console: Console, overrides: Iterable[str] = ()) -> Result:
+    """Go on with an interrupted run; ``overrides`` of fields of its method, as ``method.every=50``.
 
     Raises:
         MissingFile: that is no run, or there is no checkpoint in it.
+        WrongBase: the saved state cannot go on under these.
     """
-    config = load_config(directory)
+    config, before = load_config(directory, overrides), load_config(directory)
+    compare(before.method, config.method, "The run")  # before the file in the directory is written
     if not resumable(directory):
         state = report.read_metrics(directory).get("status")
         why = "it is finished" if state == "finished" else "it stopped before its first checkpoint"
@@ -317,8 +320,8 @@ def resumable(directory: Path) -> bool:
     return any((directory / CHECKPOINTS).glob("checkpoint-*/trainer_state.json"))
 
 
-def load_config(directory: Path) -> TrainConfig:
-    """The resolved config of a run directory."""
+def load_config(directory: Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """The resolved config of a run directory, with ``key=value`` overrides."""
     if not directory.is_dir():
         hint = beside(directory, directories=True) or "Name a directory that is there."
         raise MissingFile(f"There is no directory {directory}. {hint}")
@@ -326,7 +329,7 @@ def load_config(directory: Path) -> TrainConfig:
         raise MissingFile(
             f"{directory} has no {CONFIG}, so it is no run of rankshift train. Name a directory in runs/."
         )
-    return settings.read(directory / CONFIG)
+    return settings.read(directory / CONFIG, overrides)
 
 
 def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:

@@ -38,7 +38,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from rankshift.core import shard
 from rankshift.core.errors import AttachError, ConfigError, MissingFile, OutOfMemory, TrainingError, WrongBase
-from rankshift.core.method import Method
+from rankshift.core.method import Method, compare, from_dict
 from rankshift.core.site import base_parameters
 from rankshift.io.atomic import explain
 from rankshift.io.checkpoint import MANIFEST, TRAINER, read
@@ -481,9 +481,9 @@ class Trainer(transformers.Trainer):
         if len(state["phases"]) == len(self.run.phases):
             self.run.load_state_dict(state)
             return
-        began, here = state["phases"][0]["method"], self.run.phases[0].method
-        if began != here:
-            raise WrongBase(f"the checkpoint began as {began}, but the method given is {here}.")
+        began, here = (from_dict(method) for method in (state["phases"][0]["method"], self.run.phases[0].method))
+        if other := compare(began, here, "The first phase"):
+            raise WrongBase(f"{other}, but the checkpoint is of a later phase. Give the method as it was.")
         if self._foreign:
             raise ConfigError("The checkpoint is from another phase, whose tensors the given optimizer does not hold.")
         model = self.run.model
