@@ -295,6 +295,7 @@ class Run:
                 {"params": [], "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0},
             )
             group["params"].append((name, tensor))
+        self._ranks.update(self.subspaces)  # a new optimizer begins in the ranks of now, not in those of a loaded run
         optimizer = (FusedOptimizer if fused_backward else Optimizer)(
             groups.values(), [key[0] for key in groups], lr, betas, eps, weight_decay, self.seed, self._ranks
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,69 @@ def test_ranks_jump_with_the_gradient_and_the_run_knows_them():
         assert memory == 8 * (found[-1] * (12 + 2 * 20 + 1) + 2)  # and two numbers of the test of convergence
     assert found == [3] * 4 + [7] * 4 + [2] * 4
     assert run.state_dict()["subspaces"] == {"layer.weight": 2}
+
+
+FALLS = rs.AdaRankGrad(rank=10, energy=0.999, every=4, earliest=4, stagger=False)
+
+
+def follow(run: rs.Run, optimizer: Optimizer, first: int, last: int) -> None:
+    """Updates on gradients of rank 3, 7, 2 and 5, four of each."""
+    for step in range(first, last):
+        run.model(of_rank((3, 7, 2, 5)[step // 4], step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def told(run: rs.Run, optimizer: Optimizer) -> tuple[dict[str, int], dict[str, int], tuple[int, ...]]:
+    """The ranks that a run says and saves, and the shape of the basis that its optimizer begins with."""
+    basis = optimizer.initial(run.model.layer.weight)["basis"]  # type: ignore[union-attr, arg-type]
+    return run.subspaces, run.state_dict()["subspaces"], tuple(basis.shape)
+
+
+def test_ranks_that_came_with_a_run_are_those_of_its_next_optimizer_and_of_no_later_one():
+    """A run that was resumed says and begins what one does that went straight on, whatever rank it was loaded in."""
+    straight = rs.attach(Given(), FALLS)
+    optimizer = straight.optimizer(lr=1e-2)
+    follow(straight, optimizer, 0, 4)
+    saved = copy.deepcopy((straight.state_dict(), optimizer.state_dict()))
+    follow(straight, optimizer, 4, 8)
+    resumed = rs.restore(Given(), saved[0])
+    again = resumed.optimizer(lr=1e-2)
+    assert resumed.subspaces == {"layer.weight": 3}
+    again.load_state_dict(saved[1])
+    follow(resumed, again, 4, 8)
+    assert resumed.subspaces == {"layer.weight": 7}
+    later, late = straight.optimizer(lr=1e-2), resumed.optimizer(lr=1e-2)
+    assert told(resumed, late) == told(straight, later)
+    assert resumed.subspaces != {"layer.weight": 3}
+    follow(straight, later, 8, 12)
+    follow(resumed, late, 8, 12)
+    assert resumed.subspaces == straight.subspaces == {"layer.weight": 2}
+    assert torch.equal(straight.model.layer.weight, resumed.model.layer.weight)  # type: ignore[union-attr, arg-type]
+
+
+def test_a_run_that_is_loaded_again_keeps_no_rank_of_the_first_load():
+    run = rs.attach(Given(), FALLS)
+    untrained = copy.deepcopy(run.state_dict())
+    optimizer = run.optimizer(lr=1e-2)
+    follow(run, optimizer, 0, 4)
+    other = rs.restore(Given(), run.state_dict())
+    early = other.optimizer(lr=1e-2)
+    assert told(other, early) == ({"layer.weight": 3}, {"layer.weight": 3}, (12, 3))
+    other.load_state_dict({**untrained, "changed": run.state_dict()["changed"]})
+    wanted = {}, {}, (12, 10)
+    assert told(other, early) == wanted  # made before, and it has no state yet
+    assert told(other, other.optimizer(lr=1e-2)) == wanted
+
+
+def test_a_new_optimizer_takes_over_the_state_of_the_last_one_by_its_shapes():
+    """As FSDP2 loads: tensor into tensor."""
+    run = rs.attach(Given(), FALLS)
+    optimizer = run.optimizer(lr=1e-2)
+    follow(run, optimizer, 0, 6)
+    weight = run.model.layer.weight
+    old = {key: value.shape for key, value in optimizer.state[weight].items()}
+    assert {key: value.shape for key, value in run.optimizer().initial(weight).items()} == old
 
 
 def test_with_a_fixed_rank_and_clock_and_no_transport_it_is_galore():
