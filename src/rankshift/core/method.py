@@ -18,7 +18,6 @@ from rankshift.core.event import Event, Moment
 from rankshift.core.lesson import Lesson
 from rankshift.core.random import Key
 from rankshift.core.site import Spec, select
-from rankshift.core.watch import Wish
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -227,14 +226,6 @@ class Method:
     def needs_data(self) -> bool:
         """Whether :meth:`survey` looks at data."""
         return False
-
-    def watches(self, model: nn.Module) -> Wish | None:
-        """What :meth:`then` wants to know of the training so far: ``run.watch`` has it. None: nothing."""
-        return None
-
-    def then(self, run: Any) -> Method | None:
-        """The next phase, when it is due."""
-        return None
 
     def inherit(self, before: Method, adapters: Mapping[str, Adapter]) -> Mapping[str, Estate] | None:
         """Asked when a run shifts here: what is taken over from the adapters of ``before``, by site; sites not named
