@@ -227,6 +227,10 @@ class Method:
         """Whether :meth:`survey` looks at data."""
         return False
 
+    def then(self, run: Any) -> Method | None:
+        """The next phase, when it is due."""
+        return None
+
     def inherit(self, before: Method, adapters: Mapping[str, Adapter]) -> Mapping[str, Estate] | None:
         """Asked when a run shifts here: what is taken over from the adapters of ``before``, by site; sites not named
         become plain layers. None: ``before`` is folded into the base, and this method starts."""
