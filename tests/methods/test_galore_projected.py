@@ -482,6 +482,39 @@ def test_training_in_bf16_follows_that_in_fp32() -> None:
     assert abs(ends[0] - ends[1]) < 0.1 * ends[0]
 
 
+@pytest.mark.parametrize("side", ["in", "larger"])
+def test_many_small_passes_in_bf16_add_up(side: str) -> None:
+    """Each adds less to the gradient than half its last bit in bf16, all together half its size: the basis has them."""
+    layer = nn.Linear(16, 24, bias=False, dtype=torch.bfloat16)
+    into, out = torch.ones(16).bfloat16(), torch.ones(24).bfloat16()
+    into[::2] = -1
+    other_into, other_out = into.clone(), out.clone()
+    other_into[:8] *= -1
+    other_out[:12] *= -1
+    model = nn.Sequential(layer)
+    method = GaLore(
+        rank=2,
+        every=1,
+        finder="eigh",
+        gradient="projected",
+        rounding="nearest",
+        side=side,
+        targets=("0",),
+        stagger=False,
+    )
+    run = rs.attach(model, method)
+    optimizer = run.optimizer()
+    for _ in range(2):  # in the first update directions are not yet known, in the second they are renewed
+        for size, x, y in [(1.0, into, out), *[(2.0**-9, other_into, other_out)] * 256]:
+            (model(x[None]) * (size * y)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        Q = run.adapter()["0"].basis.detach().float()  # type: ignore[union-attr]
+        second = (other_into if side == "in" else other_out).float()
+        assert (Q.t() @ (second / second.norm())).norm() > 0.999
+        assert run.subspace_table().rows[0].energy > 0.999
+
+
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
