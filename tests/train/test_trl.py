@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rankshift as rs
+from rankshift.train.callback import RunCallback
 
 trl = pytest.importorskip("trl")
 
@@ -96,3 +97,18 @@ def test_sft_with_the_numbers_of_its_arguments(tmp_path, tokenizer):
     assert (again.step, losses(resumed)) == (6, losses(whole))
     mine, theirs = dict(again.model.named_parameters()), dict(run.model.named_parameters())
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_is_logged_of_subspaces(tmp_path, tokenizer):
+    run, trainer = sft(tmp_path, tokenizer, rs.GaLore(rank=4, every=3), by_arguments=True, save_strategy="no")
+    trainer.add_callback(RunCallback(run, trainer, heat_map=tmp_path / "subspaces.png"))
+    trainer.train()
+    log = trainer.state.log_history
+    own = "mean_token_accuracy"  # what TRL's log adds
+    assert sum(own in entry for entry in log) == sum("loss" in entry for entry in log) == 6
+    assert [entry["subspace_rank"] for entry in log if "subspace_rank" in entry] == [4.0] * 6
+    assert {name for entry in log for name in entry if name.startswith("subspace_rank/")} == {
+        f"subspace_rank/{name}" for name in run.subspaces
+    }
+    assert (tmp_path / "subspaces.png").exists()

@@ -25,15 +25,7 @@ import transformers
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_callback import CallbackHandler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from rankshift.core import shard
@@ -44,6 +36,7 @@ from rankshift.io.atomic import explain
 from rankshift.io.checkpoint import MANIFEST, TRAINER, read
 from rankshift.optim.backward import refuse_apart, refuse_method, refuse_settings
 from rankshift.run import Run, attach, restore
+from rankshift.train.callback import News, without_screens
 
 _log = logging.getLogger(__name__)
 
@@ -128,8 +121,7 @@ class Trainer(transformers.Trainer):
         self._stop = False  # this rank was asked to
         self._agreed = False  # every rank stops after this update
         self._settled = True
-        self._counted = False
-        self._renewals: dict[str, int] = {}  # of each projected weight's subspace, when it was last logged
+        self._news = News()
         planned = self._planned_updates()
         if run is None:
             assert method is not None
@@ -329,24 +321,11 @@ class Trainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs = dict(logs)
-            if self.run.skipped:
-                logs["skipped"] = self.run.skipped
-            logs |= self.run.metrics()
-            if not self._counted:
-                logs["trainable_parameters"] = sum(p.numel() for _, p in self.run.trainable())
-                self._counted = True
+            logs = {**logs, **self._news.of_all(self.run)}
         super().log(logs, *args, **kwargs)
-        if "loss" in logs and (renewed := self._renewed()):
-            with _without_screens(self.callback_handler):
+        if "loss" in logs and (renewed := self._news.of_each(self.run)):
+            with without_screens(self.callback_handler):
                 super().log(renewed)
-
-    def _renewed(self) -> dict[str, float]:
-        """Of each subspace that was renewed since the last log: ``subspace_rank/WEIGHT`` and so on. An entry of its own
-        and only what is new, or a log of a few hundred layers would be mostly this."""
-        rows = [row for row in self.run.subspace_table().rows if row.renewals != self._renewals.get(row.name, 0)]
-        self._renewals |= {row.name: row.renewals for row in rows}
-        return {key: value for row in rows for key, value in row.logged().items()}
 
     def _what_to_lower(self, error: RuntimeError) -> str:
         args, advice = self.args, []
@@ -387,7 +366,7 @@ class Trainer(transformers.Trainer):
             _advance(self.lr_scheduler, taken)
         for name in ("optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
-        self._counted, self._renewals = False, {}
+        self._news = News()
         what = f"{before} ends, {method.name} begins" if before != method.name else f"the next phase of {before} begins"
         _log.warning(
             "Step %d: %s. The moments of the optimizer start anew; the schedule %s.",
@@ -565,17 +544,6 @@ class _Watch(TrainerCallback):
         trainer._agreed = shard.any_rank(trainer._stop, args.device)
         if trainer._agreed:
             raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _without_screens(handler: CallbackHandler) -> Iterator[None]:
-    """Without the callbacks that print every log as it is."""
-    every = handler.callbacks
-    handler.callbacks = [one for one in every if not isinstance(one, (PrinterCallback, ProgressCallback))]
-    try:
-        yield
-    finally:
-        handler.callbacks = every
 
 
 def _may_be_unused(model: nn.Module, method: Method) -> bool:
