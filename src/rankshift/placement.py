@@ -36,7 +36,7 @@ from rankshift.core.site import (
 )
 
 DEFAULT = "default"
-_RESERVED = ("base", "buffer", "original")  # kinds of tensors in a state, beside the adapters
+_RESERVED = ("base", "buffer", "original", "watch")  # kinds of tensors in a state, beside the adapters
 
 
 @dataclass
@@ -222,10 +222,12 @@ class Placement:
             parameter.requires_grad_(trains)
             if trains:
                 names.add(name)
-                if method.reversible:
+                if method.reversible and name not in self.originals:
                     self.originals[name] = parameter.detach().clone()
         if method.reversible:  # running statistics move in every forward, whatever trains
-            self.originals |= {name: buffer.detach().clone() for name, buffer in running_statistics(self.model)}
+            for name, buffer in running_statistics(self.model):
+                if name not in self.originals:
+                    self.originals[name] = buffer.detach().clone()
         return names
 
     def movable(self) -> Iterator[tuple[str, Tensor]]:

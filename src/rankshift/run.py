@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +23,10 @@ from rankshift.core.errors import AttachError, ConfigError, ExportError, Trainin
 from rankshift.core.event import Driver
 from rankshift.core.lesson import Ear, Lesson
 from rankshift.core.method import Estate, Method, compare
-from rankshift.core.phase import Phase
-from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, separate
+from rankshift.core.phase import Phase, Then, check_reachable
+from rankshift.core.schedule import cosine
+from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, form_of, separate
+from rankshift.core.watch import Watch
 from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
 from rankshift.optim import Adam, Optimizer, Transform
 from rankshift.optim.backward import Backward, FusedOptimizer, refuse_apart, refuse_method, refuse_settings
@@ -41,6 +45,7 @@ from rankshift.summary import Compression, Projections, Summary, compression, pr
 _log = logging.getLogger(__name__)
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_WINDOW = "watch/window"
 
 
 def attach(
@@ -51,6 +56,7 @@ def attach(
     total_steps: int | None = None,
     *,
     data: Iterable[Any] | None = None,
+    then: Sequence[Then] = (),
 ) -> Run:
     """Attach a method to a model, in place.
 
@@ -61,6 +67,7 @@ def attach(
         seed: of everything the method draws. Global random state is neither read nor changed.
         total_steps: updates of the whole run, for methods whose schedule needs it.
         data: batches (keyword dictionaries or tensors) for methods that look at data before they start.
+        then: methods to go on with, and when. :meth:`Run.due` says when it is time.
 
     Raises:
         AttachError: the model has a run already.
@@ -81,6 +88,8 @@ def attach(
             "run.shift(method) to go on with another method, or run.merge() to end the run."
         )
     run = Run(model, seed=seed, total_steps=total_steps)
+    run.coming = tuple(then)
+    check_reachable(run.coming, 0, run.total_steps)
     run._begin(method, data)
     return run
 
@@ -92,6 +101,11 @@ class Run:
         self.model = model
         self.seed = seed
         self.phases: list[Phase] = []
+        self.coming: tuple[Then, ...] = ()  # what follows the method of now
+        self.watch: Watch | None = None  # over loss and norms, where something depends on them
+        self._listed = start  # updates taken when what is before the first of them began
+        self._seconds, self._since = 0.0, time.monotonic()  # of training since then; and up to when
+        self._moments: dict[str, Mapping[str, Tensor]] = {}  # of tensors that went on training from the last phase
         self._on = Placement(model)
         self._changed: set[str] = set()
         self._ranks: dict[str, int] = {}  # of the subspaces of projected gradients, where no optimizer knows them
@@ -101,6 +115,7 @@ class Run:
         self._ear = Ear()
         self._driver = Driver(self._on.audience, seed, _count(total_steps), self._on.required, start)
         self._driver.objection = self._objection
+        self._driver.counted = self._counted
         self._post: Any = None
 
     # ---- building
@@ -112,6 +127,7 @@ class Run:
         name: str = DEFAULT,
         ranks: Mapping[str, int] | None = None,
         saved: Mapping[str, Any] | None = None,
+        lr: float | None = None,
     ) -> None:
         """The first adapter; with ``ranks`` its values are not filled, because they will be loaded."""
         self._on.build(name, method, self.seed, data, ranks, saved)
@@ -125,8 +141,15 @@ class Run:
             self._on.strip()
             self._close("an error")
             raise ConfigError(f"{type(method).__name__} has events but no layer for them to apply to.")
-        self.phases.append(Phase(to_dict(method), self.step))
+        self.phases.append(Phase(to_dict(method), self.step, lr=lr))
         self._driver.began = self.step
+        try:
+            self._look_out()
+        except BaseException:
+            self._on.link(())
+            self._on.strip()
+            self._close("an error")
+            raise
         _ATTACHED.add(self.model)
         self._listen()
         self._driver.open_window()
@@ -253,7 +276,8 @@ class Run:
         Make it after the model is on its device, wrapped and sharded. Making another one releases the first.
 
         Args:
-            lr: peak learning rate; by default the one that the method's paper recommends, ``run.method.default_lr``.
+            lr: peak learning rate; by default the one that the phase was given, else the one that the method's paper
+                recommends, ``run.method.default_lr``.
             decay: which tensors weight decay applies to, by name; by default all that the method lets decay.
             check_gradients: stop if a tensor that must learn has no gradient in the first update.
             fused_backward: update each tensor inside the backward pass as soon as its gradient is complete, and free
@@ -273,7 +297,8 @@ class Run:
             self._check_fused(clip_each)
         elif clip_each is not None:
             raise ConfigError("clip_each= belongs to fused_backward=True. Here call torch.nn.utils.clip_grad_norm_.")
-        lr = self.method.default_lr if lr is None else lr
+        if lr is None:
+            lr = self.phases[-1].lr or self.method.default_lr
         for name, tensor, _ in base_parameters(self.model):
             if name in self._on.projected and not tensor.requires_grad:
                 raise ConfigError(
@@ -300,8 +325,11 @@ class Run:
             groups.values(), [key[0] for key in groups], lr, betas, eps, weight_decay, self.seed, self._ranks
         )
         optimizer.told = self._told  # no copy, as of the ranks
+        if self._moments and self.step == self.phases[-1].start:
+            optimizer.take_over(self._moments)
         self._driver.check_gradients = check_gradients
         hooks = Backward(optimizer, self._driver, clip_each).hooks(self.model) if fused_backward else None
+        self._since = time.monotonic()
         self._driver.bind(optimizer, self.model, optimizer.initial, hooks)
         self._driver.refusal = ""
         return optimizer
@@ -385,6 +413,7 @@ class Run:
             refuse_method(self._on.members[name].method)
 
     def _check_total(self) -> None:
+        check_reachable(self.coming, self._listed, self.total_steps)
         for name in self._on.active:
             method = self._on.members[name].method
             method.phase_end(self.phases[-1].start, self.total_steps)  # a schedule that does not fit is refused there
@@ -396,11 +425,69 @@ class Run:
                 )
 
     def carry(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let any other torch optimizer over ``run.trainable()`` carry the events."""
+        """Let any other torch optimizer over ``run.trainable()`` carry the events.
+
+        Raises:
+            ConfigError: the method's events know nothing of its state.
+        """
         self._open()
         self._check_total()
+        for method in (self._on.members[name].method for name in self._on.active):
+            if why := method.cannot_ride(optimizer):
+                raise ConfigError(f"{type(method).__name__} {why}")
         self._driver.bind(optimizer, self.model)
         self._compare()
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, warmup: int = 0) -> torch.optim.lr_scheduler.LambdaLR:
+        """The learning rate over this phase: as the method's paper has it, if it says (ReLoRA's warms up after every
+        restart), else down to 0 along a cosine.
+
+        Call its ``step()`` after each ``optimizer.step()``. It goes by the updates that were taken: one that is skipped
+        does not move it, and in a resumed run it is where the run is.
+
+        Args:
+            warmup: updates over which the rate rises first.
+
+        Raises:
+            ConfigError: the number of updates is not known, or the warm-up does not fit into it.
+        """
+        self._check_open()
+        factors: dict[tuple[int, int], Callable[[int], float]] = {}  # one, but where a state is loaded later
+
+        def now(_: int) -> float:
+            start, length = self.phases[-1].start, self._length()
+            if (start, length) not in factors:
+                factors[start, length] = self._factor(length, warmup)
+            return factors[start, length](self.step - start)
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, now)
+
+    def _length(self) -> int:
+        """Updates of this phase."""
+        kind, start, total = type(self.method).__name__, self.phases[-1].start, self.total_steps
+        if total is None:
+            raise ConfigError(
+                f"A schedule of the learning rate for {kind} needs the number of updates, which is not known. Pass "
+                "total_steps= to attach(), or set run.total_steps: the number of optimizer steps."
+            )
+        end = self.method.phase_end(start, total)
+        length = (total if end is None else end) - start
+        if length < 1:
+            raise ConfigError(
+                f"This phase of {kind} began at update {start}, and the run was to end at {total}. Set run.total_steps "
+                "to the number of updates of the whole run."
+            )
+        return length
+
+    def _factor(self, length: int, warmup: int) -> Callable[[int], float]:
+        """Of the peak learning rate, in every update of a phase."""
+        if not 0 <= warmup < length:
+            raise ConfigError(
+                f"warmup = {warmup}: updates over which the learning rate rises, at least 0 and fewer than the "
+                f"{length} that there are."
+            )
+        own = self.method.lr_schedule(length, warmup)
+        return partial(cosine, total=length, warmup=warmup) if own is None else own
 
     def loss(self, task: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The loss to train on: that of the task, with what the method adds to it.
@@ -408,8 +495,8 @@ class Run:
         >>> loss = run.loss(model(**batch).loss, **batch)
 
         Most methods add nothing, and then this is ``task``. PC-LoRA compares what layers put out with the original,
-        which runs here on the same batch, in eval mode and without a gradient. In evaluation (``model.eval()`` or no
-        gradients) it is ``task`` too.
+        which runs here on the same batch, in eval mode and without a gradient. What ends a phase by its loss hears it
+        here. In evaluation (``model.eval()`` or no gradients) it is ``task`` and nothing else.
 
         Args:
             task: of the forward that was just made, a scalar with its graph.
@@ -422,6 +509,8 @@ class Run:
         self._check_open()
         if not torch.is_grad_enabled() or not self.model.training:
             return task
+        if self.watch is not None:
+            self.watch.hear(task)
         lesson = self._lesson(args, kwargs) if self._ear.listening else None
         for name in self._on.active:
             task = self._on.members[name].method.objective(task, lesson)
@@ -469,19 +558,24 @@ class Run:
         return self._unheard() or self._overdue()
 
     def _overdue(self) -> str:
-        """Why, where the method's phase has ended and its next has not begun."""
-        method = self.method
-        end = method.phase_end(self.phases[-1].start, self.total_steps)
-        if end is None or self.step < end or method.then(self) is None:
+        """Why, where the phase has ended and its next has not begun."""
+        if self.due() is None:
             return ""
         return (
-            f"This phase of {type(method).__name__} ended at update {end}, and the next has not begun. After each "
-            "update ask run.due(); where it names a method: run = run.shift(method), and a new optimizer and schedule. "
-            "rs.Trainer does it by itself; other trainers cannot: there use one phase."
+            f"This phase of {type(self.method).__name__} ended at update {self.step}, and the next has not begun. "
+            "After each update ask run.due(); where it names a method: run = run.shift(method), and a new optimizer "
+            "and schedule. rs.Trainer does it by itself; other trainers cannot: there use one phase."
         )
 
     def _unheard(self) -> str:
-        """Why an update whose losses lack what the method adds to them cannot be taken; "" if none does."""
+        """Why an update whose losses lack what the method adds to them, or are not known where they must be, cannot be
+        taken; "" if none does."""
+        if self.watch is not None and not self.watch.heard:
+            return (
+                f"When {type(self.method).__name__} goes on depends on the loss, and the batches of this update were "
+                "trained without it being known: loss = run.loss(model(**batch).loss, **batch), then loss.backward(). "
+                "rs.Trainer does it by itself."
+            )
         if not self._ear.unanswered():
             return ""
         return (
@@ -489,6 +583,43 @@ class Run:
             "without: loss = run.loss(model(**batch).loss, **batch), then loss.backward(). rs.Trainer does it by "
             "itself. To train on the task alone, set features=False."
         )
+
+    # ---- when a phase ends
+
+    def _look_out(self) -> None:
+        """Watch what the end of this phase depends on."""
+        wish = self.method.watches(self.model)
+        if self.coming and self.coming[0].looks:
+            if wish is not None:
+                raise ConfigError(
+                    f"{type(self.method).__name__} watches the loss for phases of its own. Let what follows it begin "
+                    "by steps or minutes."
+                )
+            matrices = {
+                f"{name}.weight" for name, m in self.model.named_modules() if form_of(m) is not None
+            }  # of the model as it came: what sites stand at is in the base and does not train in place
+            trained = [n for n, p, _ in base_parameters(self.model) if p.requires_grad and n in matrices]
+            wish = self.coming[0].wish(trained)
+        self.watch = None if wish is None else Watch(wish)
+
+    def _counted(self) -> None:
+        """An update was taken."""
+        if self.watch is not None:
+            weights = {n: p for n, p, _ in base_parameters(self.model) if n in self.watch.wish.weights}
+            self.watch.look(self.step - self.phases[-1].start, weights)
+        if self.coming and self.coming[0].minutes is not None:
+            now = time.monotonic()
+            self._seconds, self._since = shard.from_first(self._seconds + now - self._since), now
+
+    def due(self) -> Method | None:
+        """The next phase's method, when the current one, or :attr:`coming`, says that it is time; the same on every
+        rank. Ask after every update."""
+        method = self.method.then(self)
+        if method is not None or not self.coming:
+            return method
+        snapshots = () if self.watch is None else self.watch.snapshots
+        reached = self.coming[0].reached(self.step - self._listed, self._seconds / 60, snapshots)
+        return self.coming[0].method if reached else None
 
     # ---- adapters
 
@@ -682,10 +813,11 @@ class Run:
         return self.model
 
     def shift(self, method: Method, *, data: Iterable[Any] | None = None) -> Run:
-        """End this phase and begin the next with another method, in mid-run. The function stays; moments start anew.
+        """End this phase and begin the next with another method, in mid-run. The function stays.
 
         What was trained is folded into the base, unless the next method goes on with its tensors (see
-        :meth:`Method.inherit`).
+        :meth:`Method.inherit`). Adam's moments of a tensor that goes on training as itself go along, all others begin
+        anew; the new optimizer says which.
 
         Make a new optimizer from the run that is returned; this one and its optimizer are closed.
         """
@@ -706,46 +838,71 @@ class Run:
                     changed.add(f"{name}.bias")
         for name, replica in self._on.replicas().items():
             changed.update(f"{name}.{leaf}" for leaf, _ in replica.base.named_parameters())
-        step, skipped, phases = self.step, self.skipped, [*self.phases[:-1], self.phases[-1].ended(self.step)]
-        before = {name for name, _, _ in base_parameters(self.model)}
+        before, states = {name for name, _, _ in base_parameters(self.model)}, self._driver.states()
+        run = Run(self.model, seed=self.seed, total_steps=self.total_steps, start=self.step)
+        lr = self._hand_on(run, method)
+        run._driver.skips = self.skipped
         model = self.merge()
         self._closed = "shift()"
-        changed |= {name for name, _, _ in base_parameters(model)} - before  # tied to what was trained as a copy
-        run = Run(model, seed=self.seed, total_steps=self.total_steps, start=step)
-        run.phases, run._changed, run._driver.skips = phases, changed, skipped
-        run._begin(method, data)
+        names = {name for name, _, _ in base_parameters(model)}
+        run._changed = changed | (names - before)  # tied to what was trained as a copy
+        run._moments = {name: state for name, state in states.items() if name in names}
+        run._begin(method, data, lr=lr)
         return run
+
+    def _hand_on(self, run: Run, method: Method) -> float | None:
+        """Let the run of the next phase know what was and what is to come; the learning rate that was said for it."""
+        run.phases = [*self.phases[:-1], self.phases[-1].ended(self.step)]
+        run.coming, run._listed, run._seconds = self.coming, self._listed, self._seconds
+        if not self.coming or self.coming[0].method != method:
+            return self.phases[-1].lr
+        run.coming, run._listed, run._seconds = self.coming[1:], self.step, 0.0
+        return self.coming[0].lr or self.phases[-1].lr
 
     def _inherited(self, method: Method) -> Mapping[str, Estate] | None:
         """What the next method takes over, where it takes over anything."""
         if len(self._on.members) > 1 or not self._on.active or method.copies() != self.method.copies():
             return None
-        if any(method.in_place(n, a) != self.method.in_place(n, a) for n, _, a in base_parameters(self.model)):
+        base = list(base_parameters(self.model))
+        if (self.method.reversible or method.reversible) and any(  # what stood there before is known of what trains now
+            method.in_place(name, adapted) != self.method.in_place(name, adapted) for name, _, adapted in base
+        ):
             return None
         return method.inherit(self.method, self.adapter(self._on.active[0]))
 
     def _succeed(self, method: Method, estates: Mapping[str, Estate]) -> Run:
         """The next phase with adapters that take over this one's values; the base is not touched."""
-        changed = self.changed  # what a site that goes now knows of its base too
-        self._on.succeed(self._on.active[0], method, estates)
+        changed, states = self.changed, self._driver.states()  # what a site that goes now knows of its base too
+        name = self._on.active[0]
+        prefix = "" if name == DEFAULT else f"{name}:"
+        before = {
+            f"{prefix}{site}.{leaf}": p for site, a in self.adapter(name).items() for leaf, p in a.named_parameters()
+        }
+        self._on.succeed(name, method, estates)
         run = Run(self.model, seed=self.seed, total_steps=self.total_steps, start=self.step)
-        run._on, run._changed, run._frozen = self._on, changed, self._frozen
+        run._on, run._frozen = self._on, self._frozen
+        run._changed = changed | self._on.train_in_place(method)
         run._driver.audience, run._driver.trainable = self._on.audience, self._on.required
         run._driver.skips, run._driver.began = self.skipped, self.step
-        run.phases = [*self.phases[:-1], self.phases[-1].ended(self.step), Phase(to_dict(method), self.step)]
+        lr = self._hand_on(run, method)
+        run.phases.append(Phase(to_dict(method), self.step, lr=lr))
+        run._moments = {other: state for other, state in states.items() if other not in before}
+        for site, heir in self.adapter(name).items():
+            for leaf, now in heir.named_parameters():
+                other = f"{prefix}{site}.{leaf}"
+                if other in before and other in states:
+                    moved = _moved(states[other], before[other], now, heir.slots.get(leaf), estates[site].slots)
+                    run._moments |= {} if moved is None else {other: moved}
         for _, parameter in self.trainable():
             parameter.grad = None
         self._driver.close()
         self._deafen()
         self._closed = "shift()"
         run._on.use(*run._on.active)
+        run._look_out()
         run._listen()
         run._driver.open_window()
         return run
-
-    def due(self) -> Method | None:
-        """The next phase's method, when the current one says that it is time."""
-        return self.method.then(self)
 
     def _close(self, how: str) -> None:
         for name, parameter, _ in base_parameters(self.model):
@@ -782,12 +939,15 @@ class Run:
         """(name, whole tensor) of everything the base as it came does not tell, one gathered at a time.
 
         ``adapter/…`` for each adapter by its name; ``buffer/…``, running statistics, which move without being trained;
-        ``original/…``, what :meth:`disabled` puts back; last ``base/…``, weights that are not what they came as.
+        ``watch/…``, the window that is not over; ``original/…``, what :meth:`disabled` puts back; last ``base/…``,
+        weights that are not what they came as.
         """
         self._open()
         changed = self.changed
         for name, tensor in self._on.added().items():
             yield name, shard.whole(tensor)
+        if self.watch is not None:
+            yield _WINDOW, self.watch.open()
         kept = self._on.kept()
         lent = {weight_name(name, site) for name, site in self._on.sites.items() if site.base.tenant is not None}
         with self._on.returned():
@@ -815,6 +975,9 @@ class Run:
             "phases": [phase.to_mapping() for phase in self.phases],
             "changed": sorted(self.changed),
             "subspaces": self.subspaces,
+            "coming": [then.to_mapping() for then in self.coming],
+            "listed": [self._listed, self._seconds],
+            "snapshots": [] if self.watch is None else [s.to_mapping() for s in self.watch.snapshots],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -846,6 +1009,12 @@ class Run:
                 )
         if stray := self.changed - set(state["changed"]):
             raise WrongBase(f"{min(stray)} was changed since that state. Load the base anew, and the state onto it.")
+        coming = tuple(Then.from_mapping(then) for then in state.get("coming", ()))
+        if self.coming not in ((), coming):
+            raise WrongBase(
+                "The saved run has other phases to come than this one, which was given "
+                f"{len(self.coming)} (then=, phases:). Give them as they were, or none: the saved ones count."
+            )
         new = [name for name in wanted if name not in self._on.members]
         try:
             for name in new:
@@ -866,6 +1035,12 @@ class Run:
         if any(other):
             self.phases[-1] = replace(self.phases[-1], method=to_dict(self.method))
         self._driver.began = self.phases[-1].start
+        self.coming = coming
+        self._listed, self._seconds = state.get("listed", (0, 0.0))
+        self._since = time.monotonic()
+        self._look_out()
+        if self.watch is not None and _WINDOW in state["tensors"]:
+            self.watch.load(state["snapshots"], state["tensors"][_WINDOW])
         self._changed = set(state["changed"])
         self._ranks.clear()  # the optimizer reads it too
         self._ranks.update(state.get("subspaces", {}))
@@ -880,6 +1055,7 @@ class Run:
         """Copy saved tensors to their places; every refusal comes before the first."""
         places = self._on.added()
         base = self._on.kept()
+        tensors = {name: tensor for name, tensor in tensors.items() if name != _WINDOW}
         for name, tensor in tensors.items():
             target = places.get(name, base.get(name))
             if target is None:
@@ -941,6 +1117,16 @@ def _count(total: int | None) -> int | None:
             f"total_steps = {total!r} is no number of updates. Pass a whole number of at least 1, or None."
         )
     return total
+
+
+def _moved(
+    state: Mapping[str, Tensor], old: Tensor, now: Tensor, axis: int | None, slots: Tensor | None
+) -> Mapping[str, Tensor] | None:
+    """The optimizer's state of a tensor that took over another's rank ``slots``; None if it is not that tensor's."""
+    if slots is not None and axis is not None:
+        state = {k: v.index_select(axis, slots.to(v.device)) if v.shape == old.shape else v for k, v in state.items()}
+        old = old.detach().index_select(axis, slots.to(old.device))
+    return state if old.shape == now.shape and torch.equal(old, now) else None
 
 
 def load(

@@ -435,11 +435,20 @@ def test_stages_share_the_updates_and_take_over():
         if (method := run.due()) is not None:
             y = model(inputs()).detach()
             counted = run.metrics()["open_gates"]
+            moments = {}
+            for name, adapter in run.adapter().items():
+                K = adapter.g.nonzero().flatten()
+                m = {leaf: optimizer.state[getattr(adapter, leaf)]["exp_avg"] for leaf in "ABg"}
+                moments[name] = {"A": m["A"][K], "B": m["B"][:, K], "g": m["g"][K]}
             run = run.shift(method)
             assert run.metrics() == {"open_gates": counted, "gates": counted}
             assert (model(inputs()) - y).abs().max() < 1e-13
             optimizer = run.optimizer(lr=0.02)
-            assert all(not state for state in optimizer.state.values())
+            for name, adapter in run.adapter().items():
+                for leaf, m in moments[name].items():
+                    state = optimizer.state[getattr(adapter, leaf)]
+                    assert torch.equal(state["exp_avg"], m), "the moments of the ranks that are left"
+                    assert int(state["step"]) == run.step
     assert seen == [0] * 33 + [1] * 33 + [2] * 34
     assert [(p.start, p.stop, p.method["stage"]) for p in run.phases] == [(0, 33, 0), (33, 66, 1), (66, None, 2)]
     assert run.due() is None

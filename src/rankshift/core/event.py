@@ -164,6 +164,7 @@ class Driver:
     check_gradients: bool = True
     refusal: str = ""  # why no update can be taken now
     objection: Callable[[], str] = str  # likewise, asked when gradients are there
+    counted: Callable[[], None] = lambda: None  # called when an update was taken
     sentry: Sentry = field(default_factory=Sentry)  # while no optimizer is ridden
     taken: dict[int, float] | None = None
     """Where the backward pass itself updates: the largest magnitude in each gradient that it has used since the last
@@ -373,6 +374,7 @@ class Driver:
         self._apply(Moment.UPDATED)
         group["updates"] += 1
         self.open_window()
+        self.counted()
 
     def _rehearsed(self, optimizer: torch.optim.Optimizer, fresh: Iterable[Tensor]) -> None:
         """The state that a rehearsal is for, as it is before the first update."""

@@ -18,11 +18,13 @@ from rankshift.core.event import Event, Moment
 from rankshift.core.lesson import Lesson
 from rankshift.core.random import Key
 from rankshift.core.site import Spec, select
+from rankshift.core.watch import Wish
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
 _REGISTRY: dict[str, type[Method]] = {}
 
@@ -41,6 +43,7 @@ class Estate:
 
     rank: int
     tensors: Mapping[str, Tensor]  # by name in the new adapter, whole; every tensor of it
+    slots: Tensor | None = None  # which rank slots of the old adapter the new one's are; None: it has the same
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,11 @@ class Method:
         """Why an update must wait until all gradients are there, as words after its name; "" where it need not."""
         return "changes gradients" if any(event.moment is Moment.GRADS for event in self.events()) else ""
 
+    def cannot_ride(self, optimizer: Optimizer) -> str:
+        """Why this method's events cannot ride another optimizer than the run's, as words after its name; "" if they
+        can."""
+        return ""
+
     @property
     def adjustable(self) -> frozenset[str]:
         """Fields in which a run may differ from a saved one and go on from its state: they choose what happens from
@@ -227,6 +235,10 @@ class Method:
         """Whether :meth:`survey` looks at data."""
         return False
 
+    def watches(self, model: nn.Module) -> Wish | None:
+        """What :meth:`then` wants to know of the training so far: ``run.watch`` has it. None: nothing."""
+        return None
+
     def then(self, run: Any) -> Method | None:
         """The next phase, when it is due."""
         return None
@@ -239,6 +251,19 @@ class Method:
     def phase_end(self, start: int, total: int | None) -> int | None:
         """The update at which a phase of this method ends that began at ``start``, if it has a learning-rate schedule
         of its own up to there; None if the run's goes on."""
+        return None
+
+    def lr_schedule(self, total: int, warmup: int) -> Callable[[int], float] | None:
+        """The factor on the peak learning rate in every update, counted from 0, of a phase of this method; None:
+        whatever schedule there is.
+
+        Args:
+            total: updates of the phase.
+            warmup: the first of them, over which the rate rises.
+
+        Raises:
+            ConfigError: the method's own schedule cannot have this warm-up.
+        """
         return None
 
     # ---- as data

@@ -1,12 +1,17 @@
-"""Phases: what trained when. A change of the set of trainable tensors begins a new one, never happens inside one."""
+"""Phases: what trained when, and what comes next. A change of the set of trainable tensors begins a new one, never
+happens inside one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+from rankshift.core import config
 from rankshift.core.errors import ConfigError
+from rankshift.core.method import Method, from_dict, to_dict
+from rankshift.core.watch import Snapshot, Wish, converged
 
 
 @dataclass(frozen=True)
@@ -16,19 +21,135 @@ class Phase:
     method: dict[str, Any]  # as to_dict gives it
     start: int  # updates taken before its first
     stop: int | None = None  # updates taken when it ended; None while it runs
+    lr: float | None = None  # peak learning rate that the phase was begun with, where one was said
 
     def ended(self, step: int) -> Phase:
         """This phase, closed after ``step`` updates."""
-        return Phase(self.method, self.start, step)
+        return Phase(self.method, self.start, step, self.lr)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
-        return {"method": self.method, "start": self.start, "stop": self.stop}
+        return {"method": self.method, "start": self.start, "stop": self.stop, "lr": self.lr}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "phase") -> Phase:
         """The inverse of :meth:`to_mapping`."""
         try:
-            return cls(dict(values["method"]), int(values["start"]), values["stop"])
+            return cls(dict(values["method"]), int(values["start"]), values["stop"], values.get("lr"))
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{where} is not a phase: {values!r}.") from error
+
+
+@dataclass(frozen=True)
+class Then:
+    """A method to go on with, and when: at the first of ``steps``, ``minutes``, ``loss``, and convergence, which is
+    ``loss_change`` and ``weight_change`` together. All count from the beginning of the phase before."""
+
+    method: Method
+    steps: int | None = None
+    """After so many updates."""
+    minutes: float | None = None
+    """After so much time of training."""
+    loss: float | None = None
+    """Once the mean training loss of a window is at most this."""
+    loss_change: float | None = None
+    """Once the mean loss changes by at most so many percent from window to window."""
+    weight_change: float | None = None
+    """Once the norms of the weights that train change by less than so many percent, on average in every family of
+    layers: PreLoRA's test, see core/watch.py."""
+    window: int = 100
+    """Updates of a window."""
+    windows: int = 3
+    """Windows over which changes must be small."""
+    lr: float | None = None
+    """Peak learning rate of the phase; None: as it was."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise ConfigError(f"Then needs a method such as rs.LoRA(rank=16); got {type(self.method).__name__}.")
+        config.conform_fields(self)
+        said = [name for name in _WHEN if getattr(self, name) is not None]
+        if not said:
+            raise ConfigError(
+                f"When is {self._kind} to begin? Say one or more of {', '.join(_WHEN)}, e.g. Then(method, steps=1000)."
+            )
+        for name in (*said, "window"):
+            if name != "loss" and not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"Then({self._kind}, {name}={getattr(self, name)}): it must be above 0.")
+        if self.windows < 2:
+            raise ConfigError(f"Then({self._kind}, windows={self.windows}): a change is between two windows at least.")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ConfigError(f"Then({self._kind}, lr={self.lr}): a learning rate, above 0.")
+
+    @property
+    def _kind(self) -> str:
+        return type(self.method).__name__
+
+    @property
+    def looks(self) -> bool:
+        """Whether the loss must be known."""
+        return any(value is not None for value in (self.loss, self.loss_change, self.weight_change))
+
+    def wish(self, weights: Sequence[str]) -> Wish | None:
+        """What to watch, of these weights that train."""
+        if not self.looks:
+            return None
+        if self.weight_change is not None and not weights:
+            raise ConfigError(
+                f"Then({self._kind}, weight_change={self.weight_change}) looks at the weights of linear layers, and "
+                "the phase before trains none of them. Use loss_change, loss, steps or minutes."
+            )
+        return Wish(self.window, tuple(weights) if self.weight_change is not None else (), self.windows)
+
+    def reached(self, steps: int, minutes: float, snapshots: Sequence[Snapshot]) -> bool:
+        """Whether it is time, after so many updates and minutes of the phase before."""
+        if self.steps is not None and steps >= self.steps:
+            return True
+        if self.minutes is not None and minutes >= self.minutes:
+            return True
+        if self.loss is not None and snapshots and snapshots[-1].loss <= self.loss:
+            return True
+        if self.loss_change is None and self.weight_change is None:
+            return False
+        return converged(snapshots, self.windows, self.loss_change, self.weight_change)
+
+    def least(self) -> int:
+        """Updates that pass before it can be time."""
+        changes = self.loss_change is not None or self.weight_change is not None
+        times = (
+            self.steps,
+            None if self.minutes is None else 0,
+            None if self.loss is None else self.window,
+            self.windows * self.window if changes else None,
+        )
+        return min(time for time in times if time is not None)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "method"}
+        return {"method": to_dict(self.method), **said}
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Then:
+        """The inverse of :meth:`to_mapping`."""
+        return cls(from_dict(values["method"]), **{key: value for key, value in values.items() if key != "method"})
+
+
+_WHEN = ("steps", "minutes", "loss", "loss_change", "weight_change")
+
+
+def check_reachable(coming: Sequence[Then], start: int, total: int | None) -> None:
+    """Raise ConfigError where a phase would begin when the run is over.
+
+    Args:
+        start: the update at which the phase before the first of them began.
+        total: updates of the whole run, if known.
+    """
+    at = start
+    for then in coming:
+        at += then.least()
+        if total is not None and at >= total:
+            raise ConfigError(
+                f"{type(then.method).__name__} would begin at update {at} at the earliest, and the run ends at "
+                f"{total}. Shorten the phases before it (steps, window), or train longer (total_steps)."
+            )

@@ -178,6 +178,19 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(vote.item() > 0)
 
 
+def total(values: Tensor, device: torch.device) -> Tensor:
+    """The sum over ranks of plain numbers, which each rank has its own of; on the CPU. Every rank must call this.
+
+    Args:
+        device: of this rank, for a backend that knows no CPU.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return values
+    sent = values.to(device if dist.get_backend() == "nccl" else "cpu", copy=True)
+    dist.all_reduce(sent)
+    return sent.cpu()
+
+
 def held(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, detached and sharing its storage; of a sparse one the values."""
     if type(tensor) in (Tensor, nn.Parameter) and not tensor.requires_grad and not tensor.is_sparse:

@@ -256,7 +256,7 @@ class SoRA(Method):
             A, B, g = (shard.whole(tensor) for tensor in (adapter.A, adapter.B, adapter.g))
             K = g.nonzero().flatten() if self.prune else torch.arange(len(g), device=g.device)
             if len(K):
-                estates[site] = Estate(len(K), {"A": A[K], "B": B[:, K], "g": g[K]})
+                estates[site] = Estate(len(K), {"A": A[K], "B": B[:, K], "g": g[K]}, K)
         if not estates:
             raise TrainingError(
                 f"Every gate of every layer is closed (sparsity = {before.stages[before.stage]:g}): nothing is left "

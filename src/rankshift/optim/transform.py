@@ -225,20 +225,52 @@ class Optimizer(torch.optim.Optimizer):
                 saved = {k: torch.as_tensor(v) for k, v in state_dict["state"].get(index, {}).items()}
                 if not saved:
                     continue
-                transform, name, place = self._where(p)
-                rank = saved["basis"].shape[-1] if "basis" in saved else None
-                fresh = transform.init(p, Key(self.seed) / name, rank, place)
                 try:
-                    said = transform.adopt(p, saved, fresh)
+                    states[index], said = self._adopt(p, saved)
                 except ConfigError as error:
                     raise ConfigError(
-                        f"The saved optimizer state of {name} {tuple(p.shape)} is of no use here: {error} Make the "
-                        "optimizer as it was when that was saved, or begin a new state."
+                        f"The saved optimizer state of {self._where(p)[1]} {tuple(p.shape)} is of no use here: {error} "
+                        "Make the optimizer as it was when that was saved, or begin a new state."
                     ) from None
-                states[index] = fresh
                 for change in said:
-                    changes.setdefault(change, []).append(name)
+                    changes.setdefault(change, []).append(self._where(p)[1])
         return states, list(differences), changes
+
+    def _adopt(self, p: Tensor, saved: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """A parameter's state made of one that may be of another rule, and what is not as it was there.
+
+        Raises:
+            ConfigError: it is of no use here.
+        """
+        transform, name, place = self._where(p)
+        rank = saved["basis"].shape[-1] if "basis" in saved else None
+        fresh = transform.init(p, Key(self.seed) / name, rank, place)
+        return fresh, transform.adopt(p, saved, fresh)
+
+    def take_over(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Begin where the optimizer of the last phase ended, for every tensor whose moments mean the same here.
+
+        Args:
+            states: of that one, by the names of tensors that go on as themselves.
+        """
+        on = total = 0
+        differences: dict[str, list[str]] = {}
+        for group in self.param_groups:
+            for p, name in zip(group["params"], group["param_names"], strict=True):
+                total += 1
+                if name not in states:
+                    continue
+                try:
+                    self.state[p], said = self._adopt(p, dict(states[name]))
+                    on += 1
+                except ConfigError as error:
+                    said = [str(error).rstrip(".")]
+                for reason in said:
+                    differences.setdefault(reason, []).append(name)
+        told = [f"Adam's moments go on for {on} of {total} tensors from the phase before, and begin anew for the rest"]
+        for reason, names in differences.items():
+            told.append(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
+        _log.warning("%s.", "; ".join(told))
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -369,7 +369,7 @@ class Trainer(transformers.Trainer):
         self._news = News()
         what = f"{before} ends, {method.name} begins" if before != method.name else f"the next phase of {before} begins"
         _log.warning(
-            "Step %d: %s. The moments of the optimizer start anew; the schedule %s.",
+            "Step %d: %s; the schedule %s.",
             self.run.step, what, "does too" if own else "goes on",
         )  # fmt: skip
 
