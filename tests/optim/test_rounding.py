@@ -107,6 +107,15 @@ def test_what_16_bits_can_hold_is_not_moved():
         assert torch.equal(rounding.stochastic(value, dtype, noise((1000,))), value)
 
 
+def test_what_is_no_number_does_not_become_one():
+    """A GPU's NaN is all ones below the sign: one more and its bits are those of −0."""
+    for dtype in (BF16, FP16):
+        value = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000], dtype=torch.int32).view(torch.float32)
+        got = rounding.stochastic(value.expand(500, 4).contiguous(), dtype, noise((500, 4)))
+        assert got[:, :3].isnan().all()
+        assert (got[:, 3] == float("inf")).all()
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_small_steps_move_a_bf16_weight_except_to_the_nearest(name):
     moved = {}

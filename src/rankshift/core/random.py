@@ -138,6 +138,23 @@ def dither(word: int, count: int, first: int, device: torch.device) -> Tensor:
     return out.bitwise_and_(0xFFFF)
 
 
+def stochastic(value: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    """fp32 numbers as one of their two neighbours in bf16 or fp16, in fp32 still.
+
+    Args:
+        noise: int32 of the same shape, uniform in 0 … 2¹⁶ − 1, as :func:`dither` draws it; equal noise rounds equal
+            values equally.
+    """
+    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of the fraction
+    bits = value.view(torch.int32) + (noise >> (16 - dropped))
+    rounded = bits.bitwise_and_(-(1 << dropped)).view(torch.float32)
+    if dtype != torch.bfloat16:
+        # below its smallest normal number fp16 is an even grid
+        even = (value * 2.0**24 + noise * 2.0**-16).floor() * 2.0**-24
+        rounded = torch.where(value.abs() < 2.0**-14, even, rounded)
+    return torch.where(value.isnan(), value, rounded)  # whose bits may become those of a number
+
+
 def signed(word: int) -> int:
     """64 bits as the int64 that holds them."""
     return word - (word >> 63 << 64)

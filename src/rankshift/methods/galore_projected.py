@@ -35,6 +35,7 @@ from rankshift.core.form import Form
 from rankshift.core.method import Subspace
 from rankshift.core.random import Key, normal
 from rankshift.core.site import Spec
+from rankshift.ops.projected_fold import Fold, fits, fold_
 from rankshift.ops.projected_linear import Listener, projected_linear
 from rankshift.optim import Optimizer, rounding
 from rankshift.optim.inside import Inside
@@ -92,7 +93,7 @@ class ProjectedLayer(Adapter):
                 summed in fp32.
         """
         basis = self._whole_basis(step.dtype)
-        if (type(self.form) is Form) == self.on_input:  # axis 0 of the stored weight, which may be sharded, is X's
+        if self._along_rows:
             rows, columns = step, basis
         else:
             rows = basis[shard.local(self.basis)[1]] if shard.is_sharded(self.basis) else basis
@@ -107,6 +108,21 @@ class ProjectedLayer(Adapter):
             rounding.close(weight, here, state, how)
 
         self.base.rewrite_(write)
+
+    @torch.no_grad()
+    def whole_fold(self, state: dict[str, Tensor], keep: float, how: Rounding) -> Fold | None:
+        """What :meth:`fold` does with X, for a kernel that takes many layers at once; None where it cannot."""
+        left, right = (self.subspace, self.basis) if self._along_rows else (self.basis, self.subspace)
+        if not fits(self.base.weight, left, right):
+            return None
+        weights: list[Tensor] = []
+        self.base.rewrite_(weights.append)  # to be written by whoever asks, after all layers
+        return Fold(weights[0], left, right, keep, rounding.word(state) if how == "stochastic" else 0)
+
+    @property
+    def _along_rows(self) -> bool:
+        """Whether axis 0 of the stored weight, which may be sharded, is that of X."""
+        return (type(self.form) is Form) == self.on_input
 
     def _whole_basis(self, dtype: torch.dtype) -> Tensor:
         """Q in some dtype; where it is held whole, a narrower one is made once a renewal."""
@@ -267,18 +283,38 @@ class FoldIn:
         self.apply_all([adapter], tick)
 
     def apply_all(self, adapters: Sequence[Adapter], tick: Tick) -> None:
-        """With one launch for what all layers share: the steps in the weights' dtype, and the zeros after."""
-        layers = [a for a in adapters if isinstance(a, ProjectedLayer) and a.subspace.grad is not None]
-        if not layers:
-            return
-        parts = steps = [shard.held(layer.subspace) for layer in layers]
+        """What the kernel takes together; of the rest, with one launch what all layers share."""
+        folds: list[Fold] = []
+        layers: list[ProjectedLayer] = []
+        keeps, parts = [], []
+        for layer in adapters:
+            assert isinstance(layer, ProjectedLayer)
+            X = layer.subspace
+            if X.grad is None:
+                continue
+            parts.append(shard.held(X))
+            keep = _kept(tick.group(X))
+            fold = layer.whole_fold(tick.state(X), keep, self.how)
+            if fold is not None:
+                folds.append(fold)
+            else:
+                layers.append(layer)
+                keeps.append(keep)
+        if folds:
+            fold_(folds, self.how == "stochastic")
+        if layers:
+            self._apart(layers, keeps, tick)
+        if parts:
+            torch._foreach_zero_(parts)
+
+    def _apart(self, layers: Sequence[ProjectedLayer], keeps: Sequence[float], tick: Tick) -> None:
+        """Layer by layer; the steps come into the weights' dtype together."""
+        steps = parts = [shard.held(layer.subspace) for layer in layers]
         if self.how == "nearest":
             steps = [torch.empty_like(s, dtype=a.base.weight.dtype) for a, s in zip(layers, parts, strict=True)]
             torch._foreach_copy_(steps, parts)
-        for layer, step in zip(layers, steps, strict=True):
-            X = layer.subspace
-            layer.fold(tick.state(X), _kept(tick.group(X)), self.how, step)
-        torch._foreach_zero_(parts)
+        for layer, keep, step in zip(layers, keeps, steps, strict=True):
+            layer.fold(tick.state(layer.subspace), keep, self.how, step)
 
 
 def _kept(group: Mapping[str, Any]) -> float:

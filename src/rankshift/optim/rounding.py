@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankshift.core import shard
-from rankshift.core.random import Key, dither
+from rankshift.core.random import Key, dither, stochastic
 
 Rounding = Literal["nearest", "stochastic", "master"]
 
@@ -63,6 +63,11 @@ def opened(p: Tensor, state: dict[str, Tensor], rows: Rows = ...) -> Tensor:
     return master.copy_(torch.where(moved, here, master))
 
 
+def word(state: dict[str, Tensor]) -> int:
+    """Of the noise by which a weight is rounded at random in the step that ``state`` has just counted."""
+    return (Key(int(state["key"])) / "weight" / int(state["step"])).word
+
+
 def close(p: Tensor, value: Tensor, state: dict[str, Tensor], how: Rounding, rows: Rows = ...) -> None:
     """Put what :func:`opened` gave, and was changed, back into the weight."""
     here, held = shard.local(p)
@@ -72,25 +77,9 @@ def close(p: Tensor, value: Tensor, state: dict[str, Tensor], how: Rounding, row
     if how != "stochastic":
         here.copy_(value)
         return
-    word = (Key(int(state["key"])) / "weight" / int(state["step"])).word
+    noisy = word(state)
     for piece in pieces(here, _TOGETHER):
         part = here[piece]
         first = (held.start + offset(rows) + offset(piece)) * math.prod(here.shape[1:])
-        noise = dither(word, part.numel(), first, part.device).reshape(part.shape)
+        noise = dither(noisy, part.numel(), first, part.device).reshape(part.shape)
         part.copy_(stochastic(value[piece], part.dtype, noise))
-
-
-def stochastic(value: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
-    """fp32 numbers as one of their two neighbours in bf16 or fp16, in fp32 still.
-
-    Args:
-        noise: int32 of the same shape, uniform in 0 … 2¹⁶ − 1; equal noise rounds equal values equally.
-    """
-    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of the fraction
-    bits = value.view(torch.int32) + (noise >> (16 - dropped))
-    rounded = bits.bitwise_and_(-(1 << dropped)).view(torch.float32)
-    if dtype == torch.bfloat16:
-        return rounded
-    # below its smallest normal number fp16 is an even grid
-    even = (value * 2.0**24 + noise * 2.0**-16).floor() * 2.0**-24
-    return torch.where(value.abs() < 2.0**-14, even, rounded)
