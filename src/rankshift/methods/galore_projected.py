@@ -109,15 +109,15 @@ class ProjectedLayer(Adapter):
 
         self.base.rewrite_(write)
 
-    @torch.no_grad()
     def whole_fold(self, state: dict[str, Tensor], keep: float, how: Rounding) -> Fold | None:
         """What :meth:`fold` does with X, for a kernel that takes many layers at once; None where it cannot."""
         left, right = (self.subspace, self.basis) if self._along_rows else (self.basis, self.subspace)
-        if not fits(self.base.weight, left, right):
+        weight = self.base.weight
+        if not fits(weight, left, right):
             return None
-        weights: list[Tensor] = []
-        self.base.rewrite_(weights.append)  # to be written by whoever asks, after all layers
-        return Fold(weights[0], left, right, keep, rounding.word(state) if how == "stochastic" else 0)
+        if not self.base.changed:
+            self.base.changed = True  # as Base.rewrite_ says it, of a plain weight
+        return Fold(weight, left, right, keep, rounding.word(state) if how == "stochastic" else 0)
 
     @property
     def _along_rows(self) -> bool:
@@ -292,7 +292,7 @@ class FoldIn:
             X = layer.subspace
             if X.grad is None:
                 continue
-            parts.append(shard.held(X))
+            parts.append(shard.held(X) if shard.is_sharded(X) else X)  # detaching each costs more than all launches
             keep = _kept(tick.group(X))
             fold = layer.whole_fold(tick.state(X), keep, self.how)
             if fold is not None:

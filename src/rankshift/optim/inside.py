@@ -60,7 +60,7 @@ class Inside(Project):
         """X ← −lr·α·N, from X = 0. Weight decay is for whoever folds X into the weight."""
         if not parameters:
             return
-        parts = [shard.held(p) for p in parameters]
+        parts = [shard.held(p) if shard.is_sharded(p) else p for p in parameters]  # all of them: no views are needed
         if isinstance(self.store, Wide) and self.transport in ("none", "reset"):
             self._whole(parts, [shard.held(g) for g in gradients], states, hyper)
         else:
