@@ -327,6 +327,7 @@ class Run:
         optimizer.told = self._told  # no copy, as of the ranks
         if self._moments and self.step == self.phases[-1].start:
             optimizer.take_over(self._moments)
+            self._moments = {name: optimizer.state[p] for name, p, _ in owned if optimizer.state.get(p)}
         self._driver.check_gradients = check_gradients
         hooks = Backward(optimizer, self._driver, clip_each).hooks(self.model) if fused_backward else None
         self._since = time.monotonic()
@@ -614,7 +615,7 @@ class Run:
     def due(self) -> Method | None:
         """The next phase's method, when the current one, or :attr:`coming`, says that it is time; the same on every
         rank. Ask after every update."""
-        method = self.method.then(self)
+        method = self.method.next(self)
         if method is not None or not self.coming:
             return method
         snapshots = () if self.watch is None else self.watch.snapshots
@@ -846,9 +847,14 @@ class Run:
         self._closed = "shift()"
         names = {name for name, _, _ in base_parameters(model)}
         run._changed = changed | (names - before)  # tied to what was trained as a copy
-        run._moments = {name: state for name, state in states.items() if name in names}
         run._begin(method, data, lr=lr)
+        run._keep_moments({name: state for name, state in states.items() if name in names})
         return run
+
+    def _keep_moments(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Of what goes on training; the memory of all others is free once the last optimizer is."""
+        train = {name for name, _ in self.trainable()}
+        self._moments = {name: state for name, state in states.items() if name in train}
 
     def _hand_on(self, run: Run, method: Method) -> float | None:
         """Let the run of the next phase know what was and what is to come; the learning rate that was said for it."""
@@ -893,12 +899,13 @@ class Run:
                 if other in before and other in states:
                     moved = _moved(states[other], before[other], now, heir.slots.get(leaf), estates[site].slots)
                     run._moments |= {} if moved is None else {other: moved}
-        for _, parameter in self.trainable():
+        for parameter in self.model.parameters():
             parameter.grad = None
         self._driver.close()
         self._deafen()
         self._closed = "shift()"
         run._on.use(*run._on.active)
+        run._keep_moments(run._moments)
         run._look_out()
         run._listen()
         run._driver.open_window()

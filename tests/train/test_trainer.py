@@ -100,7 +100,7 @@ def ladder():
         name: ClassVar[str] = "test_climb"
         until: int = 3
 
-        def then(self, run):
+        def next(self, run):
             return Rung(until=self.until + 3) if run.step >= self.until else None
 
     @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def ladder():
         init: str = "orthogonal"  # A and B learn from the first update
         until: int = 6
 
-        def then(self, run):
+        def next(self, run):
             return rs.Full() if run.step >= self.until else None
 
     yield Climb
@@ -485,7 +485,7 @@ def test_resuming_into_a_base_that_was_changed_since_is_refused(tmp_path, ladder
     class Start(rs.LoRA):
         name: ClassVar[str] = "test_start"
 
-        def then(self, run):
+        def next(self, run):
             return rs.Full() if run.step >= 2 else None
 
     try:

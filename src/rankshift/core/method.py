@@ -236,10 +236,10 @@ class Method:
         return False
 
     def watches(self, model: nn.Module) -> Wish | None:
-        """What :meth:`then` wants to know of the training so far: ``run.watch`` has it. None: nothing."""
+        """What :meth:`next` wants to know of the training so far: ``run.watch`` has it. None: nothing."""
         return None
 
-    def then(self, run: Any) -> Method | None:
+    def next(self, run: Any) -> Method | None:
         """The next phase, when it is due."""
         return None
 

@@ -238,7 +238,7 @@ class SoRA(Method):
             )
         return start + (total - start) // left
 
-    def then(self, run: Any) -> Method | None:
+    def next(self, run: Any) -> Method | None:
         if self.stage + 1 == len(self.stages):
             return None
         end = self.phase_end(run.phases[-1].start, run.total_steps)
