@@ -26,6 +26,7 @@ NAMES = {
     "PCLoRA",
     "PaCA",
     "RankshiftError",
+    "ReLoRA",
     "Run",
     "SoRA",
     "Trainer",

@@ -28,6 +28,7 @@ _HOME = {
     "Method": "methods",
     "PaCA": "methods",
     "PCLoRA": "methods",
+    "ReLoRA": "methods",
     "VeRA": "methods",
     "to_dict": "methods",
     "from_dict": "methods",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from rankshift.methods import Method as Method
     from rankshift.methods import PaCA as PaCA
     from rankshift.methods import PCLoRA as PCLoRA
+    from rankshift.methods import ReLoRA as ReLoRA
     from rankshift.methods import SoRA as SoRA
     from rankshift.methods import VeRA as VeRA
     from rankshift.methods import from_dict as from_dict

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankshift.core.method import Method
-from rankshift.methods import AdaRankGrad, FlatLoRA, Full, GaLore, LoRA, MELoRA, PaCA, PCLoRA, SoRA, VeRA
+from rankshift.methods import AdaRankGrad, FlatLoRA, Full, GaLore, LoRA, MELoRA, PaCA, PCLoRA, ReLoRA, SoRA, VeRA
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,25 @@ CASES: dict[str, tuple[Case, ...]] = {
             PCLoRA(rank=2, decay="sine", decay_end=1.0, bias="match", logits=True),
             sums=False,
             step=2,
+            alone=True,
+        ),
+    ),
+    "relora": (
+        Case("relora", ReLoRA(rank=4, alpha=8, every=2, lossy=True)),
+        Case(
+            "relora-magnitude",
+            ReLoRA(rank=3, alpha=2, every=1, reset="magnitude", ratio=0.6, rest="freeze", lossy=True),
+        ),
+        Case(
+            "relora-random",
+            ReLoRA(rank=2, every=1, reset="random", dropout=0.2, targets=("embed", "up"), lossy=True),
+            kept=None,
+            noisy=True,
+        ),
+        Case(
+            "relora-never",
+            ReLoRA(rank=4, alpha=8, every=None, rest="freeze", lossy=True),
+            off=LoRA(rank=4, alpha=8),
             alone=True,
         ),
     ),

@@ -9,6 +9,7 @@ from rankshift.methods.lora import LoRA
 from rankshift.methods.melora import MELoRA
 from rankshift.methods.paca import PaCA
 from rankshift.methods.pc_lora import PCLoRA
+from rankshift.methods.relora import ReLoRA
 from rankshift.methods.sora import SoRA
 from rankshift.methods.vera import VeRA
 
@@ -22,6 +23,7 @@ __all__ = [
     "Method",
     "PCLoRA",
     "PaCA",
+    "ReLoRA",
     "SoRA",
     "VeRA",
     "from_dict",

@@ -211,14 +211,31 @@ class Trainer(transformers.Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """transformers' schedule over the whole training, or over this phase where the method wants one for itself."""
-        end = self._phase_end()
-        if end is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        scheduler = super().create_scheduler(max(1, end - self.run.phases[-1].start), optimizer)
-        if end < num_training_steps:  # another phase is to come: what it cannot be begun with is refused now
-            self._check_phases(f"{self.run.method.name} goes through phases, the next from step {end}", scheduler)
+        """The schedule of this phase where the method has one, or wants one; else transformers' over the training."""
+        end, start, method = self._phase_end(), self.run.phases[-1].start, self.run.method
+        length = max(1, (num_training_steps if end is None else end) - start)
+        if self.lr_scheduler is not None or method.lr_schedule(length, 0) is None:
+            scheduler = super().create_scheduler(num_training_steps if end is None else length, optimizer)
+        else:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            assert optimizer is not None
+            warmup = self.args.get_warmup_steps(length)
+            scheduler = self.lr_scheduler = self.run.scheduler(optimizer, warmup)
+            self._created_lr_scheduler = True
+            _log.warning(
+                "lr_scheduler_type=%r gives way to the schedule that %s has of its own, over %d updates, the first %d "
+                "of them rising.",
+                getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type), type(method).__name__,
+                length, warmup,
+            )  # fmt: skip
+        if end is not None and end < num_training_steps:
+            # another phase is to come: what it cannot be begun with is refused now
+            self._check_phases(f"{method.name} goes through phases, the next from step {end}", scheduler)
         return scheduler
+
+    def _own_schedule(self) -> bool:
+        """Whether the schedule of the learning rate is this phase's."""
+        return self._phase_end() is not None or self.run.method.lr_schedule(1, 0) is not None
 
     def _phase_end(self) -> int | None:
         return self.run.method.phase_end(self.run.phases[-1].start, self.run.total_steps)
@@ -352,7 +369,7 @@ class Trainer(transformers.Trainer):
         self._check_phases(f"{before} goes on as {method.name} at step {self.run.step}", self.lr_scheduler)
         assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR)
         # a schedule of the phase that ends counts its updates only; that of the run goes on where the run is
-        taken = self.lr_scheduler.last_epoch if self._phase_end() is None else self.state.global_step
+        taken = self.state.global_step if self._own_schedule() else self.lr_scheduler.last_epoch
         self.run = self.run.shift(method)
         self.accelerator.free_memory()
         if isinstance(self.model_wrapped, DistributedDataParallel):  # its reducer knows the old tensors
@@ -361,7 +378,7 @@ class Trainer(transformers.Trainer):
         self.optimizer = self.lr_scheduler = None
         self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
         self.create_scheduler(num_training_steps=self.state.max_steps)
-        own = self._phase_end() is not None
+        own = self._own_schedule()
         if not own:
             _advance(self.lr_scheduler, taken)
         for name in ("optimizer", "lr_scheduler"):
