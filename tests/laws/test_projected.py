@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import rankshift as rs
 from laws import laws
 from laws.pool import Pool
-from laws.world import VOCAB, Engine, Session, begin, rank, same, scramble, tiny, world
+from laws.world import VOCAB, Engine, Session, batch, begin, gap, loss_of, rank, same, scramble, tiny, world, wrap
 from rankshift.core import shard
 from rankshift.core.form import ExpertsForm, Form
 from rankshift.core.method import Method
@@ -204,6 +204,34 @@ def decided_apart(engine: Engine, shared: bool) -> str:
 def test_the_first_rank_decides(engine: Engine, pool: Pool) -> None:
     assert pool.run(decided_apart, engine, True) == ["", ""]
     assert "different bits" in pool.run(decided_apart, engine, False)[0], "a library that differs was not noticed"
+
+
+def in_parts(method: Method, averaged: tuple[bool, ...] | None) -> dict[str, Tensor]:
+    """The plain weights after updates of two passes each, of which DDP averages those that are to be; None: alone."""
+    run = rs.attach(tiny(F64), method)
+    model = run.model.train() if averaged is None else wrap("ddp", run.model.train())
+    optimizer = run.optimizer(lr=1e-2, eps=1e-6, check_gradients=False)
+    for update, average in enumerate(averaged or [False] * 5):
+        for part in (0, 1):
+            last = average and part == 1
+            with contextlib.nullcontext() if averaged is None or last else model.no_sync():  # type: ignore[operator]
+                loss_of(model, batch(100 * update + 10 * part + rank())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in run.merge().named_parameters()}
+
+
+@pytest.mark.parametrize("averaged", [(False,) * 5, (True, False, True, False, False)], ids=["never", "at times"])
+def test_ranks_that_train_apart_do_so_alike_in_both_forms(averaged: tuple[bool, ...], pool: Pool) -> None:
+    """What a renewal hears is averaged where gradients are, and not where DDP was kept out of the whole window."""
+    full = GaLore(rank=3, every=1, stagger=False, transport="square")
+    ordinary = pool.run(in_parts, full, averaged)
+    projected = pool.run(in_parts, replace(full, gradient="projected"), averaged)
+    for mine, theirs in zip(projected, ordinary, strict=True):
+        same(mine, theirs, laws.RANKS)
+    assert min(gap(ordinary[0][name], ordinary[1][name]) for name in ordinary[0] if "weight" in name) > 1e-4
+    if not any(averaged):  # bases are the first rank's
+        same(projected[0], in_parts(full, None), laws.RANKS)
 
 
 # ---- what is sent ----------------------------------------------------------------------------------------------------

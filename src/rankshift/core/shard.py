@@ -215,7 +215,7 @@ def first_apart(tensors: Sequence[Tensor]) -> int | None:
     bounds = torch.cat([norms, -norms])
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
     most, least = bounds[: len(shared)], -bounds[len(shared) :]
-    apart = (most - least > 1e-3 * most).nonzero()  # equal bits where they were averaged: far from a threshold
+    apart = (most - least > 1e-6 * most).nonzero()  # equal bits where they were averaged; else equal by chance
     return shared[int(apart[0])] if len(apart) else None
 
 
