@@ -29,6 +29,7 @@ NAMES = {
     "ReLoRA",
     "Run",
     "SoRA",
+    "Then",
     "Trainer",
     "VeRA",
     "__version__",

@@ -29,6 +29,7 @@ _HOME = {
     "PaCA": "methods",
     "PCLoRA": "methods",
     "ReLoRA": "methods",
+    "Then": "core.phase",
     "VeRA": "methods",
     "to_dict": "methods",
     "from_dict": "methods",
@@ -42,6 +43,7 @@ __all__ = sorted([*_HOME, "__version__"])
 if TYPE_CHECKING:
     from rankshift.core import errors as errors
     from rankshift.core.errors import RankshiftError as RankshiftError
+    from rankshift.core.phase import Then as Then
     from rankshift.methods import AdaRankGrad as AdaRankGrad
     from rankshift.methods import FlatLoRA as FlatLoRA
     from rankshift.methods import Full as Full

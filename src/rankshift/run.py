@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.errors import AttachError, ConfigError, ExportError, TrainingError, WrongBase
+from rankshift.core.errors import AttachError, ConfigError, ExportError, TiedWeights, TrainingError, WrongBase
 from rankshift.core.event import Driver
 from rankshift.core.lesson import Ear, Lesson
 from rankshift.core.method import Estate, Method, compare
-from rankshift.core.phase import Phase, Then, check_reachable
+from rankshift.core.phase import Phase, Then, check_reachable, listed
 from rankshift.core.schedule import cosine
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, form_of, separate
 from rankshift.core.watch import Watch
@@ -88,8 +88,9 @@ def attach(
             "run.shift(method) to go on with another method, or run.merge() to end the run."
         )
     run = Run(model, seed=seed, total_steps=total_steps)
-    run.coming = tuple(then)
+    run.coming = listed(then)
     check_reachable(run.coming, 0, run.total_steps)
+    run._foresee(method)
     run._begin(method, data)
     return run
 
@@ -141,7 +142,7 @@ class Run:
             self._on.strip()
             self._close("an error")
             raise ConfigError(f"{type(method).__name__} has events but no layer for them to apply to.")
-        self.phases.append(Phase(to_dict(method), self.step, lr=lr))
+        self.phases.append(Phase(to_dict(method), self.step, lr=lr, trainable=self._count_trainable()))
         self._driver.began = self.step
         try:
             self._look_out()
@@ -153,6 +154,18 @@ class Run:
         _ATTACHED.add(self.model)
         self._listen()
         self._driver.open_window()
+
+    def _foresee(self, method: Method) -> None:
+        """Raise a TargetError where a phase to come does not fit the model, before the first of them."""
+        for then in self.coming:
+            # what takes over tensors of its own kind, and what the phases before untie, is known only then
+            if type(then.method) is not type(method):
+                with contextlib.suppress(TiedWeights):
+                    self._on.plan(then.method, ())
+            method = then.method
+
+    def _count_trainable(self) -> int:
+        return sum(p.numel() for _, p in self.trainable())
 
     # ---- what is here
 
@@ -891,7 +904,6 @@ class Run:
         run._driver.audience, run._driver.trainable = self._on.audience, self._on.required
         run._driver.skips, run._driver.began = self.skipped, self.step
         lr = self._hand_on(run, method)
-        run.phases.append(Phase(to_dict(method), self.step, lr=lr))
         run._moments = {other: state for other, state in states.items() if other not in before}
         for site, heir in self.adapter(name).items():
             for leaf, now in heir.named_parameters():
@@ -905,6 +917,7 @@ class Run:
         self._deafen()
         self._closed = "shift()"
         run._on.use(*run._on.active)
+        run.phases.append(Phase(to_dict(method), self.step, lr=lr, trainable=run._count_trainable()))
         run._keep_moments(run._moments)
         run._look_out()
         run._listen()

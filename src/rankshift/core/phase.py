@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rankshift.core import config
@@ -22,20 +22,22 @@ class Phase:
     start: int  # updates taken before its first
     stop: int | None = None  # updates taken when it ended; None while it runs
     lr: float | None = None  # peak learning rate that the phase was begun with, where one was said
+    trainable: int | None = None  # parameters that it began to train; None in files of before
 
     def ended(self, step: int) -> Phase:
         """This phase, closed after ``step`` updates."""
-        return Phase(self.method, self.start, step, self.lr)
+        return replace(self, stop=step)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
-        return {"method": self.method, "start": self.start, "stop": self.stop, "lr": self.lr}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "phase") -> Phase:
         """The inverse of :meth:`to_mapping`."""
         try:
-            return cls(dict(values["method"]), int(values["start"]), values["stop"], values.get("lr"))
+            method, start, stop = dict(values["method"]), int(values["start"]), values["stop"]
+            return cls(method, start, stop, values.get("lr"), values.get("trainable"))
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{where} is not a phase: {values!r}.") from error
 
@@ -136,6 +138,15 @@ class Then:
 
 
 _WHEN = ("steps", "minutes", "loss", "loss_change", "weight_change")
+
+
+def listed(then: Sequence[Then]) -> tuple[Then, ...]:
+    """Phases to come, as a tuple. Raises ConfigError for what is none."""
+    if isinstance(then, Then) or not all(isinstance(one, Then) for one in then):
+        raise ConfigError(
+            f"then= is a list of rs.Then, e.g. then=[rs.Then(rs.LoRA(rank=16), steps=1000)]; got {then!r}."
+        )
+    return tuple(then)
 
 
 def check_reachable(coming: Sequence[Then], start: int, total: int | None) -> None:
