@@ -190,8 +190,11 @@ def by_hand(W: Tensor, batches: list[tuple[Tensor, Tensor]], rank: int, every: i
 
 
 def test_the_paper_written_out() -> None:
+    g = torch.Generator().manual_seed(0)
     layer = nn.Linear(5, 8, bias=False, dtype=F64)
-    data = [(batch(i)[0].reshape(-1, 6)[:, :5], torch.randn(20, 8, dtype=F64)) for i in range(7)]
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(8, 5, generator=g, dtype=F64) / 2)
+    data = [(batch(i)[0].reshape(-1, 6)[:, :5], torch.randn(20, 8, generator=g, dtype=F64)) for i in range(7)]
     want = by_hand(layer.weight.detach(), data, 2, 3, 0.25)
     model = nn.Sequential(layer)
     method = GaLore(rank=2, every=3, finder="svd", stagger=False, gradient="projected", targets=("0",))
@@ -344,7 +347,7 @@ def test_between_renewals_nothing_of_the_weights_size_is_formed(dtype: torch.dty
         model, GaLore(rank=3, every=0, gradient="projected", rounding="nearest", side="in", targets=("0", "1"))
     )
     optimizer = run.optimizer()
-    x = torch.randn(16, 30, dtype=dtype)
+    x = torch.randn(16, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
     formed = []
     for _ in range(3):
         with Made() as made:
@@ -372,8 +375,9 @@ def test_a_step_is_a_few_launches_a_layer(method: GaLore, most: int) -> None:
     counts = []
     for layers in (10, 20):
         model, _, optimizer = deep(method, layers)
-        for _ in range(8):
-            model(torch.randn(8, 24, dtype=F64)).square().mean().backward()
+        for step in range(8):
+            x = torch.randn(8, 24, generator=torch.Generator().manual_seed(step), dtype=F64)
+            model(x).square().mean().backward()
             with Made() as made:
                 optimizer.step()
             optimizer.zero_grad()

@@ -95,7 +95,7 @@ def test_warm_goes_on_from_the_last_basis():
     A, later = power_law(120, 80), power_law(120, 80) + 0.02 * power_law(120, 80, seed=9)
     last = found(A, 16, "svd").narrow(16)
     draw = torch.randn(80, 24, generator=generator(3), dtype=D)
-    warm = find(later, 24, "warm", draw=torch.cat([last, draw], -1)[:, :24])
+    warm = find(later, 24, "warm", draw=draw, start=last)
     cold = find(later, 24, "range", draw=draw, power=0)
     missing = [1 - float(subspace.captured(b, 16) / optimal(later, 16)) for b in (warm, cold)]
     assert missing[0] < 0.2 * missing[1]
