@@ -1128,3 +1128,34 @@ def test_a_gradient_of_zeros_at_a_renewal_leaves_what_is_known():
     assert torch.equal(o.state[p]["basis"], basis)
     assert torch.equal(o.state[p]["energy"], energy)
     assert energy > 0.3
+
+
+@pytest.mark.parametrize("finder", ["range", "warm"])
+def test_a_sketch_is_a_tensors_own_whoever_is_renewed_with_it(finder: str):
+    """White noise, of which every sketch finds something else: alone, and together with others of its shape."""
+    rule = Project(3, clock=EACH, finder=finder, power=0, oversample=0, transport="square")
+    together = [weight((40, 30), seed) for seed in range(3)]
+    o = optimizer(together, rule)
+    alone = [weight((40, 30), seed) for seed in range(3)]
+    each = [Optimizer([{"params": [(f"w{i}", p)]}], [rule], lr=1e-2) for i, p in enumerate(alone)]
+    for step in range(3):
+        for i, (p, q) in enumerate(zip(together, alone, strict=True)):
+            p.grad, q.grad = gradient((40, 30), step, i), gradient((40, 30), step, i)
+        for one in (o, *each):
+            one.step()
+    for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-11)
+    same = weight((40, 30), 0)  # the first one's, under another name: another sketch
+    other = Optimizer([{"params": [("another", same)]}], [rule], lr=1e-2)
+    for step in range(3):
+        same.grad = gradient((40, 30), step, 0)
+        other.step()
+    assert (same - alone[0]).abs().max() > 1e-3
+
+
+def test_convergence_is_measured_against_five_updates_however_early_it_is_looked_for():
+    """A gradient that grows at first: against a mean of less it would seem to have shrunk."""
+    p = weight((9, 6))
+    o = optimizer([p], Project(6, 1.0, clock=Clock(0, earliest=1, kappa=0.99, look=1), transport="square"))
+    found = steps_of_renewals(o, [p], 6, lambda step, i: gradient((9, 6), 0) * (3.0 if step else 1.0))
+    assert [step for step, now in enumerate(found) if now] == [0, 5]
