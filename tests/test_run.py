@@ -541,6 +541,16 @@ def test_shift_keeps_the_function(name, then):
         assert moved <= run.changed
 
 
+def test_after_a_shift_and_an_end_the_model_trains_what_it_did() -> None:
+    model = net()
+    model.norm.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    run = rs.attach(model, rs.LoRA(rank=2)).shift(rs.Full())
+    assert not any(name.startswith("norm") for name, _ in run.trainable())
+    run.shift(rs.LoRA(rank=2)).merge()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
 def test_shift_back_and_forth():
     model = net()
     run = rs.attach(model, rs.Full())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.errors import AttachError, ConfigError, RankTooLarge, UnmatchedTarget, nearest
+from rankshift.core.errors import AttachError, ConfigError, RankTooLarge, TargetError, UnmatchedTarget, nearest
 from rankshift.core.event import Event, Needs
 from rankshift.core.method import Estate, Method, Shared, Subspace
 from rankshift.core.random import Key
@@ -35,6 +36,8 @@ from rankshift.core.site import (
     walk,
 )
 
+_log = logging.getLogger(__name__)
+
 DEFAULT = "default"
 _RESERVED = ("base", "buffer", "original", "watch")  # kinds of tensors in a state, beside the adapters
 
@@ -46,6 +49,7 @@ class Member:
     method: Method
     ranks: dict[str, int]
     shared: Shared | None = None  # what its sites share
+    projected: Mapping[str, Spec] = field(default_factory=dict)  # weights whose gradients it projects, by name
 
 
 class Placement:
@@ -56,21 +60,26 @@ class Placement:
         self.members: dict[str, Member] = {}
         self.active: tuple[str, ...] = ()
         self.sites: dict[str, Site] = {}  # by the name of the layer
-        self.projected: dict[str, Spec] = {}  # weights whose gradients are projected, by name
+        self.projected: Mapping[str, Spec] = {}  # weights whose gradients are projected, by name
         self._audience: tuple[Any, list[tuple[Event, Sequence[Adapter]]]] | None = None
         self.originals: dict[str, Tensor] = {}  # of base tensors that train in place and can be put back
+        self.frozen = frozenset(name for name, p, _ in base_parameters(model) if not p.requires_grad)  # before the run
 
     # ---- placing
 
     def plan(
         self, method: Method, data: Iterable[Any] | None = None, ranks: Mapping[str, int] | None = None
-    ) -> tuple[list[Spec], tuple[str, ...]]:
-        """The layers and the whole modules a method will take. Every refusal comes here; nothing is changed."""
+    ) -> tuple[list[Spec], dict[str, Spec], tuple[str, ...]]:
+        """The layers, projected weights and whole modules a method will take. Every refusal comes here; nothing is
+        changed."""
         model = self.model
         specs = [spec_of(model, site) for site in (method.sites(model) if ranks is None else ranks)]
         projected = method.projects(model)
         copies = _copies(model, method)
         specs = [s for s in specs if not any(s.name == c or s.name.startswith(c + ".") for c in copies)]
+        if method.trains_base:
+            self._check_frozen(method, {spec.weight for spec in specs} | projected.keys())
+            specs = [spec for spec in specs if spec.weight not in self.frozen]
         for spec in specs:
             try:
                 method.fit(spec)
@@ -85,7 +94,26 @@ class Placement:
         if method.tied == "refuse":
             for spec in perhaps_tied(model, [*specs, *projected.values()]):
                 check_tied(model, spec)
-        return specs, copies
+        return specs, projected, copies
+
+    def _in_place(self, method: Method) -> set[str]:
+        """Weights of the base that a method trains where they are, those aside that it projects."""
+        return {name for name, _, adapted in base_parameters(self.model) if method.in_place(name, adapted)}
+
+    def _check_frozen(self, method: Method, targets: set[str]) -> None:
+        """Raise where a method that trains the base was told to train what is frozen, or finds nothing else."""
+        kind, in_place = type(method).__name__, self._in_place(method)
+        told = (targets or in_place) & self.frozen if method.targets != type(method).targets else ()
+        if told:
+            raise TargetError(
+                f"{min(told)} is frozen (requires_grad=False), and targets of {kind} name it to be trained in place. "
+                "Call requires_grad_(True) on it before attach(), or leave it out of targets."
+            )
+        if self.frozen and in_place | targets <= self.frozen:
+            raise TargetError(
+                f"{kind} trains the weights of the model, and all that it would train are frozen "
+                "(requires_grad=False). Call model.requires_grad_(True) before attach()."
+            )
 
     def build(
         self,
@@ -102,13 +130,23 @@ class Placement:
         """
         model, fill = self.model, ranks is None
         refuse_sharded(model, "Placing an adapter")
-        specs, copies = self.plan(method, data, ranks)
+        specs, projected, copies = self.plan(method, data, ranks)
         found = method.survey(model, specs, data, seed) if fill else {}
-        for spec in perhaps_tied(model, [*specs, *method.projects(model).values()]):
-            untie(model, spec)
+        if shared_weights := perhaps_tied(model, [*specs, *projected.values()]):
+            for spec in shared_weights:
+                untie(model, spec)
+            projected = method.projects(model)  # with names of their own
+        if method.trains_base:
+            if fill and (left := sorted(self.frozen & (self._in_place(method) | projected.keys()))):
+                _log.warning(
+                    "%s leaves frozen what was so before attach() (requires_grad=False): %s. To train that too, call "
+                    "requires_grad_(True) on it before.",
+                    type(method).__name__, ", ".join(left[:3]) + (f" and {len(left) - 3} more" if left[3:] else ""),
+                )  # fmt: skip
+            projected = {name: spec for name, spec in projected.items() if name not in self.frozen}
         ranks = dict(ranks) if ranks is not None else {s.name: method.rank_at(s.name, found.get(s.name)) for s in specs}
         shared = method.share(specs, ranks, saved)
-        self.members[name] = member = Member(method, {}, shared)
+        self.members[name] = member = Member(method, {}, shared, projected)
         try:
             for spec in specs:
                 site = self.sites[spec.name] = place(model, spec)
@@ -165,7 +203,8 @@ class Placement:
                 site.adapters[name] = heirs[site_name]
             if not site.adapters:
                 self._remove(site)
-        self.members[name] = Member(method, {s: e.rank for s, e in estates.items()}, shared)
+        ranks = {site: estate.rank for site, estate in estates.items()}
+        self.members[name] = Member(method, ranks, shared, method.projects(self.model))
 
     def drop(self, name: str) -> None:
         """Take an adapter out of every site, and out of the model what then stands empty."""
@@ -214,11 +253,12 @@ class Placement:
     def train_in_place(self, method: Method) -> set[str]:
         """Freeze the base but for what the method trains where it is; the names of that."""
         names = set()
-        self.projected = method.projects(self.model)
+        frozen = self.frozen if method.trains_base else frozenset()
+        self.projected = next(member.projected for member in self.members.values() if member.method is method)
         copied = tuple(f"{name}." for name in self.replicas())  # there the copies train
         for name, parameter, adapted in base_parameters(self.model):
             chosen = name in self.projected or method.in_place(name, adapted)
-            trains = chosen and not name.startswith(copied)
+            trains = chosen and name not in frozen and not name.startswith(copied)
             parameter.requires_grad_(trains)
             if trains:
                 names.add(name)

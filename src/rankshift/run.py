@@ -854,6 +854,7 @@ class Run:
             changed.update(f"{name}.{leaf}" for leaf, _ in replica.base.named_parameters())
         before, states = {name for name, _, _ in base_parameters(self.model)}, self._driver.states()
         run = Run(self.model, seed=self.seed, total_steps=self.total_steps, start=self.step)
+        run._frozen, run._on.frozen = self._frozen, self._on.frozen  # the base is not as it came now
         lr = self._hand_on(run, method)
         run._driver.skips = self.skipped
         model = self.merge()
@@ -995,6 +996,7 @@ class Run:
             "phases": [phase.to_mapping() for phase in self.phases],
             "changed": sorted(self.changed),
             "subspaces": self.subspaces,
+            "frozen": sorted(self._on.frozen) if self.method.trains_base else [],
             "coming": [then.to_mapping() for then in self.coming],
             "listed": [self._listed, self._seconds],
             "snapshots": [] if self.watch is None else [s.to_mapping() for s in self.watch.snapshots],
@@ -1016,6 +1018,12 @@ class Run:
             for name, member in self._on.members.items()
             if name in wanted
         ]
+        if self.method.trains_base and (apart := self._on.frozen ^ set(state.get("frozen", ()))):
+            here = min(apart) in self._on.frozen
+            raise WrongBase(
+                f"{min(apart)} {'trained' if here else 'was frozen'} in the saved run, and here it "
+                f"{'is frozen' if here else 'trains'}. Before attach() set requires_grad as it was."
+            )
         mine = {name: dict(m.ranks) for name, m in self._on.members.items()}
         for name, entry in state["adapters"].items():
             if name in mine and mine[name] != entry["ranks"]:
@@ -1183,7 +1191,10 @@ def restore(model: nn.Module, state: Mapping[str, Any]) -> Run:
     separate(model, [name.removeprefix("base/") for name in state["tensors"] if name.startswith("base/")])
     run = Run(model, seed=int(state["seed"]), total_steps=state["total_steps"])
     first, entry = next(iter(state["adapters"].items()))
-    run._begin(from_dict(entry["method"]), name=first, ranks=entry["ranks"], saved=entry.get("shared"))
+    method = from_dict(entry["method"])
+    if method.trains_base:
+        run._on.frozen = frozenset(state.get("frozen", ()))  # as it was there, whatever this base came as
+    run._begin(method, name=first, ranks=entry["ranks"], saved=entry.get("shared"))
     try:
         run.load_state_dict(state)
     except BaseException:  # the model goes back as it came
@@ -1191,6 +1202,8 @@ def restore(model: nn.Module, state: Mapping[str, Any]) -> Run:
         run._on.strip()
         run._close("an error")
         raise
+    if method.trains_base:
+        run._frozen |= dict.fromkeys(run._on.frozen, False)
     return run
 
 

@@ -15,7 +15,7 @@ from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor, nn
 
 import rankshift as rs
-from rankshift.core.errors import ConfigError, TiedWeights, UnmatchedTarget, UnsupportedLayer
+from rankshift.core.errors import ConfigError, TargetError, TiedWeights, UnmatchedTarget, UnsupportedLayer, WrongBase
 from rankshift.optim import Optimizer
 from rankshift.optim.project import Clock, Project
 
@@ -148,13 +148,76 @@ def test_what_is_not_projected_can_be_frozen():
     assert moved == {"tall.weight", "wide.weight", "square.weight"} == {name for name, _ in run.trainable()}
 
 
-def test_layers_that_were_frozen_before_are_trained_and_frozen_again():
-    model = Net().requires_grad_(False)
-    before = model.wide.weight.detach().clone()
-    model, run, _ = trained(rs.GaLore(rank=3, targets="wide", rest="freeze"), 2, model)
-    assert not torch.equal(model.wide.weight, before)
+@pytest.mark.parametrize("gradient", ["full", "projected"])
+def test_what_was_frozen_before_stays_so_and_is_told(gradient, caplog):
+    model = Net()
+    for p in (model.wide.weight, model.table.weight):
+        p.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with caplog.at_level(logging.WARNING, "rankshift"):
+        model, run, _ = trained(rs.GaLore(rank=3, gradient=gradient), 3, model)
+    assert "GaLore leaves frozen what was so before attach() (requires_grad=False): table.weight, wide.weight." in (
+        caplog.text
+    )
+    assert "wide.weight" not in run.subspaces
     run.merge()
-    assert not any(p.requires_grad for p in model.parameters())
+    assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == {
+        "wide.weight", "table.weight"
+    } == {name for name, p in model.named_parameters() if not p.requires_grad}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (rs.GaLore(rank=3, targets=("tall", "wide")), "wide.weight is frozen .*targets of GaLore name it"),
+        (rs.GaLore(rank=3, targets="wide", gradient="projected"), "wide.weight is frozen"),
+        (rs.Full(targets=("table", "wide")), "wide.weight is frozen .*targets of Full name it"),
+    ],
+)
+def test_a_target_that_was_frozen_before_is_refused_where_it_is_named(method, says):
+    model = Net()
+    model.wide.weight.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(TargetError, match=says):
+        rs.attach(model, method)
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+    run = rs.attach(model, rs.LoRA(rank=2))  # which trains no weight of the base
+    assert run.sites.keys() >= {"wide"}
+    with pytest.raises(TargetError, match=says):
+        run.shift(method)
+    assert run.method == rs.LoRA(rank=2)  # and has not ended
+    run.model.train()
+
+
+@pytest.mark.parametrize("method", [rs.GaLore(rank=3), rs.GaLore(rank=3, gradient="projected"), rs.Full()])
+def test_a_model_that_is_frozen_whole_is_refused(method):
+    with pytest.raises(TargetError, match=r"all that it would train are frozen .*model\.requires_grad_\(True\)"):
+        rs.attach(Net().requires_grad_(False), method)
+    with pytest.raises(TargetError, match="all that it would train"):
+        rs.attach(Net().requires_grad_(False), rs.LoRA(rank=2)).shift(method)
+
+
+@pytest.mark.parametrize("method", [rs.GaLore(rank=3), rs.GaLore(rank=3, gradient="projected"), rs.Full()])
+def test_what_was_frozen_is_so_again_in_a_run_that_is_restored(method):
+    def frozen():
+        model = Net()
+        model.wide.weight.requires_grad_(False)
+        return model
+
+    _, run, optimizer = trained(method, 2, frozen())
+    state = run.state_dict()
+    assert state["frozen"] == ["wide.weight"]
+    run = rs.restore(Net(), state)  # of a base that nobody froze
+    assert "wide.weight" not in dict(run.trainable())
+    assert "wide.weight" not in run.subspaces
+    run.optimizer(lr=1e-2).load_state_dict(optimizer.state_dict())
+    assert not run.merge().wide.weight.requires_grad
+    rs.attach(frozen(), method).load_state_dict(state)
+    with pytest.raises(WrongBase, match=r"wide\.weight was frozen in the saved run, and here it trains"):
+        rs.attach(Net(), method).load_state_dict(state)
+    other = rs.attach(Net(), method).state_dict()
+    with pytest.raises(WrongBase, match=r"wide\.weight trained in the saved run, and here it is frozen"):
+        rs.attach(frozen(), method).load_state_dict(other)
 
 
 # ---- state

@@ -71,6 +71,8 @@ class Method:
     """Trainable parameters of one (out, in) layer, as a formula."""
     reversible: ClassVar[bool] = True
     """False if the method trains the base itself, so that there is nothing to disable."""
+    trains_base: ClassVar[bool] = False
+    """Whether the weights of the model are what trains: then those that somebody froze before stay frozen."""
     default_lr: ClassVar[float] = 2e-4
     """Peak learning rate where none is given: what the paper, or today's habit, recommends."""
 

@@ -21,6 +21,7 @@ class Full(Method):
     summary: ClassVar[str] = "every weight, in place, with AdamW"
     formula: ClassVar[str] = "out·in"
     reversible: ClassVar[bool] = False
+    trains_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 2e-5
 
     targets: str | tuple[str, ...] = "all"

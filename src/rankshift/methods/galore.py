@@ -50,6 +50,7 @@ class GaLore(Method):
     summary: ClassVar[str] = "every weight; Adam's moments in the leading subspace of each gradient"
     formula: ClassVar[str] = "out·in"
     reversible: ClassVar[bool] = False
+    trains_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-2
 
     rank: int = 128
