@@ -85,6 +85,7 @@ class Event(Protocol):
     One that may be missed, because ``forward`` catches up by itself, says ``essential = False``. One that is the update
     itself, where the optimizer steps beside the weight, says ``steps = True``: it alone may change the function. One
     that takes all adapters faster together has ``apply_all(adapters, tick)`` too, with the result of one after another.
+    One at GRADS that often finds nothing to do has ``idle(adapters, tick)``: then nobody waits for the gradients.
     """
 
     @property
@@ -177,6 +178,7 @@ class Driver:
     _witness: Witness = field(default_factory=Witness)  # one for life: compiled code keeps the hook it was traced with
     _fresh: list[Tensor] | None = None  # in a rehearsal: tensors whose state it makes
     _bad: bool = False  # a gradient is not finite
+    _verdict: Tensor | None = None  # 1 if so, where the update was launched before that is known
     _skip: bool = False  # so no tensor is updated
     _streak: int = 0
     _checked: bool = False
@@ -297,6 +299,7 @@ class Driver:
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in tensors if p.grad is not None]
         self._fresh, self._skip, self._bad = None, False, False
+        self._verdict = None
         if not self._witness.forward and not self.taken:
             # torch.distributed.checkpoint builds optimizer state by a step on zero gradients: not an update
             if any(shard.any_part(shard.held(g).count_nonzero() > 0, g) for g in gradients):
@@ -317,6 +320,9 @@ class Driver:
             self._skip = not any(map(math.isfinite, self.taken.values()))
         else:
             self.permit()
+            if self._may_go_ahead(optimizer, gradients):
+                self._verdict = optimizer.void = 1 - _all_finite(gradients).float()  # type: ignore[attr-defined]
+                return
             self._bad = self._skip = not _finite(gradients)
         if self._skip:
             for p in tensors:
@@ -325,6 +331,21 @@ class Driver:
         if self.check_gradients and not self._checked:
             self._check()
         self._apply(Moment.GRADS)
+
+    def _may_go_ahead(self, optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor]) -> bool:
+        """Whether the update may be launched before it is known whether its gradients are finite: a GPU that is asked
+        for an answer at this point stands still until the host has launched the update and the next forward."""
+        if not getattr(optimizer, "defers", False) or (self.check_gradients and not self._checked) or not gradients:
+            return False
+        stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not _on_one_gpu(gradients) or not all(optimizer.state.get(p) for p in stepped):
+            return False
+        tick = self._tick()
+        waiting = [(e, adapters) for e, adapters in self.audience() if e.moment is Moment.GRADS and e.due(tick)]
+        return all(hasattr(event, "idle") and event.idle(adapters, tick) for event, adapters in waiting)
+
+    def _tick(self) -> Tick:
+        return Tick(self.step, self.total, self.seed, self._optimizer, self.began)
 
     def permit(self) -> None:
         """Raise unless an update may be taken now."""
@@ -347,6 +368,12 @@ class Driver:
         self._witness.forward = False
         if self.taken:
             self.taken.clear()
+        if self._verdict is not None:
+            self._apply(Moment.UPDATED, steps=True)  # of the update itself: before anybody waits
+            self._bad = self._skip = bool(self._verdict)
+            if self._bad:
+                optimizer.retract()  # type: ignore[attr-defined]
+            optimizer.void = None  # type: ignore[attr-defined]
         group = optimizer.param_groups[0]
         if self._bad:
             group["skipped"] += 1
@@ -371,7 +398,7 @@ class Driver:
         if self._skip:
             self.open_window()  # the same update again: what was heard for it is of no use
             return
-        self._apply(Moment.UPDATED)
+        self._apply(Moment.UPDATED, steps=None if self._verdict is None else False)
         group["updates"] += 1
         self.open_window()
         self.counted()
@@ -384,9 +411,12 @@ class Driver:
             elif "step" in (state := optimizer.state.get(parameter, {})):  # another's: its count would stand at one
                 state["step"] *= 0
 
-    def _apply(self, moment: Moment) -> None:
-        tick = Tick(self.step, self.total, self.seed, self._optimizer, self.began)
+    def _apply(self, moment: Moment, steps: bool | None = None) -> None:
+        """Apply the events of a moment; ``steps``: only those that are the update itself, or only the others."""
+        tick = self._tick()
         due = [(event, adapters) for event, adapters in self.audience() if event.moment is moment and event.due(tick)]
+        if steps is not None:
+            due = [(event, adapters) for event, adapters in due if getattr(event, "steps", False) is steps]
         for unit in self._units if due else ():  # as shard.settle, without a walk over the model in every step
             unit.reshard()
         with torch.no_grad():
@@ -442,9 +472,18 @@ def _refuse(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> N
     )
 
 
+def _on_one_gpu(gradients: Sequence[Tensor]) -> bool:
+    return len({g.device for g in gradients}) == 1 and all(g.is_cuda and not shard.is_sharded(g) for g in gradients)
+
+
+def _all_finite(parts: Sequence[Tensor]) -> Tensor:
+    """Whether every entry is: by the largest magnitude, which cannot overflow as a sum of squares can."""
+    return torch.isfinite(torch.nn.utils.get_total_norm([p for p in parts if p.numel()], float("inf")))
+
+
 def _finite(gradients: list[Tensor]) -> bool:
-    """Whether every entry on every rank is: by the largest magnitude, which cannot overflow as a sum of squares can."""
+    """Whether every entry on every rank is."""
     parts = [part for part in map(shard.held, gradients) if part.numel()]
-    here = not parts or bool(torch.isfinite(torch.nn.utils.get_total_norm(parts, float("inf"))))
+    here = not parts or bool(_all_finite(parts))
     sharded = next((g for g in gradients if shard.is_sharded(g)), None)
     return here if sharded is None else not shard.any_rank(not here, sharded.device)

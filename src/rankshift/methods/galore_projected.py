@@ -219,6 +219,11 @@ class Renew:
     def apply(self, adapter: Adapter, tick: Tick) -> None:
         self.apply_all([adapter], tick)
 
+    def idle(self, adapters: Sequence[Adapter], tick: Tick) -> bool:
+        """Whether no basis is due, and every layer has one."""
+        layers = [adapter for adapter in adapters if isinstance(adapter, ProjectedLayer)]
+        return not any(layer.listener.open or not _begun(tick.state(layer.subspace)) for layer in layers)
+
     def apply_all(self, adapters: Sequence[Adapter], tick: Tick) -> None:
         """Bases of layers of one shape are found together, and all are scaled after one transfer to the host."""
         due: dict[int, list[ProjectedLayer]] = {}  # by parameter group
@@ -300,9 +305,10 @@ class FoldIn:
             else:
                 layers.append(layer)
                 keeps.append(keep)
+        void = tick.optimizer.void if isinstance(tick.optimizer, Optimizer) else None
         if folds:
-            fold_(folds, self.how == "stochastic")
-        if layers:
+            fold_(folds, self.how == "stochastic", void)
+        if layers and (void is None or not bool(void)):
             self._apart(layers, keeps, tick)
         if parts:
             torch._foreach_zero_(parts)

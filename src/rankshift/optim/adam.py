@@ -30,7 +30,8 @@ _TOGETHER = 1 << 24  # numbers of parameters that are held wide at once
 
 @dataclass(frozen=True)
 class Adam:
-    """The state names and bits of ``torch.optim.AdamW``; whole parameters go through torch's own kernel."""
+    """The state names and bits of ``torch.optim.AdamW``; whole parameters go through torch's own kernel, on a GPU the
+    fused one."""
 
     store: Store | None = None
     rounding: Rounding = "nearest"
@@ -47,6 +48,14 @@ class Adam:
         state |= self.store.init("exp_avg", tuple(p.shape), p, shard.is_sharded(p))
         state |= self.store.init("exp_avg_sq", tuple(p.shape), p, shard.is_sharded(p))
         return state | rounding.init(p, self.rounding)
+
+    @property
+    def defers(self) -> bool:
+        return self.store is None or isinstance(self.store, Wide)
+
+    def retract(self, states: Sequence[dict[str, Tensor]]) -> None:
+        for state in states:
+            state["step"] -= 1
 
     def _moments(self, state: dict[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
         if self.store is None:
@@ -66,8 +75,11 @@ class Adam:
         hyper: Hyper,
     ) -> None:
         if self.store is None:
-            moments = [self._moments(state, ...) for state in states]
-            _adamw(parameters, gradients, moments, [state["step"] for state in states], hyper)
+            moments, steps = [self._moments(state, ...) for state in states], [state["step"] for state in states]
+            fused = hyper.void is not None or all(p.is_cuda and not shard.is_sharded(p) for p in parameters)
+            _adamw(parameters, gradients, moments, steps, hyper, fused)
+            if fused and steps:
+                torch._foreach_add_(steps, 1)
             return
         for batch in _batches(parameters):
             ps, ss = [parameters[i] for i, _ in batch], [states[i] for i, _ in batch]
@@ -78,7 +90,7 @@ class Adam:
             for state, rows in zip(ss, pieces, strict=True):
                 state["step"] += offset(rows) == 0  # once a tensor, in its first piece
             taken = [state["step"] - 1 for state in ss]
-            _adamw(wide, gs, moments, taken, hyper, fused=all(w.is_cuda for w in wide))
+            _adamw(wide, gs, moments, taken, hyper, fused=hyper.void is not None or all(w.is_cuda for w in wide))
             for p, w, (m, v), state, rows in zip(ps, wide, moments, ss, pieces, strict=True):
                 self._keep(state, m, v, rows)
                 rounding.close(p, w, state, self.rounding, rows)
@@ -97,10 +109,11 @@ def _adamw(
     hyper: Hyper,
     fused: bool = False,
 ) -> None:
-    """torch's kernel; ``steps`` are counted up by it. ``fused``: by that which reads and writes each number once."""
+    """torch's kernel; ``steps`` are counted up by it. ``fused``: that which reads and writes each number once, and
+    leaves ``steps`` to the caller."""
     if not parameters:
         return
-    if fused:  # it counts on the device; copies do, because the state's own are counted up by who calls
+    if fused:  # it counts on the device: copies do
         ages, device = [float(step) for step in steps], parameters[0].device
         one = len(set(ages)) == 1
         steps = (
@@ -114,6 +127,7 @@ def _adamw(
         [],
         list(steps),
         fused=fused,
+        found_inf=hyper.void,
         decoupled_weight_decay=True,
         amsgrad=False,
         beta1=hyper.betas[0],

@@ -61,7 +61,7 @@ class Inside(Project):
         if not parameters:
             return
         parts = [shard.held(p) if shard.is_sharded(p) else p for p in parameters]  # all of them: no views are needed
-        if isinstance(self.store, Wide) and self.transport in ("none", "reset"):
+        if self._plain:
             self._whole(parts, [shard.held(g) for g in gradients], states, hyper)
         else:
             for batch in subspace.together([part.numel() for part in parts], AT_ONCE):
@@ -73,6 +73,18 @@ class Inside(Project):
         if self.clock.earliest is not None:
             norms = torch._foreach_norm([shard.held(g) for g in gradients])
             self.look(parameters, [norm.square() for norm in norms], states)
+
+    @property
+    def defers(self) -> bool:
+        return self._plain and self.clock.earliest is None  # who looks for convergence asks the host
+
+    @property
+    def _plain(self) -> bool:
+        """Whether c = 1 − β2ᵗ, and the moments are ordinary tensors."""
+        return isinstance(self.store, Wide) and self.transport in ("none", "reset")
+
+    def retract(self, states: Sequence[dict[str, Tensor]]) -> None:
+        torch._foreach_sub_([state["step"] for state in states], 1)
 
     def _whole(
         self, Xs: Sequence[Tensor], gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]], hyper: Hyper
@@ -98,10 +110,16 @@ class Inside(Project):
                 eps=hyper.eps,
                 amsgrad=False,
                 maximize=False,
+                found_inf=hyper.void,
             )
-        masses = [shard.held(state["mass"]) for state in states]
-        torch._foreach_mul_(masses, hyper.betas[1])
-        torch._foreach_add_(masses, 1 - hyper.betas[1])
+        masses, more = [shard.held(state["mass"]) for state in states], 1 - hyper.betas[1]
+        if hyper.void is None:
+            torch._foreach_mul_(masses, 1 - more)
+            torch._foreach_add_(masses, more)
+        else:  # β2 = 1 where nothing may change
+            share = more * (1 - hyper.void)
+            torch._foreach_mul_(masses, 1 - share)
+            torch._foreach_add_(masses, share)
 
     def turn(
         self,

@@ -30,16 +30,21 @@ class Hyper:
     betas: tuple[float, float]
     eps: float
     weight_decay: float  # decoupled: p ← (1 − lr·weight_decay) p before the step
+    void: Tensor | None = None  # (), fp32: 1 if nothing may change after all, which only the device knows yet
 
 
-def hyper_of(group: dict[str, Any]) -> Hyper:
+def hyper_of(group: dict[str, Any], void: Tensor | None = None) -> Hyper:
     """The numbers of a parameter group as they are now."""
-    return Hyper(float(group["lr"]), (group["betas"][0], group["betas"][1]), group["eps"], group["weight_decay"])
+    return Hyper(float(group["lr"]), (group["betas"][0], group["betas"][1]), group["eps"], group["weight_decay"], void)
 
 
 @runtime_checkable
 class Transform(Protocol):
-    """How gradients become steps."""
+    """How gradients become steps.
+
+    One that can be asked for a step before it is known whether the gradients are finite says ``defers = True``, heeds
+    ``hyper.void``, and has ``retract(states)``, which takes back what the host has counted in such a step.
+    """
 
     def init(
         self, p: Tensor, key: Key | None = None, rank: int | None = None, place: tuple[int, int] = (1, 1)
@@ -106,6 +111,7 @@ class Optimizer(torch.optim.Optimizer):
         self.transforms = tuple(transforms)
         self.seed = seed
         self.ranks = {} if ranks is None else ranks  # no copy: a run that is loaded later says what they are
+        self.void: Tensor | None = None  # of the step to come, see Hyper
         self.told: Sequence[str] = ()  # what a run has said of how its method differs from that of a loaded state
         if len(self.transforms) != len(self.param_groups):
             raise ConfigError(f"{len(self.transforms)} transforms for {len(self.param_groups)} parameter groups.")
@@ -146,6 +152,16 @@ class Optimizer(torch.optim.Optimizer):
             self._advance(parameters, group, transform)
         return loss
 
+    @property
+    def defers(self) -> bool:
+        """Whether :meth:`step` may be called before it is known whether the gradients are finite."""
+        return all(getattr(transform, "defers", False) for transform in self.transforms)
+
+    def retract(self) -> None:
+        """Count back the step that was just taken, because it was :attr:`void`; the device changed nothing."""
+        for group, transform in zip(self.param_groups, self.transforms, strict=True):
+            transform.retract([self.state[p] for p in group["params"] if p.grad is not None])  # type: ignore[attr-defined]
+
     def _refuse(self, parameters: Iterable[Tensor]) -> None:
         """Raise ConfigError for a gradient that no transform knows what to do with."""
         for p in parameters:
@@ -166,7 +182,7 @@ class Optimizer(torch.optim.Optimizer):
     def _advance(self, parameters: Sequence[Tensor], group: dict[str, Any], transform: Transform) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         states = [self.state[p] for p in parameters]
-        transform.step(parameters, gradients, states, hyper_of(group))
+        transform.step(parameters, gradients, states, hyper_of(group, self.void))
 
     def _begin(self, parameters: Iterable[Tensor]) -> None:
         """Make the states that are not there yet."""
@@ -279,6 +295,7 @@ class Optimizer(torch.optim.Optimizer):
             "seed": self.seed,
             "ranks": self.ranks,
             "told": self.told,
+            "void": None,
         }  # torch's own names what is copied
 
 

@@ -9,13 +9,14 @@ The kernel finds the tensors by a table of addresses, which is made again only w
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+
+from rankshift.ops.stochastic_rounding.op import runs_on
 
 
 class Fold(NamedTuple):
@@ -31,7 +32,7 @@ class Fold(NamedTuple):
 def fits(weight: Tensor, left: Tensor, right: Tensor) -> bool:
     """Whether the kernel takes this weight: an ordinary matrix, whole and in one piece, on a GPU that it runs on."""
     return (
-        _runs_on(weight.device)
+        runs_on(weight.device)
         and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and left.dtype == right.dtype == torch.float32
         and left.device == right.device == weight.device
@@ -41,21 +42,18 @@ def fits(weight: Tensor, left: Tensor, right: Tensor) -> bool:
     )
 
 
-@functools.cache
-def _runs_on(device: torch.device) -> bool:
-    """Whether there are Triton and an NVIDIA GPU that multiplies in TF32."""
-    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
 @torch.no_grad()
-def fold_(folds: Sequence[Fold], stochastic: bool) -> None:
-    """Take these steps. ``stochastic``: weights in 16 bits are rounded at random, else to the nearest."""
+def fold_(folds: Sequence[Fold], stochastic: bool, void: Tensor | None = None) -> None:
+    """Take these steps.
+
+    Args:
+        stochastic: weights in 16 bits are rounded at random, else to the nearest.
+        void: () fp32 on the device; where it is not 0, nothing changes.
+    """
     from rankshift.ops.projected_fold.triton import launch
 
     alike: dict[tuple[object, ...], list[Fold]] = {}
@@ -69,7 +67,7 @@ def fold_(folds: Sequence[Fold], stochastic: bool) -> None:
         if stochastic and weight.dtype != torch.float32:
             words = torch.tensor([fold.word for fold in some], dtype=torch.uint64)
             words = words.view(torch.int64).to(weight.device, non_blocking=True)
-        launch(_table(addresses, weight.device), words, weight, left.shape[1], keep)
+        launch(_table(addresses, weight.device), words, weight, left.shape[1], keep, void)
     increment_version([fold.weight for fold in folds])  # the kernel writes past autograd
 
 

@@ -1,0 +1,140 @@
+"""An update that is launched before anybody knows whether its gradients are finite: on a GPU nobody waits for that."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import rankshift as rs
+from laws.pulse import Pulse, registered
+from laws.world import batch, loss_of, tiny
+from rankshift.core import event
+from rankshift.core.event import Driver
+
+METHODS = [
+    rs.Full(),
+    rs.LoRA(rank=2, modules_to_save=("head",)),
+    rs.GaLore(rank=3, every=5, stagger=False, gradient="projected"),
+    rs.GaLore(rank=3, every=20, gradient="projected", rounding="stochastic", transport="reset", begin=2),
+    rs.GaLore(rank=3, every=0, gradient="projected", rest="freeze"),
+    rs.VeRA(rank=4),
+]
+names = [f"{m.name}-{i}" for i, m in enumerate(METHODS)]
+
+
+def trained(
+    method: rs.Method, spoilt: tuple[int, ...] = (), steps: int = 6, dtype: torch.dtype = torch.float64, wd: float = 0.1
+) -> tuple[rs.Run, Any, list[dict[str, Any]]]:
+    """A run whose gradients are spoilt in some updates; and its whole state after each."""
+    model = tiny(dtype)
+    run = rs.attach(model, method, seed=3, total_steps=steps)
+    optimizer = run.optimizer(lr=1e-2, weight_decay=wd)
+    seen = []
+    for step in range(steps):
+        loss_of(model, batch(0)).backward()
+        if step in spoilt:
+            last = [p for _, p in run.trainable() if p.grad is not None][-1]
+            last.grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        parts = {"model": model, "run": run, "optimizer": optimizer}
+        seen.append(copy.deepcopy({name: part.state_dict() for name, part in parts.items()}))
+    return run, optimizer, seen
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """As on a GPU; whether each judged update was launched before its verdict."""
+    asked: list[bool] = []
+    may = Driver._may_go_ahead
+
+    def noted(self: Driver, *args: Any) -> bool:
+        asked.append(may(self, *args))
+        return asked[-1]
+
+    monkeypatch.setattr(event, "_on_one_gpu", lambda gradients: True)
+    monkeypatch.setattr(Driver, "_may_go_ahead", noted)
+    return asked
+
+
+def flat(state: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(state, dict):
+        return {k: v for key, value in state.items() for k, v in flat(value, f"{prefix}{key}/").items()}
+    if isinstance(state, (list, tuple)):
+        return flat(dict(enumerate(state)), prefix)
+    return {prefix: state}
+
+
+def difference(a: Any, b: Any) -> tuple[float, list[str]]:
+    """The largest between tensors, and what else is not equal."""
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    tensors = [key for key, value in a.items() if isinstance(value, torch.Tensor)]
+    gap = max(float((a[key].double() - b[key].double()).abs().max()) for key in tensors if a[key].numel())
+    return gap, [key for key in a if key not in tensors and a[key] != b[key]]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=names)
+def test_it_is_the_update_that_waits(method: rs.Method, ahead: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, launched = trained(method)
+    assert ahead.count(True) >= 3, ahead
+    assert not ahead[0], "the first update is checked before it is taken"
+    monkeypatch.setattr(event, "_on_one_gpu", lambda gradients: False)
+    *_, waited = trained(method)
+    gap, other = difference(launched[-1], waited[-1])
+    assert gap < 1e-8  # another kernel's rounding
+    assert not other
+
+
+@pytest.mark.parametrize("method", METHODS, ids=names)
+def test_a_void_update_changes_nothing_but_the_count(method: rs.Method, ahead: list[bool]) -> None:
+    spoilt = 4  # nothing is renewed there
+    run, optimizer, states = trained(method, (spoilt,))
+    assert ahead[spoilt], "else this shows nothing"
+    before, after = states[spoilt - 1], states[spoilt]
+    gap, other = difference(before, after)
+    assert gap == 0
+    assert {key.rstrip("/").rpartition("/")[2] for key in other} == {"skipped"}
+    assert run.skipped == 1
+    assert run.step == 5
+    assert optimizer.void is None
+
+
+def test_what_was_void_is_taken_again(ahead: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    method = METHODS[2]
+    *_, spoilt = trained(method, (2, 4), steps=8)
+    assert ahead[2] or ahead[4]
+    *_, whole = trained(method, steps=6)
+    gap, other = difference(spoilt[-1], whole[-1])
+    assert gap < 1e-8  # another kernel's rounding
+    assert {key.rstrip("/").rpartition("/")[2] for key in other} <= {"skipped", "total_steps"}
+
+
+def test_twenty_void_updates_end_the_run(ahead: list[bool]) -> None:
+    with pytest.raises(rs.errors.NonFinite, match="20 updates in a row"):
+        trained(METHODS[0], tuple(range(1, 40)), steps=40)
+    assert all(ahead[1:])
+
+
+def test_events_see_no_void_update(ahead: list[bool]) -> None:
+    with registered(Pulse()):
+        run, *_ = trained(Pulse(rank=2, every=1), (3,))
+    assert not any(ahead), "its event at GRADS must see finite gradients"
+    assert run.skipped == 1
+    sora = rs.SoRA(rank=3, sparsity=3.0)
+    run, _, states = trained(sora, (3,))
+    assert ahead[3 + 6]
+    assert difference(states[2]["run"]["tensors"], states[3]["run"]["tensors"])[0] == 0, "no gate was moved"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [rs.AdaRankGrad(rank=3), rs.GaLore(rank=3), rs.GaLore(rank=3, gradient="projected", transport="square")],
+    ids=["adarankgrad", "galore", "galore-square"],
+)
+def test_who_decides_on_the_host_waits(method: rs.Method, ahead: list[bool]) -> None:
+    trained(method, steps=3)
+    assert not any(ahead)
