@@ -308,6 +308,32 @@ def test_clipping_by_value_stops_the_run() -> None:
         train(GaLore(rank=3, every=2, targets=("grow",), gradient="projected"), 25, between=clip)
 
 
+def test_renewals_put_off_now_and_then_do_not_stop_the_run() -> None:
+    """Twenty in a row do; of these 22 every tenth is followed by one that can be renewed."""
+
+    def clip(run: rs.Run, step: int) -> None:
+        for _, p in run.trainable():
+            assert p.grad is not None
+            if step % 10 != 9:
+                p.grad.sign_()
+
+    _, run, _ = train(GaLore(rank=3, every=1, targets=("grow",), gradient="projected"), 25, between=clip)
+    assert [row.renewals for row in run.subspace_table().rows] == [2]
+
+
+def test_gradients_of_zeros_put_nothing_off(caplog: pytest.LogCaptureFixture) -> None:
+    """However many: a reward that is always the same teaches nothing, and is no fault."""
+
+    model, run, optimizer = attached(GaLore(rank=3, every=1, targets=LAYERS[:2], gradient="projected"))
+    with caplog.at_level(logging.WARNING, "rankshift"):
+        for step in range(26):
+            (loss_of(model, *batch(step)) * float(step in (0, 25))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not caplog.records
+    assert run.step == 26
+
+
 # ---- memory and launches ---------------------------------------------------------------------------------------------
 
 
