@@ -28,6 +28,7 @@ from rankshift.core.site import (
     perhaps_tied,
     place,
     place_replica,
+    prefixes,
     remove,
     returned,
     running_statistics,
@@ -103,7 +104,9 @@ class Placement:
     def _check_frozen(self, method: Method, targets: set[str]) -> None:
         """Raise where a method that trains the base was told to train what is frozen, or finds nothing else."""
         kind, in_place = type(method).__name__, self._in_place(method)
-        told = (targets or in_place) & self.frozen if method.targets != type(method).targets else ()
+        patterns = [method.targets] if isinstance(method.targets, str) else method.targets
+        named = targets or {n for n in in_place if any(matches(part, t) for part in prefixes(n) for t in patterns)}
+        told = named & self.frozen if method.targets != type(method).targets else ()
         if told:
             raise TargetError(
                 f"{min(told)} is frozen (requires_grad=False), and targets of {kind} name it to be trained in place. "

@@ -38,7 +38,7 @@ from rankshift.core.errors import ConfigError, RankTooLarge, UnsupportedLayer
 from rankshift.core.event import Event
 from rankshift.core.method import Estate, Method, Shared
 from rankshift.core.random import Key
-from rankshift.core.site import Spec, select, spec_of
+from rankshift.core.site import Spec, base_parameters, check_tied, perhaps_tied, select, spec_of
 from rankshift.core.watch import Wish, by_family, changes, converged
 from rankshift.methods.lora import LoRA
 
@@ -55,6 +55,7 @@ class PreLoRA(Method):
     summary: ClassVar[str] = "full training, and low-rank adapters with frozen weights once it has partly converged"
     formula: ClassVar[str] = "out·in, later r·(out + in)"
     reversible: ClassVar[bool] = False
+    trains_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
 
     then: Method = field(default_factory=lambda: LoRA(rank=8, alpha=16))
@@ -127,8 +128,10 @@ class PreLoRA(Method):
             return method
         alpha, rank = self.then.alpha, self.then.rank  # type: ignore[attr-defined]
         same = getattr(self.then, "scaling", "standard") != "standard"  # √rank there scales by itself
-        alphas = {} if same else {name: alpha * r / rank for name, r in self.ranks.items()}
-        return replace(method, rank_pattern=dict(self.ranks), alpha_pattern=alphas)  # type: ignore[call-arg]
+        # the last match counts, and "up" matches "block.up" too: so the longest name comes last
+        ranks = dict(sorted(self.ranks.items(), key=lambda item: len(item[0])))
+        alphas = {} if same else {name: alpha * r / rank for name, r in ranks.items()}
+        return replace(method, rank_pattern=ranks, alpha_pattern=alphas)  # type: ignore[call-arg]
 
     # ---- sites
 
@@ -136,6 +139,9 @@ class PreLoRA(Method):
         specs = self._layers(model)
         for spec in specs:  # before weeks of training, not after
             self.fit(spec)
+        if self.tied == "refuse":
+            for spec in perhaps_tied(model, specs):
+                check_tied(model, spec)
         return [] if self.stage == "full" else [spec.name for spec in specs]
 
     def _layers(self, model: nn.Module) -> list[Spec]:
@@ -195,7 +201,8 @@ class PreLoRA(Method):
     def watches(self, model: nn.Module) -> Wish | None:
         if self.stage != "full":
             return None
-        return Wish(self.window, tuple(spec.weight for spec in self._layers(model)), self.windows)
+        trained = {name for name, p, _ in base_parameters(model) if p.requires_grad}  # not what was frozen before
+        return Wish(self.window, tuple(s.weight for s in self._layers(model) if s.weight in trained), self.windows)
 
     def phase_end(self, start: int, total: int | None) -> int | None:
         """None: the run's schedule goes on. Refuses a run that is too short for its windows."""
