@@ -106,7 +106,8 @@ class Run:
         self.watch: Watch | None = None  # over loss and norms, where something depends on them
         self._listed = start  # updates taken when what is before the first of them began
         self._seconds, self._since = 0.0, time.monotonic()  # of training since then; and up to when
-        self._moments: dict[str, Mapping[str, Tensor]] = {}  # of tensors that went on training from the last phase
+        # of tensors that went on training from the last phase; None: this run did not see it end
+        self._moments: dict[str, Mapping[str, Tensor]] | None = None
         self._on = Placement(model)
         self._changed: set[str] = set()
         self._ranks: dict[str, int] = {}  # of the subspaces of projected gradients, where no optimizer knows them
@@ -338,7 +339,7 @@ class Run:
             groups.values(), [key[0] for key in groups], lr, betas, eps, weight_decay, self.seed, self._ranks
         )
         optimizer.told = self._told  # no copy, as of the ranks
-        if self._moments and self.step == self.phases[-1].start:
+        if self._moments is not None and self.step == self.phases[-1].start:
             optimizer.take_over(self._moments)
             self._moments = {name: optimizer.state[p] for name, p, _ in owned if optimizer.state.get(p)}
         self._driver.check_gradients = check_gradients
@@ -905,13 +906,13 @@ class Run:
         run._driver.audience, run._driver.trainable = self._on.audience, self._on.required
         run._driver.skips, run._driver.began = self.skipped, self.step
         lr = self._hand_on(run, method)
-        run._moments = {other: state for other, state in states.items() if other not in before}
+        moments: dict[str, Mapping[str, Tensor]] = {k: state for k, state in states.items() if k not in before}
         for site, heir in self.adapter(name).items():
             for leaf, now in heir.named_parameters():
                 other = f"{prefix}{site}.{leaf}"
                 if other in before and other in states:
                     moved = _moved(states[other], before[other], now, heir.slots.get(leaf), estates[site].slots)
-                    run._moments |= {} if moved is None else {other: moved}
+                    moments |= {} if moved is None else {other: moved}
         for parameter in self.model.parameters():
             parameter.grad = None
         self._driver.close()
@@ -919,7 +920,7 @@ class Run:
         self._closed = "shift()"
         run._on.use(*run._on.active)
         run.phases.append(Phase(to_dict(method), self.step, lr=lr, trainable=run._count_trainable()))
-        run._keep_moments(run._moments)
+        run._keep_moments(moments)
         run._look_out()
         run._listen()
         run._driver.open_window()

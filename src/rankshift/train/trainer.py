@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,12 +30,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from rankshift.core import shard
 from rankshift.core.errors import AttachError, ConfigError, MissingFile, OutOfMemory, TrainingError, WrongBase
-from rankshift.core.method import Method, compare, from_dict
+from rankshift.core.method import Method, compare, from_dict, to_dict
+from rankshift.core.phase import Then, listed
 from rankshift.core.site import base_parameters
 from rankshift.io.atomic import explain
 from rankshift.io.checkpoint import MANIFEST, TRAINER, read
 from rankshift.optim.backward import refuse_apart, refuse_method, refuse_settings
 from rankshift.run import Run, attach, restore
+from rankshift.train import costs
 from rankshift.train.callback import News, without_screens
 
 _log = logging.getLogger(__name__)
@@ -52,8 +54,10 @@ class Trainer(transformers.Trainer):
     >>> trainer.train()
     >>> trainer.run.export("out/adapter")
 
-    Checkpoints hold what the method trained, never an untouched base, and resume to the same bits. The next phase of
-    a method begins where it is due: new optimizer, and the same schedule unless the method has one for each phase.
+    Checkpoints hold what the method trained, never an untouched base, and resume to the same bits. The next phase
+    begins where it is due: new optimizer, and the same schedule unless the method has one for each phase. What a phase
+    cost is logged at its end: ``phase_trainable_parameters``, ``phase_update_seconds``, ``phase_peak_memory`` (without
+    a GPU ``phase_estimated_memory``: weights, gradients and optimizer state).
 
     Ctrl-C ends training after the update in progress, saves a checkpoint, says how to go on and exits with code 130; a
     second Ctrl-C stops at once. Any other KeyboardInterrupt saves too, unless it came in the middle of an update.
@@ -63,6 +67,8 @@ class Trainer(transformers.Trainer):
         args: transformers' TrainingArguments. ``args.seed`` is the seed of the method too.
         method: attached to ``model``. Exactly one of ``method`` and ``run`` is given.
         run: a run that exists already.
+        then: methods to go on with, and when, after ``method``. A run has its own. A learning rate that one does not
+            say is the one before it.
         calibration: batches for methods that look at data before they start, as collated dictionaries.
         check_gradients: stop if a tensor that must learn has no gradient in the first update.
         fused_backward: update each tensor inside the backward pass and free its gradient at once, as in
@@ -86,6 +92,7 @@ class Trainer(transformers.Trainer):
         *,
         method: Method | None = None,
         run: Run | None = None,
+        then: Sequence[Then] = (),
         calibration: Iterable[Any] | None = None,
         check_gradients: bool = True,
         fused_backward: bool = False,
@@ -108,8 +115,14 @@ class Trainer(transformers.Trainer):
         if rest.get("optimizer_cls_and_kwargs") is not None:
             raise ConfigError("optimizer_cls_and_kwargs= is not supported. Pass run= and a ready one in optimizers=.")
         self._settle(args, model, first)
+        if run is not None and then:
+            raise ConfigError("then= goes with method=. A run that exists has what rs.attach(…, then=[…]) gave it.")
+        coming = listed(then) if run is None else run.coming
         if fused_backward:
-            self._check_fused(args, first, rest)
+            self._check_fused(args, [first, *(one.method for one in coming)], rest)
+        self._calibration = calibration
+        if any(one.method.needs_data for one in coming):  # more than one phase may look at it
+            self._calibration = self._batches(first, coming)
         super().__init__(model, args, callbacks=[_Watch(self), *(callbacks or ())], **rest)
         self._refuse_engines()
         if fused_backward and not self.is_fsdp_enabled:
@@ -117,16 +130,15 @@ class Trainer(transformers.Trainer):
         self.check_gradients = check_gradients
         self._fused, self._clip_each = fused_backward, clip_each
         given = self.optimizer
-        self._foreign = given is not None
+        self._foreign, self._scheduled = given is not None, self.lr_scheduler is not None
         self._stop = False  # this rank was asked to
         self._agreed = False  # every rank stops after this update
         self._settled = True
-        self._news = News()
+        self._news, self._meter = News(), costs.Meter(self.args.device)
         planned = self._planned_updates()
         if run is None:
             assert method is not None
-            batches = None if calibration is None else (self._prepare_inputs(batch) for batch in calibration)
-            run = attach(model, method, seed=args.seed, total_steps=planned, data=batches)
+            run = attach(model, method, seed=args.seed, total_steps=planned, data=self._prepared(), then=coming)
         self.run = run
         self._planned = run.total_steps if planned is None else planned
         run.total_steps = self._planned
@@ -162,14 +174,28 @@ class Trainer(transformers.Trainer):
         except OSError as error:
             raise explain(error, out) from error
 
-    def _check_fused(self, args: TrainingArguments, method: Method, rest: dict[str, Any]) -> None:
+    def _check_fused(self, args: TrainingArguments, methods: Sequence[Method], rest: dict[str, Any]) -> None:
         """Refuse, before anything is built, what updates inside the backward pass cannot go with."""
         refuse_settings(args)
-        refuse_method(method)
+        for method in methods:
+            refuse_method(method)
         if (rest.get("optimizers") or (None,))[0] is not None:
             raise ConfigError(
                 "fused_backward=True is for the run's own optimizer, but one was passed in optimizers=. Leave one out."
             )
+
+    def _batches(self, first: Method, coming: Sequence[Then]) -> list[Any]:
+        """Those for methods that look at data, to be gone through more than once."""
+        if self._calibration is None:
+            kind = next(type(one.method).__name__ for one in coming if one.method.needs_data)
+            raise ConfigError(
+                f"{kind} as configured looks at data before it starts, in a later phase: pass batches, calibration=."
+            )
+        return list(self._calibration)
+
+    def _prepared(self) -> Iterable[Any] | None:
+        """These batches on the device."""
+        return None if self._calibration is None else (self._prepare_inputs(batch) for batch in self._calibration)
 
     def _refuse_engines(self) -> None:
         if self.is_deepspeed_enabled:
@@ -197,7 +223,7 @@ class Trainer(transformers.Trainer):
         if self.optimizer is None:
             args = self.args
             self.optimizer = self.run.optimizer(
-                lr=args.learning_rate,
+                lr=self.run.phases[-1].lr or args.learning_rate,
                 weight_decay=args.weight_decay,
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
@@ -228,9 +254,13 @@ class Trainer(transformers.Trainer):
                 getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type), type(method).__name__,
                 length, warmup,
             )  # fmt: skip
+        # another phase is to come: what it cannot be begun with is refused now
         if end is not None and end < num_training_steps:
-            # another phase is to come: what it cannot be begun with is refused now
             self._check_phases(f"{method.name} goes through phases, the next from step {end}", scheduler)
+        elif self.run.coming:
+            self._check_phases(f"{method.name} is to go on as {self.run.coming[0].method.name}", scheduler)
+        elif method.watches(self.run.model) is not None:
+            self._check_phases(f"{method.name} goes through phases", scheduler)
         return scheduler
 
     def _own_schedule(self) -> bool:
@@ -367,10 +397,11 @@ class Trainer(transformers.Trainer):
         """Begin the next phase: new trainable tensors and moments, the schedule where it was."""
         before = self.run.method.name
         self._check_phases(f"{before} goes on as {method.name} at step {self.run.step}", self.lr_scheduler)
+        self._account()
         assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR)
         # a schedule of the phase that ends counts its updates only; that of the run goes on where the run is
         taken = self.state.global_step if self._own_schedule() else self.lr_scheduler.last_epoch
-        self.run = self.run.shift(method)
+        self.run = self.run.shift(method, data=self._prepared() if method.needs_data else None)
         self.accelerator.free_memory()
         if isinstance(self.model_wrapped, DistributedDataParallel):  # its reducer knows the old tensors
             self.accelerator.ddp_handler.find_unused_parameters = _may_be_unused(self.run.model, method)
@@ -384,17 +415,44 @@ class Trainer(transformers.Trainer):
         for name in ("optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self._news = News()
+        self._meter.begin()
         what = f"{before} ends, {method.name} begins" if before != method.name else f"the next phase of {before} begins"
+        ended, trains = costs.table(self.run.phases, self.state.log_history, self.run.step)[-2:]
         _log.warning(
-            "Step %d: %s; the schedule %s.",
-            self.run.step, what, "does too" if own else "goes on",
+            "Step %d: %s; the schedule %s. Of %s there were %s; now %s parameters train.",
+            self.run.step, what, "does too" if own else "goes on", before, costs.words(ended),
+            f"{trains['trainable']:,}",
         )  # fmt: skip
+
+    def _account(self) -> None:
+        """Log what the phase that ends now has cost; once."""
+        phase, optimizer = self.run.phases[-1], self.optimizer
+        assert optimizer is not None
+        if self._meter.updates:
+            state = [t for of in optimizer.state.values() for t in of.values() if isinstance(t, Tensor)]
+            tensors = [*self.run.model.parameters(), *self.run.model.buffers(), *state]
+            spent = self._meter.read(tensors, [p for _, p in self.run.trainable()], self._fused)
+            counts = {"phase": len(self.run.phases), "phase_updates": self.run.step - phase.start}
+            due = self.control.should_log
+            self.log({**counts, "phase_trainable_parameters": phase.trainable or 0, **spent})
+            self.control.should_log = due  # transformers takes any log for the one of this update
+            self._meter.begin()
 
     def _check_phases(self, what: str, scheduler: object) -> None:
         """Raise ConfigError unless this training can go from one phase to the next."""
         if self._foreign:
             raise ConfigError(
                 f"{what}, which needs a new optimizer, but this one was passed in optimizers=. Leave optimizers out."
+            )
+        if self._scheduled:
+            raise ConfigError(
+                f"{what}, which needs a new schedule, but this one was passed in optimizers=. Leave it out, and say it "
+                "in lr_scheduler_type."
+            )
+        if self.args.load_best_model_at_end and self.run.coming and from_dict(self.run.phases[0].method).reversible:
+            raise ConfigError(
+                f"{what}, which folds what was trained into the base: at the end the checkpoint before that could not "
+                "be gone back to. Set load_best_model_at_end=False."
             )
         if self.is_fsdp_enabled:
             raise ConfigError(
@@ -482,6 +540,13 @@ class Trainer(transformers.Trainer):
             raise WrongBase(f"{other}, but the checkpoint is of a later phase. Give the method as it was.")
         if self._foreign:
             raise ConfigError("The checkpoint is from another phase, whose tensors the given optimizer does not hold.")
+        coming, given = tuple(Then.from_mapping(values) for values in state.get("coming", ())), self.run.coming
+        gone, later = len(given) - len(coming), iter([phase["method"] for phase in state["phases"][1:]])
+        if given and not (coming == given[gone:] and all(to_dict(one.method) in later for one in given[:gone])):
+            raise WrongBase(
+                f"{directory.name} has other phases to come than this Trainer was given (then=). Give them as they "
+                "were, or none: the saved ones count."
+            )
         model = self.run.model
         self.run.detach() if self.run.method.reversible else self.run.merge()
         self.run = restore(model, state)
@@ -540,6 +605,16 @@ class _Watch(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer._meter.begin()
+        self._turn()  # a run, or a checkpoint, may be at the end of its phase
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer._meter.pause()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer._meter.pause()
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer._settled = not self.trainer._fused  # there the backward pass is in the middle of an update
 
@@ -550,6 +625,22 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         trainer = self.trainer
+        trainer._meter.count()
+        if control.should_training_stop:
+            trainer._account()
+        else:
+            self._turn()
+        trainer._settled = True
+        trainer._agreed = shard.any_rank(trainer._stop, args.device)
+        if trainer._agreed:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer._account()  # where something stopped it between two updates
+
+    def _turn(self) -> None:
+        """Begin the next phase, where it is due."""
+        trainer = self.trainer
         method = trainer.run.due()
         if method is not None:
             try:
@@ -557,10 +648,6 @@ class _Watch(TrainerCallback):
             except TrainingError:  # the phase that ends is whole: what was trained is not lost with the next
                 trainer._save_checkpoint(trainer.run.model, None)
                 raise
-        trainer._settled = True
-        trainer._agreed = shard.any_rank(trainer._stop, args.device)
-        if trainer._agreed:
-            raise KeyboardInterrupt
 
 
 def _may_be_unused(model: nn.Module, method: Method) -> bool:
