@@ -16,6 +16,7 @@ from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.base import Base
 from rankshift.core.event import Event, Moment, Tick
+from rankshift.core.form import Form
 from rankshift.core.method import _REGISTRY
 from rankshift.core.random import Key
 from rankshift.core.site import Spec
@@ -267,9 +268,9 @@ class Wandering(Project):
 
     fault: str = ""
 
-    def _move(self, p: Any, state: Any, found: Any, rank: int, hyper: Hyper) -> None:
+    def _move(self, p: Any, state: Any, old: Any, new: Any, rank: int, hyper: Hyper) -> None:
         before = state["exp_avg"]
-        super()._move(p, state, found, rank, hyper)
+        super()._move(p, state, old, new, rank, hyper)
         if self.fault == "moves at every renewal":
             state["exp_avg"] = state["exp_avg"].clone()
         if self.fault == "keeps what it freed" and state["exp_avg"].numel() < before.numel():
@@ -286,13 +287,13 @@ class Unsettled(GaLore):
     fault: str = ""
     energy: float | None = None
 
-    def project(self, spec: Spec) -> Project:
+    def project(self, form: Form) -> Project:
         return Wandering(
             rank=self.rank,
             energy=self.energy,
             clock=Clock(1, stagger=False),
             transport="square",
-            form=spec.form,
+            form=form,
             fault=self.fault,
         )
 

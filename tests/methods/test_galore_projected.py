@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rankshift as rs
 from rankshift.methods import AdaRankGrad, GaLore
 from rankshift.methods.galore_projected import ProjectedLayer
+from rankshift.optim import subspace
 
 F64 = torch.float64
 LR, DECAY, EPS = 1e-2, 0.1, 1e-6
@@ -409,6 +410,28 @@ def test_a_step_is_a_few_launches_a_layer(method: GaLore, most: int) -> None:
             optimizer.zero_grad()
         counts.append(made.count)
     assert counts[1] - counts[0] <= 10 * most
+
+
+def test_a_renewal_is_a_few_launches_for_layers_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Cholesky's factorisation, as on a GPU. What comes with each layer: its draw, its clock, its basis."""
+    monkeypatch.setattr(subspace, "orthonormal", subspace.cholesky_qr)
+    counts = {}
+    for every in (0, 1):
+        for layers in (6, 12):
+            method = GaLore(rank=64, every=every, stagger=False, side="in", gradient="projected")
+            with torch.random.fork_rng():
+                model = nn.Sequential(*[nn.Linear(80, 80, bias=False) for _ in range(layers)])
+            optimizer = rs.attach(model, method).optimizer(lr=1e-3)
+            for step in range(2):
+                x = torch.randn(8, 80, generator=torch.Generator().manual_seed(step))
+                model(x).square().mean().backward()
+                with Made() as made:
+                    optimizer.step()
+                optimizer.zero_grad()
+            counts[every, layers] = made.count
+    six, twelve = (counts[1, layers] - counts[0, layers] for layers in (6, 12))
+    assert six <= 210
+    assert twelve - six <= 6 * 9
 
 
 def test_memory_stays_that_of_the_largest_rank_and_columns_beyond_are_zero() -> None:

@@ -223,3 +223,15 @@ def test_wrong_numbers_are_refused(wrong, text):
 def test_one_transform_for_each_group():
     with pytest.raises(ConfigError, match="1 transforms for 2"):
         Optimizer(groups(parameters()), [Adam()], lr=1e-3)
+
+
+def test_layers_of_one_role_stand_in_a_row() -> None:
+    """Of all groups whose transform is of that kind, in the order in which roles come first."""
+    names = [f"layers.{block}.{role}.weight" for block in (0, 1, 10) for role in ("q", "up")]
+    ps = {name: nn.Parameter(torch.zeros(2)) for name in names}
+    optimizer = Optimizer(
+        [{"params": [(name, ps[name]) for name in some]} for some in (names[:3], names[3:])], [Adam(), Adam()], lr=1.0
+    )
+    order = sorted(names, key=lambda name: optimizer.place(ps[name]))
+    assert order == [f"layers.{block}.{role}.weight" for role in ("q", "up") for block in (0, 1, 10)]
+    assert [optimizer.place(ps[name]) for name in order] == [(i, 6) for i in range(1, 7)]

@@ -22,7 +22,7 @@ from rankshift.optim.project import Clock, Project
 D = torch.float64
 NEVER = Clock(every=0)
 EACH = Clock(every=1, stagger=False)
-COUNTERS = {"step", "born", "renewed", "renewals", "next", "wait", "key"}
+COUNTERS = {"step", "born", "renewed", "renewals", "next", "key"}
 
 
 def gradient(shape: tuple[int, ...], step: int, seed: int = 0, dtype: torch.dtype = D) -> Tensor:
@@ -379,6 +379,55 @@ def test_one_decomposition_at_a_renewal_and_none_between(finder, kind):
         assert spent == ({kind: 1} if step % 4 == 0 else {})
         if step % 4:
             assert count.found["linalg_qr"] == 0
+
+
+@pytest.mark.parametrize("finder", ["range", "warm"])
+@pytest.mark.parametrize("transport", ["none", "square"])
+def test_directions_go_on_where_they_were(finder, transport):
+    """A subspace whose directions are of one energy, which turns slowly: eigenvectors would be any of it."""
+    turn = torch.linalg.matrix_exp(0.02 * (gradient((20, 20), 1) - gradient((20, 20), 1).mT))
+    frame, left = torch.linalg.qr(gradient((20, 4), 2)).Q, torch.linalg.qr(gradient((30, 4), 3)).Q
+    stream = [left @ (torch.linalg.matrix_power(turn, n) @ frame).mT for n in range(4)]
+    p = weight((30, 20))
+    o = optimizer([p], Project(4, clock=EACH, finder=finder, transport=transport))
+    bases = []
+    for G in stream:
+        p.grad = G.clone()
+        o.step()
+        bases.append(state(o)["basis"].clone())
+        torch.testing.assert_close(bases[-1].mT @ bases[-1], torch.eye(4, dtype=D), rtol=0, atol=1e-12)
+        torch.testing.assert_close(state(o)["energy"], torch.ones((), dtype=D), rtol=1e-9, atol=0)
+    for old, new in itertools.pairwise(bases):
+        assert (old * new).sum(0).min() > 0.95
+
+
+@pytest.mark.parametrize(("rank", "spent"), [(4, 1), (64, 0)])
+def test_a_fixed_rank_asks_for_eigenvectors_where_they_are_few_and_the_first_time(rank, spent):
+    p = weight((90, 80))
+    o = optimizer([p], Project(rank, clock=EACH, finder="range"))
+    for step in range(3):
+        p.grad = gradient((90, 80), step)
+        with Count("linalg_eigh") as count:
+            o.step()
+        assert count.found["linalg_eigh"] == (spent if step else 1)
+
+
+@pytest.mark.parametrize("finder", ["range", "warm"])
+def test_one_that_began_later_is_renewed_as_if_it_were_alone(finder):
+    """Bit for bit: the backward pass may hand over tensors one by one."""
+    project = Project(3, clock=EACH, finder=finder)
+    results = []
+    for together in (True, False):
+        ps = [weight((12, 8), seed) for seed in range(3)]
+        o = optimizer(ps, project)
+        for step in range(4):
+            for some in [range(3)] if together else [[0], [1], [2]]:
+                for i in range(3):
+                    ps[i].grad = gradient((12, 8), step, i) if i in some and step >= i else None
+                o.step()
+        results.append(ps)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_has_one_shape_is_decomposed_together_the_first_time():

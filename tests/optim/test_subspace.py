@@ -36,7 +36,7 @@ def found(A: Tensor, width: int, finder: str, seed: int = 5, **settings) -> subs
         *A.shape[:-2], A.shape[-1], min(A.shape[-1], width + 8), generator=generator(seed), dtype=A.dtype
     )
     wide = width if finder in ("svd", "eigh") else width + 8
-    return find(A, wide, finder, draw=draw, **settings)
+    return find(A, wide, finder, begin=draw, **settings)
 
 
 def optimal(A: Tensor, rank: int) -> Tensor:
@@ -95,10 +95,48 @@ def test_warm_goes_on_from_the_last_basis():
     A, later = power_law(120, 80), power_law(120, 80) + 0.02 * power_law(120, 80, seed=9)
     last = found(A, 16, "svd").narrow(16)
     draw = torch.randn(80, 24, generator=generator(3), dtype=D)
-    warm = find(later, 24, "warm", draw=draw, start=last)
-    cold = find(later, 24, "range", draw=draw, power=0)
+    warm = find(later, 24, "warm", begin=torch.cat([last, draw], -1)[:, :24], power=0)
+    cold = find(later, 24, "range", begin=draw, power=0)
     missing = [1 - float(subspace.captured(b, 16) / optimal(later, 16)) for b in (warm, cold)]
     assert missing[0] < 0.2 * missing[1]
+
+
+def gram_schmidt(columns: Tensor) -> Tensor:
+    found: list[Tensor] = []
+    for column in columns.mT:
+        for q in found:
+            column = column - (q @ column) * q
+        found.append(column / column.norm())
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("more", [0, 5])
+def test_a_basis_along_another_is_what_gram_and_schmidt_make_of_its_projection(more, on_gpu, monkeypatch):
+    if on_gpu:
+        monkeypatch.setattr(subspace, "orthonormal", subspace.cholesky_qr)
+    A, old = power_law(60, 40), basis_of(40, 9, 3)
+    begin = torch.randn(40, 9 + more, generator=generator(5), dtype=D)
+    plain = find(A, 9 + more, "range", begin=begin, power=3).narrow(9)  # the same span, its directions by energy
+    basis = find(A, 9 + more, "range", begin=begin, power=3, near=old)
+    close = 1e-5 if on_gpu else 1e-10  # 1e-7 of noise, over the least of the nine directions that they have in common
+    torch.testing.assert_close(basis.vectors @ basis.vectors.mT, plain @ plain.mT, rtol=0, atol=close)
+    wanted = gram_schmidt(plain @ (plain.mT @ old))
+    torch.testing.assert_close(basis.vectors, wanted, rtol=0, atol=close)
+    torch.testing.assert_close(basis.energies, (A @ wanted).square().sum(0), rtol=100 * close, atol=close)
+    assert bool(((basis.vectors * old).sum(0) > 0).all())  # no sign is free
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_basis_along_one_that_has_nothing_in_common_is_orthonormal(on_gpu, monkeypatch):
+    if on_gpu:
+        monkeypatch.setattr(subspace, "orthonormal", subspace.cholesky_qr)
+    A = torch.zeros(20, 12, dtype=D)
+    A[:, :4] = torch.randn(20, 4, generator=generator(), dtype=D)
+    begin = torch.randn(12, 4, generator=generator(1), dtype=D)
+    Q = find(A, 4, "range", begin=begin, near=torch.eye(12, dtype=D)[:, -4:]).vectors
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(4, dtype=D), rtol=0, atol=1e-12)
+    assert Q[4:].abs().max() < 1e-6
 
 
 HARD = {
@@ -138,9 +176,9 @@ def test_columns_are_orthonormal_whatever_the_matrix(case, finder, dtype):
 def test_a_batch_is_its_matrices_one_by_one(finder):
     stack = torch.stack([power_law(24, 15, seed) for seed in range(4)])
     draw = torch.randn(4, 15, 13, generator=generator(), dtype=D)
-    together = find(stack, 13 if finder in ("range", "warm") else 5, finder, draw=draw)
+    together = find(stack, 13 if finder in ("range", "warm") else 5, finder, begin=draw)
     for i in range(4):
-        alone = find(stack[i], 13 if finder in ("range", "warm") else 5, finder, draw=draw[i])
+        alone = find(stack[i], 13 if finder in ("range", "warm") else 5, finder, begin=draw[i])
         torch.testing.assert_close(together.vectors[i, :, :5], alone.vectors[:, :5], rtol=0, atol=1e-9)
         torch.testing.assert_close(together.energies[i, :5], alone.energies[:5], rtol=1e-9, atol=0)
 
@@ -161,16 +199,16 @@ def test_rows_may_lie_elsewhere(finder):
     A = power_law(40, 23)
     draw = torch.randn(23, 15, generator=generator(), dtype=D)
     width = 15 if finder != "eigh" else 7
-    whole = find(A, width, finder, draw=draw)
+    whole = find(A, width, finder, begin=draw)
     sums: list[Tensor] = []
 
     def listen(part: Tensor) -> Tensor:
         sums.append(part)
         return part
 
-    find(A, width, finder, draw=draw, reduce=listen)
+    find(A, width, finder, begin=draw, reduce=listen)
     answers = iter(sums)
-    here = find(A[:13], width, finder, draw=draw, reduce=lambda part: next(answers))
+    here = find(A[:13], width, finder, begin=draw, reduce=lambda part: next(answers))
     if finder == "eigh":
         torch.testing.assert_close(here.vectors, whole.vectors, rtol=0, atol=1e-12)
     torch.testing.assert_close(here.energies, whole.energies, rtol=1e-12, atol=1e-15)
@@ -354,10 +392,10 @@ def test_none_leaves_everything_and_reset_nothing():
 # ---- batches
 
 
-def test_what_has_one_shape_goes_together_up_to_a_limit():
-    shapes = [(4, 5), (5, 4), (4, 5), (4, 5), (2, 4, 5)]
-    assert subspace.same_shape(shapes, 40) == [[0, 2], [3], [1], [4]]
-    assert subspace.same_shape(shapes, 1) == [[0], [2], [3], [1], [4]]  # never none
+def test_what_is_of_one_kind_goes_together_up_to_a_limit():
+    kinds, sizes = ["a", "b", "a", "a", "c"], [20, 20, 20, 20, 40]
+    assert subspace.alike(kinds, sizes, 40) == [[0, 2], [3], [1], [4]]
+    assert subspace.alike(kinds, sizes, 1) == [[0], [2], [3], [1], [4]]  # never none
 
 
 # ---- Cholesky's factorisation, as on GPUs ----------------------------------------------------------------------------

@@ -37,9 +37,9 @@ from rankshift.core.random import Key, normal
 from rankshift.core.site import Spec
 from rankshift.ops.projected_fold import Fold, fits, fold_
 from rankshift.ops.projected_linear import Listener, projected_linear
-from rankshift.optim import Optimizer, rounding
+from rankshift.optim import Optimizer, rounding, subspace
 from rankshift.optim.inside import Inside
-from rankshift.optim.project import Project
+from rankshift.optim.project import TOGETHER, Project
 from rankshift.optim.rounding import Rounding
 from rankshift.optim.transform import hyper_of
 
@@ -134,15 +134,20 @@ class ProjectedLayer(Adapter):
             self._narrow = made_from, Q.detach().to(dtype)
         return self._narrow[1]
 
+    @property
+    def gradient(self) -> Tensor:
+        """∂L/∂X (l, r), which is there."""
+        assert self.subspace.grad is not None
+        return self.subspace.grad
+
     @torch.no_grad()
     def heard(self) -> Tensor:
         """A (l, s), the whole gradient of this update, equal on all ranks."""
-        g, G = self.subspace.grad, self.listener.gradient
-        assert g is not None
+        G = self.listener.gradient
         if G is None:  # no token came here on this rank
             G = torch.zeros(self.out_features, self.in_features, dtype=self.basis.dtype, device=self.basis.device)
         self.listener.start(False)
-        G = shard.over_data(G, g).to(self.basis.dtype)
+        G = shard.over_data(G, self.gradient).to(self.basis.dtype)
         return G if self.on_input else G.t()
 
     def factor(self, along: float, size: float, scaled: float) -> float | None:
@@ -201,9 +206,10 @@ class Listen:
 
     def _first(self, X: Tensor, tick: Tick) -> bool:
         """Whether it is the turn of a layer that has no basis yet. It stays its turn until a gradient comes."""
-        group = tick.group(X).get("params", [])
-        place = next((i for i, p in enumerate(group) if p is X), 0)
-        return place * self.begin < len(group) * (tick.step - tick.began + 1)
+        if not isinstance(tick.optimizer, Optimizer):  # there is none yet
+            return True
+        place, count = tick.optimizer.place(X)
+        return (place - 1) * self.begin < count * (tick.step - tick.began + 1)
 
 
 @dataclass(frozen=True)
@@ -243,34 +249,64 @@ class Renew:
             self._renew(layers, tick)
 
     def _renew(self, layers: Sequence[ProjectedLayer], tick: Tick) -> None:
-        As = [layer.heard() for layer in layers]
-        Qs = [shard.whole(layer.basis) for layer in layers]
-        parts, rows = zip(
-            *(shard.local(g) for g in (layer.subspace.grad for layer in layers) if g is not None), strict=True
-        )
-        formed = [A[held] @ Q for A, Q, held in zip(As, Qs, rows, strict=True)]
-        pairs = [*zip(parts, formed, strict=True), *zip(formed, formed, strict=True), *zip(parts, parts, strict=True)]
-        sums = torch.stack([(a * b).sum().to(parts[0].device) for a, b in pairs])
-        sums = shard.sum_like(sums, layers[0].subspace).view(3, -1).t()
-        chosen = []
-        for index, (layer, measured) in enumerate(zip(layers, sums.tolist(), strict=True)):
-            factor = layer.factor(*measured)
-            if factor is not None:
-                As[index].mul_(factor)
-                chosen.append(index)
-            elif not _begun(tick.state(layer.subspace)):
-                layer.subspace.grad = None  # there is no basis yet to step in
-        turned = self.transform.turn(
-            [As[i] for i in chosen],
-            [Qs[i] for i in chosen],
-            [rows[i] for i in chosen],
-            [tick.state(layers[i].subspace) for i in chosen],
-            [Key(tick.seed) / f"{layers[i].site}.weight" for i in chosen],
-            hyper_of(tick.group(layers[0].subspace)),
-        )
-        for i, Q in zip(chosen, turned, strict=True):
-            shard.assign_(layers[i].basis, Q)
-            parts[i].copy_(As[i][rows[i]] @ Q)
+        inside, states = self.transform, [tick.state(layer.subspace) for layer in layers]
+        kinds = [
+            (layer.subspace.shape, layer.basis.shape, layer.basis.dtype, layer.basis.device, *inside.stage(state))
+            for layer, state in zip(layers, states, strict=True)
+        ]
+        sizes = [layer.in_features * layer.out_features for layer in layers]
+        batches = [[layers[i] for i in batch] for batch in subspace.alike(kinds, sizes, TOGETHER)]
+        heard = [_Heard.of(batch) for batch in batches]
+        sums = torch.cat([h.sums.to(heard[0].sums.device) for h in heard], 1)
+        measured = iter(
+            shard.sum_like(sums, layers[0].subspace).t().tolist()
+        )  # the one transfer, where ranks are fixed
+        turns, chosen = [], []
+        for batch, h in zip(batches, heard, strict=True):
+            factors = [layer.factor(*next(measured)) for layer in batch]
+            for layer, factor in zip(batch, factors, strict=True):
+                if factor is None and not _begun(tick.state(layer.subspace)):
+                    layer.subspace.grad = None  # there is no basis yet to step in
+            if some := [i for i, factor in enumerate(factors) if factor is not None]:
+                h = h if len(some) == len(batch) else h.some(some)
+                turned = [batch[i] for i in some]
+                Xs = [layer.subspace for layer in turned]
+                keys = [Key(tick.seed) / f"{layer.site}.weight" for layer in turned]
+                turns.append(inside.turn(h.gradients, h.bases, Xs, [tick.state(X) for X in Xs], keys))
+                chosen.append((turned, h, [factor for factor in factors if factor is not None]))
+        news = inside.enter(turns, hyper_of(tick.group(layers[0].subspace)))
+        for (turned, h, scales), bases in zip(chosen, news, strict=True):
+            new = torch.stack([old if basis is None else basis for old, basis in zip(h.bases, bases, strict=True)])
+            gradients = list((h.gradients[:, h.rows] @ new).unbind())
+            torch._foreach_mul_(gradients, scales)
+            torch._foreach_copy_(h.parts, gradients)
+            for layer, basis in zip(turned, new, strict=True):
+                shard.assign_(layer.basis, basis)
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What layers of one shape have heard in an update."""
+
+    gradients: Tensor  # (n, l, s), whole
+    bases: Tensor  # (n, s, r), whole
+    parts: list[Tensor]  # of the gradients of X, (rows, r) each, what is held here
+    rows: slice  # of l, which these are
+    sums: Tensor  # (3, n): ⟨X.grad, A Q⟩, ‖A Q‖², ‖X.grad‖² over the rows held here
+
+    @classmethod
+    def of(cls, layers: Sequence[ProjectedLayer]) -> _Heard:
+        A = torch.stack([layer.heard() for layer in layers])
+        Q = torch.stack([shard.whole(layer.basis) for layer in layers])
+        parts, rows = zip(*(shard.local(layer.gradient) for layer in layers), strict=True)
+        formed, given = (A[:, rows[0]] @ Q).flatten(1), torch.stack(parts).flatten(1)
+        pairs = ((given, formed), (formed, formed), (given, given))
+        return cls(A, Q, list(parts), rows[0], torch.stack([torch.linalg.vecdot(a, b) for a, b in pairs]))
+
+    def some(self, indices: list[int]) -> _Heard:
+        """Of those layers at some places."""
+        parts = [self.parts[i] for i in indices]
+        return _Heard(self.gradients[indices], self.bases[indices], parts, self.rows, self.sums[:, indices])
 
 
 @dataclass(frozen=True)

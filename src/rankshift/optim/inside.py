@@ -22,7 +22,7 @@ from rankshift.core.form import Form
 from rankshift.core.random import Key, signed
 from rankshift.optim import subspace
 from rankshift.optim.moments import Wide
-from rankshift.optim.project import AT_ONCE, TOGETHER, Project
+from rankshift.optim.project import AT_ONCE, Project, Turn, agreed, draw_word
 from rankshift.optim.transform import Hyper
 
 
@@ -121,52 +121,33 @@ class Inside(Project):
             torch._foreach_mul_(masses, 1 - share)
             torch._foreach_add_(masses, share)
 
+    def rank_of(self, state: dict[str, Tensor]) -> int:
+        return int(state["rank"])
+
+    def fitted(self, vectors: Tensor, p: Tensor) -> Tensor:
+        return F.pad(vectors, (0, p.shape[1] - vectors.shape[-1]))
+
+    def resize(self, p: Tensor, state: dict[str, Tensor], rank: int) -> None:
+        state["rank"].fill_(rank)
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.store.write(state, name, torch.zeros_like(self.store.read(state, name)))
+
     def turn(
         self,
-        As: Sequence[Tensor],
-        Qs: Sequence[Tensor],
-        rows: Sequence[slice],
+        A: Tensor,
+        Q: Tensor,
+        Xs: Sequence[Tensor],
         states: Sequence[dict[str, Tensor]],
         keys: Sequence[Key],
-        hyper: Hyper,
-    ) -> list[Tensor]:
-        """New bases, (s, width) as the old ones, and the moments taken along; those of one shape are found together.
+    ) -> Turn:
+        """New directions for layers of one shape and stage; :meth:`enter` takes the moments along.
 
         Args:
-            As: (l, s) each, the whole gradients, equal on all ranks.
-            Qs: (s, width) each, the whole bases of now, zero beyond the rank.
-            rows: of A, those that the moments held here belong to.
+            A: (n, l, s), the whole gradients, equal on all ranks.
+            Q: (n, s, width), the whole bases of now, zero beyond the rank.
             keys: of the weights, so that the draws are those of :class:`Project`.
         """
-        plain, turned = replace(self, store=Wide()), list(Qs)
-        kinds = [(A.dtype, A.device) for A in As]
-        alike = [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
-        batches = [
-            [some[i] for i in batch]
-            for some in alike
-            for batch in subspace.same_shape([tuple(As[i].shape) for i in some], TOGETHER)
-        ]
-        for batch in batches:
-            gradients = [As[i] for i in batch]
-            views = [self._view(Qs[i], states[i], keys[i]) for i in batch]
-            found = plain._find(gradients, gradients, views)
-            for i, view, basis, new in zip(batch, views, found, plain._ranks(gradients, views, found), strict=True):
-                if not new:  # a gradient of zeros
-                    continue
-                state, room = states[i], Qs[i].shape[1] - new
-                plain._move(As[i][rows[i]], view, basis, new, hyper)
-                for name in ("exp_avg", "exp_avg_sq"):
-                    self.store.write(state, name, F.pad(view[name], (0, room)))
-                shard.held(state["mass"]).copy_(F.pad(view["mass"], (0, room)))
-                state["rank"].fill_(new)
-                turned[i] = F.pad(view["basis"], (0, room))
-        return turned
-
-    def _view(self, Q: Tensor, state: dict[str, Tensor], key: Key) -> dict[str, Tensor]:
-        """What Project would hold for these rows of a weight A at the rank of now; counters are the state's own."""
-        rank = int(state["rank"])
-        view = {**state, "basis": Q[:, :rank].clone(), "mass": shard.held(state["mass"])[:rank].clone()}
-        view["key"] = torch.tensor(signed((key / "basis").word), dtype=torch.int64)
-        for name in ("exp_avg", "exp_avg_sq"):
-            view[name] = self.store.read(state, name)[:, :rank].clone()
-        return view
+        olds = [basis[:, : self.rank_of(state)] for basis, state in zip(Q, states, strict=True)]
+        words = [draw_word(signed((key / "basis").word), state) for key, state in zip(keys, states, strict=True)]
+        found = self.seek(A, olds if int(states[0]["renewals"]) else [], words, self.limit(Xs[0]))
+        return Turn(Xs, states, list(Q), agreed(found, A, False))

@@ -16,7 +16,7 @@ c, one number a direction, is how much of the average v has been filled: 1 − �
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +69,26 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """Tensors of one shape whose bases are renewed together."""
+
+    ps: Sequence[Tensor]
+    states: Sequence[dict[str, Tensor]]
+    olds: Sequence[Tensor]  # (…, s, r) each, the bases until now
+    found: subspace.Basis  # (n, …): the new ones
+
+    def some(self, indices: list[int]) -> Turn:
+        """Those at some places."""
+        found = subspace.Basis(*(t[indices] for t in (self.found.vectors, self.found.energies, self.found.total)))
+        ps, states, olds = (
+            [self.ps[i] for i in indices],
+            [self.states[i] for i in indices],
+            [self.olds[i] for i in indices],
+        )
+        return Turn(ps, states, olds, found)
+
+
+@dataclass(frozen=True)
 class Project:
     """A transform for weights; what its fields choose is described where they are typed."""
 
@@ -78,8 +98,8 @@ class Project:
     multiple: int = 1  # ranks chosen by energy are multiples of this
     clock: Clock = field(default_factory=Clock)
     finder: Finder = "eigh"
-    oversample: int = 8
-    power: int = 1
+    oversample: int = 8  # directions of a sketch beside those that are kept, where they cost little
+    power: int = 0  # iterations of "range" after the first
     transport: Transport = "none"
     residual: bool = False  # Fira: what lies outside the subspace goes along, scaled as Adam scaled what lies inside
     side: str = "smaller"  # of W, to project: "smaller" | "larger" | "in"
@@ -127,7 +147,7 @@ class Project:
         wide, device = torch.promote_types(p.dtype, torch.float32), p.device
         counters = ("step", "born", "renewed", "renewals", "next")
         state = {name: torch.zeros((), dtype=torch.int64) for name in counters}
-        state["wait"] = torch.tensor(self.clock.wait(place))  # updates from the coming renewal to the one after it
+        state["next"].fill_(self.clock.wait(place) - self.clock.wait())  # ≤ 0: how much sooner the second renewal is
         state["key"] = torch.tensor(signed((Key(0) if key is None else key / "basis").word), dtype=torch.int64)
         state |= self._sized(p, rank) | rounding.init(p, self.rounding)
         state["energy"] = torch.zeros((), dtype=wide, device=device)  # E(r) at the last renewal
@@ -157,14 +177,13 @@ class Project:
         self, p: Tensor, saved: dict[str, Tensor], fresh: dict[str, Tensor], shape: tuple[int, ...]
     ) -> list[str]:
         """Fill a new state with moments of this shape; the clock is this one's."""
-        wait = int(fresh["wait"])
+        sooner = fresh["next"].clone()
         changed = adopt(self.store, saved, fresh, shape, p, self.split(p) in ("rows", "batch"))
-        step = int(fresh["step"])
-        if int(fresh["renewals"]):
-            wait = self.clock.wait()
-            if int(fresh["next"]) > step + wait or (not self.clock.every and step < int(fresh["next"]) < _NEVER):
-                fresh["next"].fill_(step + wait)  # a longer wait, from another clock
-        fresh["wait"].fill_(wait)
+        step, wait = int(fresh["step"]), self.clock.wait()
+        if not int(fresh["renewals"]):
+            fresh["next"].copy_(sooner)
+        elif int(fresh["next"]) > step + wait or (not self.clock.every and step < int(fresh["next"]) < _NEVER):
+            fresh["next"].fill_(step + wait)  # a longer wait, from another clock
         if "pace" in fresh and "pace" not in saved:
             fresh["renewed"].fill_(step)  # what is compared with begins now
         return changed
@@ -272,21 +291,30 @@ class Project:
         states: Sequence[dict[str, Tensor]],
         hyper: Hyper,
     ) -> None:
-        """A new basis for each, decided once for all ranks; the moments go along."""
-        kinds = [(self.split(p), p.dtype, p.device) for p in parameters]
-        for kind in dict.fromkeys(kinds):
-            alike = [i for i, other in enumerate(kinds) if other == kind]
-            for batch in subspace.same_shape([self.face(parameters[i])[0] for i in alike], TOGETHER):
-                ps, ss = [parameters[alike[i]] for i in batch], [states[alike[i]] for i in batch]
-                found = self._find(ps, [gradients[alike[i]] for i in batch], ss)
-                ranks = self._ranks(ps, ss, found)
-                for p, state, basis, rank in zip(ps, ss, found, ranks, strict=True):
-                    if rank:
-                        self._move(p, state, basis, rank, hyper)
+        """A new basis for each, decided once for all ranks; the moments go along. At most one transfer to the host."""
+        kinds = [
+            (self.face(p)[0], self.split(p), p.dtype, p.device, *self.stage(state))
+            for p, state in zip(parameters, states, strict=True)
+        ]
+        turns = []
+        for batch in subspace.alike(kinds, [p.numel() for p in parameters], TOGETHER):
+            ps, ss = [parameters[i] for i in batch], [states[i] for i in batch]
+            olds = [shard.held(state["basis"]) for state in ss]
+            turns.append(Turn(ps, ss, olds, self._find(ps, [gradients[i] for i in batch], ss)))
+        for turn, news in zip(turns, self.enter(turns, hyper), strict=True):
+            for state, new in zip(turn.states, news, strict=True):
+                if new is not None:
+                    shard.held(state["basis"]).copy_(new)
 
-    def _find(
-        self, ps: Sequence[Tensor], gs: Sequence[Tensor], states: Sequence[dict[str, Tensor]]
-    ) -> list[subspace.Basis]:
+    def stage(self, state: dict[str, Tensor]) -> tuple[int, ...]:
+        """Whether there is a basis that a new one would replace, and of what fixed rank: in a batch they agree."""
+        return min(int(state["renewals"]), 1), 0 if self.energy is not None else self.rank_of(state)
+
+    def rank_of(self, state: dict[str, Tensor]) -> int:
+        """The rank of now."""
+        return state["basis"].shape[-1]
+
+    def _find(self, ps: Sequence[Tensor], gs: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> subspace.Basis:
         """Bases of gradients of one shape, equal on all ranks that hold a part of them."""
         split, wide = self.split(ps[0]), shard.held(states[0]["basis"]).dtype
         gather = split == "columns" or (split == "rows" and self.finder == "svd")
@@ -294,96 +322,140 @@ class Project:
         faces = [self.facing(p, part).to(wide) for p, part in zip(ps, parts, strict=True)]
         A = torch.stack(faces) if len(faces) > 1 else faces[0].contiguous()[None]  # one alone has the same bits
         del parts, faces
-        s = A.shape[-1]
-        # where moments stay in their places, so should directions: those of a sketch are turned anyhow
-        nested = self.energy is not None or self.transport == "none"
-        more = self.oversample if nested and self.finder in ("range", "warm") else 0
-        width = min(s, self.limit(ps[0]) + more)
-        draw = start = None
-        if self.finder in ("range", "warm"):
-            # one for all matrices of a stack, of which other ranks hold others
-            draws = [_draw(state, (s, width), A).expand(*A.shape[1:-2], s, width) for state in states]
-            draw = torch.stack(draws)
-            if self.finder == "warm" and all(int(state["renewals"]) for state in states):
-                bases = [shard.held(state["basis"]) for state in states]  # of several ranks
-                start = torch.stack([torch.cat(pair, -1)[..., :width] for pair in zip(bases, draws, strict=True)])
-        rows = split == "rows" and not gather
-        found = subspace.find(
-            A, width, self.finder, draw=draw, start=start, power=self.power, nested=nested,
-            reduce=(lambda part: shard.sum_like(part, ps[0])) if rows else (lambda part: part),
+        olds = [shard.held(state["basis"]) for state in states] if int(states[0]["renewals"]) else []
+        found = self.seek(
+            A, olds, [draw_word(int(state["key"]), state) for state in states], self.limit(ps[0]),
+            (lambda part: shard.sum_like(part, ps[0])) if split == "rows" and not gather else (lambda part: part),
         )  # fmt: skip
-        told = (found.vectors, found.energies, found.total)
-        found = subspace.Basis(*(shard.from_rank_zero(part, ps[0], split == "batch") for part in told))
-        return [subspace.Basis(v, e, t) for v, e, t in zip(found.vectors, found.energies, found.total, strict=True)]
+        return agreed(found, ps[0], split == "batch")
 
-    def _ranks(
-        self, ps: Sequence[Tensor], states: Sequence[dict[str, Tensor]], found: Sequence[subspace.Basis]
-    ) -> list[int]:
-        """The rank of each from now on, 0 where the basis has to wait for a gradient; at most one transfer to the host.
+    def seek(
+        self,
+        A: Tensor,
+        olds: Sequence[Tensor],
+        words: Sequence[int],
+        most: int,
+        reduce: Callable[[Tensor], Tensor] = lambda part: part,
+    ) -> subspace.Basis:
+        """Directions of matrices of one shape.
 
-        A gradient of zeros says nothing: what was never renewed stays due, the rest keeps its rank.
+        Args:
+            A: (n, …, l, s).
+            olds: (…, s, r) each, the bases that are to be replaced; none the first time.
+            words: of each, what random numbers are drawn by.
+            most: the largest rank.
+            reduce: as in :func:`rankshift.optim.subspace.find`.
         """
-        most = self.limit(ps[0])
-        new = [int(state["renewals"]) == 0 for state in states]
-        if self.energy is None and not any(new):
-            return [most] * len(ps)
-        # of what got no gradient, as an expert without tokens, nothing is needed
-        needed = [
-            torch.where(basis.total > 0, subspace.needed(basis, self.energy or 1), 0).reshape(-1) for basis in found
-        ]
-        wanted = torch.stack([F.pad(each, (0, 1)).amax() for each in needed])  # a rank may hold no matrix of a stack
-        empty = wanted == 0
-        if self.split(ps[0]) == "batch":  # one rank for all matrices of a stack, wherever they are
-            wanted = shard.max_like(wanted, ps[0])
-            empty = -shard.max_like(-empty.to(wanted.dtype), ps[0])
-        ranks = []
-        answers = torch.stack([wanted, empty.to(wanted.dtype)]).tolist()
-        for state, first, rank, nothing in zip(states, new, *answers, strict=True):
-            if nothing:
-                ranks.append(0 if first else state["basis"].shape[-1])
-            elif self.energy is None:
-                ranks.append(most)
-            else:
-                ranks.append(subspace.rounded_up(max(rank, min(self.min_rank, most)), self.multiple, most))
-        return ranks
+        if self.finder in ("svd", "eigh"):
+            return subspace.find(A, most, self.finder, reduce=reduce)
+        # with a fixed rank, each direction goes on where one was: moments stay in their places, or nearly so
+        along = bool(olds) and self.energy is None and olds[0].shape[-1] == most
+        warm = bool(olds) and self.finder == "warm"
+        # to choose the best of more takes eigenvectors, which on a GPU take longer than the products at larger ranks
+        few = along and not warm and most >= 8 * self.oversample
+        s = A.shape[-1]
+        width = min(s, most if few else most + self.oversample)
+        # one for all matrices of a stack, of which other ranks hold others
+        draws = [_draw(word, (s, width), A).expand(*A.shape[1:-2], s, width) for word in words]
+        if warm:
+            draws = [torch.cat(pair, -1)[..., :width] for pair in zip(olds, draws, strict=True)]
+        return subspace.find(
+            A, width, self.finder, begin=torch.stack(draws), power=0 if warm else self.power,
+            near=torch.stack(list(olds)) if along else None, reduce=reduce,
+        )  # fmt: skip
 
-    def _move(self, p: Tensor, state: dict[str, Tensor], found: subspace.Basis, rank: int, hyper: Hyper) -> None:
-        """Put one tensor's state into its new basis."""
-        old = shard.held(state["basis"])
-        first = int(state["renewals"]) == 0
-        new = found.narrow(rank)
-        if not first and (new.shape == old.shape or new.dim() > 2):  # what got no gradient, as an expert without tokens
-            kept = old if new.shape == old.shape else torch.linalg.qr(torch.cat([old, new], -1)).Q[..., :rank]
-            new = torch.where((found.total > 0)[..., None, None], new, kept)
+    def enter(self, turns: Sequence[Turn], hyper: Hyper) -> list[list[Tensor | None]]:
+        """Put states into their new bases, which are returned; None: it has to wait for a gradient.
+
+        At most one transfer to the host. A gradient of zeros says nothing: what was never renewed stays due, the rest
+        keeps its rank.
+        """
+        wanted = [self._wanted(turn) for turn in turns]
+        given = [numbers for numbers in wanted if numbers is not None]
+        numbers = iter(torch.cat([n.to(given[0].device) for n in given]).tolist() if given else ())
+        news: list[list[Tensor | None]] = []
+        for turn, asked in zip(turns, wanted, strict=True):
+            ranks = [self._rank(turn.ps[0], state, None if asked is None else next(numbers)) for state in turn.states]
+            new: list[Tensor | None] = [None] * len(ranks)
+            for rank in dict.fromkeys(ranks):
+                some = [i for i, other in enumerate(ranks) if other == rank]
+                part = turn if len(some) == len(ranks) else turn.some(some)
+                for i, basis in zip(some, self._enter(part, rank, hyper) if rank else [None] * len(some), strict=True):
+                    new[i] = basis
+            news.append(new)
+        return news
+
+    def _wanted(self, turn: Turn) -> Tensor | None:
+        """(n,) int64: the fewest directions that keep the energy of each, 0 for a gradient of zeros; None where that
+        changes nothing."""
+        if self.energy is None and int(turn.states[0]["renewals"]):
+            return None
+        # of what got no gradient, as an expert without tokens, nothing is needed; a rank may hold no matrix of a stack
+        needed = torch.where(turn.found.total > 0, subspace.needed(turn.found, self.energy or 1), 0)
+        most = F.pad(needed[:, None].flatten(1), (0, 1)).amax(1)
+        p = turn.ps[0]
+        return shard.max_like(most, p) if self.split(p) == "batch" else most  # one rank for all matrices of a stack
+
+    def _rank(self, p: Tensor, state: dict[str, Tensor], wanted: int | None) -> int:
+        """The rank from now on, 0 where the basis has to wait for a gradient."""
+        most = self.limit(p)
+        if wanted == 0:
+            return self.rank_of(state) if int(state["renewals"]) else 0
+        if wanted is None or self.energy is None:
+            return most
+        return subspace.rounded_up(max(wanted, min(self.min_rank, most)), self.multiple, most)
+
+    def _enter(self, turn: Turn, rank: int, hyper: Hyper) -> list[Tensor]:
+        """As :meth:`enter`, for those that have one rank from now on."""
+        p, states, found = turn.ps[0], turn.states, turn.found
+        vectors = self.fitted(found.vectors[..., :rank], p)
+        if int(states[0]["renewals"]):  # what got no gradient, as an expert without tokens, stays where it is
+            kept = [_widened(old, new) for old, new in zip(turn.olds, vectors, strict=True)]
+            vectors = torch.where((found.total > 0)[..., None, None], vectors, torch.stack(kept))
+        news = list(vectors.unbind())
+        share = subspace.captured(found, rank)[:, None].flatten(1).sum(1)
+        share = shard.sum_like(share, p) if self.split(p) == "batch" else share
+        share = share / math.prod(self.face(p)[0][:-2])
+        energies = [state["energy"] for state in states]
+        torch._foreach_copy_(energies, list(torch.where(share > 0, share, torch.stack(energies)).unbind()))
+        for X, state, old, new in zip(turn.ps, states, turn.olds, news, strict=True):
+            self._move(X, state, old, new, rank, hyper)
+            sooner = 0 if int(state["renewals"]) else int(state["next"])
+            state["renewals"] += 1
+            state["renewed"].copy_(state["step"])
+            state["next"].copy_(state["step"] + (self.clock.wait() + sooner))
+            if "pace" in state:
+                state["pace"].zero_()
+        return news
+
+    def fitted(self, vectors: Tensor, p: Tensor) -> Tensor:
+        """A basis as it is held."""
+        return vectors
+
+    def _move(self, p: Tensor, state: dict[str, Tensor], old: Tensor, new: Tensor, rank: int, hyper: Hyper) -> None:
+        """Take the moments of one tensor from one basis to another."""
+        first, resized = int(state["renewals"]) == 0, rank != self.rank_of(state)
+        mass = shard.held(state["mass"])
         if not first and self.transport != "none":
             seen = 1 - hyper.betas[0] ** (int(state["step"]) - int(state["born"]))
-            moments = subspace.Moments(
-                self.store.read(state, "exp_avg"), self.store.read(state, "exp_avg_sq"), shard.held(state["mass"])
-            )
+            moments = subspace.Moments(self.store.read(state, "exp_avg"), self.store.read(state, "exp_avg_sq"), mass)
             moments = subspace.transport(moments, new.mT @ old, self.transport, seen)
-            if rank != old.shape[-1]:
-                state |= self._sized(p, rank)
+            if resized:
+                self.resize(p, state, rank)
             self.store.write(state, "exp_avg", moments.first)
             self.store.write(state, "exp_avg_sq", moments.second)
             shard.held(state["mass"]).copy_(moments.mass)
             if self.transport == "reset":
                 state["born"].copy_(state["step"])
-        elif first or rank != old.shape[-1]:  # there is nothing to bring along, or it has no place there
-            if rank != old.shape[-1]:
-                state |= self._sized(p, rank)
+        elif first or resized:  # there is nothing to bring along, or it has no place there
+            if resized:
+                self.resize(p, state, rank)
             shard.held(state["mass"]).zero_()
             state["born"].copy_(state["step"])
-        shard.held(state["basis"]).copy_(new)
-        share = subspace.captured(found, rank).sum()
-        share = shard.sum_like(share, p) if self.split(p) == "batch" else share
-        share = share / math.prod(self.face(p)[0][:-2])
-        state["energy"].copy_(torch.where(share > 0, share, state["energy"]))  # a gradient of zeros says nothing
-        state["renewals"] += 1
-        state["renewed"].copy_(state["step"])
-        state["next"].copy_(state["step"] + state["wait"])
-        state["wait"].fill_(self.clock.wait())
-        if "pace" in state:
-            state["pace"].zero_()
+
+    def resize(self, p: Tensor, state: dict[str, Tensor], rank: int) -> None:
+        """Make room for another rank; what was there is gone."""
+        state |= self._sized(p, rank)
 
     def _sized(self, p: Tensor, rank: int) -> dict[str, Tensor]:
         """Fresh memory for what has the rank in its shape."""
@@ -440,8 +512,26 @@ def _due(state: dict[str, Tensor]) -> bool:
     return int(state["step"]) >= int(state["next"])
 
 
-def _draw(state: dict[str, Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
+def draw_word(key: int, state: dict[str, Tensor]) -> int:
+    """What the random numbers of one tensor's coming renewal are drawn by."""
+    return (key + int(state["renewals"]) * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
+
+
+def agreed(found: subspace.Basis, p: Tensor, parts: bool) -> subspace.Basis:
+    """What the first rank found, on all that hold ``p``; ``parts``: that hold the same part of it."""
+    told = (found.vectors, found.energies, found.total)
+    return subspace.Basis(*(shard.from_rank_zero(part, p, parts) for part in told))
+
+
+def _widened(old: Tensor, new: Tensor) -> Tensor:
+    """The old basis in the shape of the new one, for the matrices of a stack that got no gradient where others did."""
+    if old.shape == new.shape or new.dim() == 2:
+        return old if old.shape == new.shape else new
+    Q: Tensor = torch.linalg.qr(torch.cat([old, new], -1)).Q
+    return Q[..., : new.shape[-1]]
+
+
+def _draw(word: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Random numbers of one tensor's renewal, from a generator of its own: equal on devices of one kind."""
-    word = (int(state["key"]) + int(state["renewals"]) * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
     generator = torch.Generator(device=like.device).manual_seed(word)
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)

@@ -9,7 +9,7 @@ arXiv 2410.16103 (LDAdam).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,14 +25,14 @@ TRANSPORTS: tuple[str, ...] = ("none", "reset", "square", "centred")
 
 @dataclass(frozen=True)
 class Basis:
-    """Directions of a matrix by falling energy."""
+    """Directions of a matrix, by falling energy or along those of another basis."""
 
-    vectors: Tensor  # (…, s, k), orthonormal columns, the largest entry of each positive
+    vectors: Tensor  # (…, s, k), orthonormal columns
     energies: Tensor  # (…, k): ‖A q‖² of each; their sum is exactly what the basis captures
     total: Tensor  # (…): ‖A‖²_F
 
     def narrow(self, rank: int) -> Tensor:
-        """(…, s, rank): the leading directions, in memory of their own."""
+        """(…, s, rank): the first directions, in memory of their own."""
         return self.vectors[..., :rank].clone(memory_format=torch.contiguous_format)
 
 
@@ -41,28 +41,28 @@ def find(
     width: int,
     finder: Finder = "eigh",
     *,
-    draw: Tensor | None = None,
-    start: Tensor | None = None,
+    begin: Tensor | None = None,
     power: int = 1,
-    nested: bool = True,
+    near: Tensor | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Basis:
-    """The ``width`` leading right singular directions of A, exact ("svd", "eigh") or nearly so ("range", "warm").
+    """The ``width`` leading right singular directions of A, exact ("svd", "eigh") or nearly so ("range", "warm"), the
+    largest entry of each positive.
 
     "svd" decomposes A. "eigh" decomposes the Gram AᵀA: the same subspace as far as the dtype tells σ² apart. "range" is
-    the randomised range finder (Halko, Martinsson & Tropp 2011) with ``power`` iterations. "warm" begins where the last
-    basis was, which drifts slowly, and takes one iteration.
+    the randomised range finder (Halko, Martinsson & Tropp 2011) with ``power`` iterations. "warm" is the same, begun
+    where the last basis was, which drifts slowly.
 
     Args:
         A: (…, l, s), in fp32 or wider. Rows may be spread over ranks.
-        draw: (…, s, width) random numbers, for "range", and for what "warm" has no direction for.
-        start: (…, s, r) the last basis, for "warm".
-        nested: whether the first r directions are to be the best r of these, for every r. If all of them are wanted
-            anyway, "range" and "warm" need no eigenvectors.
+        begin: (…, s, width) for "range" and "warm": random numbers, or a basis with random numbers beside it.
+        near: (…, s, r), for "range" and "warm": another basis, r ≤ ``width``. The subspace is that of the r leading
+            directions, but its basis is the one that Gram and Schmidt make of ``near``, projected into it: direction by
+            direction as near as those before it allow. Where r is ``width`` no eigenvectors are needed.
         reduce: sums over the ranks that hold other rows of A; "svd" needs all rows here.
     """
     width = min(width, A.shape[-1])
-    total = reduce(A.square().sum((-2, -1)))
+    total = reduce(torch.linalg.vector_norm(A, dim=(-2, -1)).square())
     if finder == "svd":
         _, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
         width = min(width, sigma.shape[-1])
@@ -70,35 +70,37 @@ def find(
     if finder == "eigh":
         energies, vectors = torch.linalg.eigh(reduce(A.mT @ A))
         return Basis(_signed(vectors.flip(-1)[..., :width]), energies.flip(-1)[..., :width].clamp(min=0), total)
-    assert draw is not None
-    Z = draw[..., :width]
-    if start is not None:
-        Z = torch.cat([start, Z], -1)[..., :width]
-    noise = Z
-    for _ in range(1 if start is not None else 1 + power):
-        Z = orthonormal(reduce(A.mT @ (A @ Z)), noise)
-    B = A @ Z
-    if not nested:
-        energies, order = reduce(B.square().sum(-2)).sort(dim=-1, descending=True, stable=True)
-        return Basis(_signed(Z.gather(-1, order[..., None, :].expand_as(Z))), energies, total)
-    energies, rotation = torch.linalg.eigh(reduce(B.mT @ B))
-    return Basis(_signed(Z @ rotation.flip(-1)), energies.flip(-1).clamp(min=0), total)
+    assert begin is not None
+    Z = begin[..., :width]
+    for _ in range(1 + power):
+        Z = orthonormal(reduce(A.mT @ (A @ Z)), begin[..., :width])
+    if near is None or near.shape[-1] < width:
+        B = A @ Z
+        energies, rotation = torch.linalg.eigh(reduce(B.mT @ B))
+        Z = Z @ rotation.flip(-1)
+        if near is None:
+            return Basis(_signed(Z), energies.flip(-1).clamp(min=0), total)
+        Z = Z[..., : near.shape[-1]]
+    rank = near.shape[-1]
+    Q = Z @ orthonormal(Z.mT @ near, begin[..., :rank, :rank])
+    return Basis(Q, reduce((A @ Q).square().sum(-2)), total)
 
 
 def orthonormal(Y: Tensor, noise: Tensor) -> Tensor:
-    """(…, s, k): an orthonormal basis of the columns of Y. On a GPU, where Householder's takes a launch a column, twice
-    Cholesky's in float64, with 1e-7 of ``noise`` (…, s, k), which keeps it definite whatever rank Y has."""
+    """(…, s, k): what Gram and Schmidt make of the columns of Y, by Householder. On a GPU, where that takes a launch a
+    column, twice by Cholesky in float64, with 1e-7 of ``noise`` (…, s, k), which keeps it definite whatever rank Y
+    has."""
     if Y.is_cuda:
         return cholesky_qr(Y, noise)
-    Q: Tensor = torch.linalg.qr(Y).Q
-    return Q
+    Q, R = torch.linalg.qr(Y)
+    return torch.where(R.diagonal(dim1=-2, dim2=-1)[..., None, :] < 0, -Q, Q)
 
 
 def cholesky_qr(Y: Tensor, noise: Tensor) -> Tensor:
     """As :func:`orthonormal`."""
     Z = Y.double()
     Z = Z / torch.linalg.matrix_norm(Z, keepdim=True).clamp(min=torch.finfo(Y.dtype).tiny)
-    Z = Z + 1e-7 * noise / noise.shape[-2] ** 0.5
+    Z = Z + (1e-7 / noise.shape[-2] ** 0.5) * noise
     for _ in range(2):
         R = torch.linalg.cholesky_ex(Z.mT @ Z, upper=True).L
         Z = torch.linalg.solve_triangular(R, Z, upper=True, left=False)
@@ -185,13 +187,9 @@ def together(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return batches
 
 
-def same_shape(shapes: Sequence[tuple[int, ...]], limit: int) -> list[list[int]]:
-    """Indices of matrices to decompose together: of one shape, at most ``limit`` elements at a time."""
-    together: dict[tuple[int, ...], list[list[int]]] = {}
-    for index, shape in enumerate(shapes):
-        most = max(1, limit // max(1, torch.Size(shape).numel()))
-        batches = together.setdefault(shape, [[]])
-        if len(batches[-1]) >= most:
-            batches.append([])
-        batches[-1].append(index)
-    return [batch for batches in together.values() for batch in batches]
+def alike(kinds: Sequence[Hashable], sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """The same, with nothing in a batch but what is of one kind."""
+    found: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(index)
+    return [[some[i] for i in batch] for some in found.values() for batch in together([sizes[i] for i in some], limit)]

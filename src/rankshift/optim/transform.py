@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -123,19 +124,27 @@ class Optimizer(torch.optim.Optimizer):
         transform, name, place = self._where(p)
         return transform.init(p, Key(self.seed) / name, self.ranks.get(name), place)
 
+    def place(self, p: Tensor) -> tuple[int, int]:
+        """Which a parameter is, from 1, of how many whose transform is of that kind.
+
+        Layers that have one role in all blocks, by their names, stand in a row: they have one shape.
+        """
+        return self._where(p)[2]
+
     def _where(self, p: Tensor) -> tuple[Transform, str, tuple[int, int]]:
-        """A parameter's transform, its name, and which of how many it is whose transform is of that kind."""
-        found, before, total = None, 0, {}  # type: ignore[var-annotated]
+        """A parameter's transform, its name, and its place."""
+        found = None
+        roles: dict[tuple[type, str], list[Tensor]] = {}  # in the order in which each comes first
         for group, transform in zip(self.param_groups, self.transforms, strict=True):
-            kind = type(transform)
             for index, other in enumerate(group["params"]):
-                total[kind] = total.get(kind, 0) + 1
+                name = group["param_names"][index] if "param_names" in group else str(index)
+                roles.setdefault((type(transform), re.sub(r"\d+", "", name)), []).append(other)
                 if p is other:
-                    name = group["param_names"][index] if "param_names" in group else str(index)
-                    found, before = (transform, name), total[kind]
+                    found = transform, name
         if found is None:
             raise ConfigError(f"A tensor of shape {tuple(p.shape)} is not one that this optimizer steps.")
-        return *found, (before, total[type(found[0])])
+        order = [other for (kind, _), tensors in roles.items() if kind is type(found[0]) for other in tensors]
+        return *found, (1 + next(i for i, other in enumerate(order) if other is p), len(order))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
