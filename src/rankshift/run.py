@@ -29,7 +29,7 @@ from rankshift.core.site import Replica, Site, Stack, base_parameters, embedding
 from rankshift.core.watch import Watch
 from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
 from rankshift.optim import Adam, Optimizer, Transform
-from rankshift.optim.backward import Backward, FusedOptimizer, refuse_apart, refuse_method, refuse_settings
+from rankshift.optim.backward import Backward, FusedOptimizer, check_flag, refuse_apart, refuse_method, refuse_settings
 from rankshift.placement import (
     DEFAULT,
     Placement,
@@ -307,6 +307,7 @@ class Run:
         """
         self._open()
         self._check_total()
+        check_flag(fused_backward)
         if fused_backward:
             self._check_fused(clip_each)
         elif clip_each is not None:
@@ -386,6 +387,7 @@ class Run:
                 f"An unmodified Trainer under {'DeepSpeed' if args.deepspeed else 'FSDP'} does not save and load this "
                 "optimizer's state. Use DDP here, or rs.Trainer under FSDP2."
             )
+        check_flag(fused_backward)
         if fused_backward:
             refuse_settings(args)
             refuse_apart(tensor for _, tensor in self.trainable())

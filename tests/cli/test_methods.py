@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,3 +125,10 @@ def test_projecting_methods_say_what_they_project(shown):
     assert "adapt Linear" not in text
     assert 'stand beside another, rest="freeze"' not in text, "it trains the base either way"
     assert "project" not in words(shown(4000, "lora")).split("does it")[1]
+
+
+@pytest.mark.parametrize("name", ["galore", "adarankgrad", "lora", "full"])
+def test_the_page_that_is_named_is_there(shown, name):
+    page = re.search(r"More: (docs/[\w-]+\.md)", words(shown(4000, name)))[1]
+    assert (Path(__file__).parents[2] / page).exists()
+    assert page == ("docs/methods.md" if name == "full" else f"docs/{name}.md")

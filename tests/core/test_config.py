@@ -105,6 +105,8 @@ def test_descriptions():
 def test_unknown_keys():
     with pytest.raises(ConfigError, match=r"LoRA has no field 'rnak'. Did you mean 'rank'"):
         rs.LoRA(rnak=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"no field 'xyzzy'\. Known: .*begin.*transport\.$"):  # all of them
+        rs.GaLore(xyzzy=1)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match=r"method lora has no field 'alhpa'. Did you mean 'alpha'"):
         rs.from_dict({"method": "lora", "alhpa": 3})
     with pytest.raises(ConfigError, match=r"no method 'lroa'. Did you mean 'lora'"):

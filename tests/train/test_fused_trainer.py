@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_trainer import base, ladder, losses, same, tensors, trainer
+from test_trainer import arguments, base, ladder, losses, same, tensors, trainer
 from test_trainer_distributed import ENGINES, OnCPU, on_two
 
 import rankshift as rs
@@ -115,3 +115,22 @@ def test_a_recipe_says_it_with_what_it_needs():
     projected = {"method": "galore", "gradient": "projected"}
     with pytest.raises(ConfigError, match=r"train\.fused_backward: GaLore as configured changes gradients"):
         parse({**recipe, "method": projected, "train": {"fused_backward": True, "clip": 0}})
+
+
+@pytest.mark.parametrize("word", ["false", "true", 1, None])
+def test_what_is_neither_true_nor_false_is_refused(tmp_path, word):
+    says = f"fused_backward={word!r} is not True or False"
+    run = rs.attach(base(), GALORE)
+    for make in (
+        lambda: run.optimizer(fused_backward=word),
+        lambda: run.optimizer_cls_and_kwargs(arguments(tmp_path), fused_backward=word),
+        lambda: trainer(tmp_path, GALORE, rest={"fused_backward": word}),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            make()
+
+
+def test_refusals_name_the_other_way_to_small_gradients(tmp_path):
+    for more in ({"gradient_accumulation_steps": 2, "max_grad_norm": 0}, {**ALONE, "max_grad_norm": 1.0}):
+        with pytest.raises(ConfigError, match=r'leave fused_backward out \(of GaLore .*gradient="projected"'):
+            trainer(tmp_path, GALORE, rest={"fused_backward": True}, **more)

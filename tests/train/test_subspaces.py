@@ -248,3 +248,12 @@ def test_a_plain_loop_collects_tables(tmp_path):
         tables.append((run.step, run.subspace_table()))
     heat_map(tmp_path / "map.png", tables)
     assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+def test_one_table_is_a_picture_of_its_update(tmp_path, adaptive):
+    table = adaptive[0].run.subspace_table()
+    found = course(table)
+    assert found.steps == (STEPS,)
+    assert dict(zip(found.layers, found.values[:, 0], strict=True)) == {row.name: row.rank for row in table.rows}
+    heat_map(tmp_path / "map.png", table)
+    assert (tmp_path / "map.png").stat().st_size > 5000

@@ -18,6 +18,8 @@ from rankshift.core.errors import ConfigError, nearest
 from rankshift.core.method import Method, spelled
 from rankshift.methods import methods
 
+_NO_PAGE = ("full", "prelora")  # in docs/
+
 
 def show_all() -> None:
     """One row a method."""
@@ -72,7 +74,8 @@ def show_one(name: str) -> None:
     for what, answer, why in _answers(kind):
         table.add_row(what, answer, escape(why))
     console.print(table, highlight=False)
-    say("\nMore: docs/methods.md; all methods, as the tests found them: docs/capabilities.md")
+    page = f"docs/{name}.md" if kind.__module__.startswith("rankshift.") and name not in _NO_PAGE else "docs/methods.md"
+    say(f"\nMore: {page}; all methods, as the tests found them: docs/capabilities.md")
 
 
 def examples(kind: type[Method]) -> dict[str, str]:

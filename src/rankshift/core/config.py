@@ -85,7 +85,7 @@ def check_keys(kind: type, values: Mapping[str, Any], where: str) -> None:
     known = [f.name for f in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"{where} has no field {key!r}. {nearest(str(key), known)}")
+            raise ConfigError(f"{where} has no field {key!r}. {nearest(str(key), known, len(known))}")
 
 
 @functools.cache

@@ -109,13 +109,13 @@ class OutOfMemory(TrainingError):
     """The device is full."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint ``Did you mean 'rank'?`` for an unknown word, or the list of what is known."""
+def nearest(word: str, known: Iterable[str], most: int = 12) -> str:
+    """A hint ``Did you mean 'rank'?`` for an unknown word, or the list of what is known, ``most`` of it."""
     options = sorted(known)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
     if close:
         return f"Did you mean {close[0]!r}?"
-    shown = ", ".join(options[:12]) + (", …" if len(options) > 12 else "")
+    shown = ", ".join(options[:most]) + (", …" if len(options) > most else "")
     return f"Known: {shown}." if options else ""
 
 

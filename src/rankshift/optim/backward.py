@@ -27,6 +27,8 @@ from rankshift.core.event import Driver
 from rankshift.core.method import Method
 from rankshift.optim.transform import Hyper, Optimizer, hyper_of
 
+_INSTEAD = ' (of GaLore and AdaRankGrad gradient="projected" has small gradients too, and bears that)'
+
 
 class FusedOptimizer(Optimizer):
     """An optimizer whose updates are taken in the backward pass; ``step`` only ends them.
@@ -142,12 +144,18 @@ def _quiet() -> Callable[..., None]:
     return _nothing
 
 
+def check_flag(fused: object) -> None:
+    """Raise ConfigError for what is neither true nor false: a text such as "false" would count as true."""
+    if not isinstance(fused, bool):
+        raise ConfigError(f"fused_backward={fused!r} is not True or False.")
+
+
 def refuse_apart(tensors: Iterable[Tensor]) -> None:
     """Raise ConfigError where ranks average gradients after the hooks: DDP does."""
     if shard.world() > 1 and not all(map(shard.is_sharded, tensors)):
         raise ConfigError(
             "fused_backward=True with several processes needs a sharded model: DDP averages gradients after they have "
-            "been used here. Use fully_shard (FSDP2), or leave fused_backward out."
+            f"been used here. Use fully_shard (FSDP2), or leave fused_backward out{_INSTEAD}."
         )
 
 
@@ -165,18 +173,19 @@ def refuse_settings(args: Any) -> None:
     if args.gradient_accumulation_steps != 1:
         raise ConfigError(
             f"fused_backward=True with gradient_accumulation_steps={args.gradient_accumulation_steps}: each backward "
-            "pass is an update. Set it to 1 and raise per_device_train_batch_size, or leave fused_backward out."
+            "pass is an update. Set it to 1 and raise per_device_train_batch_size, or leave fused_backward "
+            f"out{_INSTEAD}."
         )
     if args.max_grad_norm:
         raise ConfigError(
             f"fused_backward=True with max_grad_norm={args.max_grad_norm:g}: there is no gradient left to clip after "
             "the backward pass. Set max_grad_norm=0, and clip_each= if each tensor's gradient is to be clipped by "
-            "itself; or leave fused_backward out."
+            f"itself; or leave fused_backward out{_INSTEAD}."
         )
     if args.fp16:
         raise ConfigError(
             "fused_backward=True with fp16=True: the loss scale is taken out after the backward pass, when gradients "
-            "are used already. Use bf16=True, or leave fused_backward out."
+            f"are used already. Use bf16=True, or leave fused_backward out{_INSTEAD}."
         )
 
 

@@ -19,9 +19,9 @@ from rankshift.summary import Projections
 from rankshift.train.report import INK, MUTED, SURFACE
 
 What = Literal["rank", "energy"]
-History = str | Path | Iterable[Mapping[str, Any] | tuple[int, Projections]]
+History = str | Path | Projections | Iterable[Mapping[str, Any] | tuple[int, Projections]]
 """A ``trainer_state.json``, or a directory with one (a checkpoint), the ``log_history`` of a Trainer, or pairs of
-(update, ``run.subspace_table()``) that a loop collected."""
+(update, ``run.subspace_table()``) that a loop collected; one table alone is its own update."""
 
 _KEY = re.compile(r"subspace_(rank|energy)/(.+)")
 _TITLES: dict[What, str] = {"rank": "rank", "energy": "captured share of ‖G‖²"}
@@ -67,7 +67,7 @@ def course(history: History, what: What = "rank") -> Course:
 
 def _entries(history: History) -> Iterable[tuple[int, dict[What, dict[str, float]]]]:
     """(update, what is said of layers) of each log of a training."""
-    for entry in _read(Path(history)) if isinstance(history, (str, Path)) else history:
+    for entry in _listed(history):
         found: dict[What, dict[str, float]] = {"rank": {}, "energy": {}}
         if isinstance(entry, Mapping):
             step = int(entry.get("step", 0))
@@ -81,6 +81,12 @@ def _entries(history: History) -> Iterable[tuple[int, dict[What, dict[str, float
             found["rank"] = {row.name: float(row.rank) for row in table.rows}
             found["energy"] = {row.name: row.energy for row in table.rows if row.renewals}
         yield step, found
+
+
+def _listed(history: History) -> list[Mapping[str, Any] | tuple[int, Projections]]:
+    if isinstance(history, Projections):
+        return [(history.step, history)]
+    return list(_read(Path(history)) if isinstance(history, (str, Path)) else history)
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
@@ -128,7 +134,7 @@ def heat_map(file: str | Path, history: History, title: str = "") -> Path:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    history = list(_read(Path(history)) if isinstance(history, (str, Path)) else history)
+    history = _listed(history)
     courses: dict[What, Course] = {what: course(history, what) for what in _TITLES}
     layers = courses["rank"].layers
     if not layers:

@@ -35,7 +35,7 @@ from rankshift.core.phase import Then, listed
 from rankshift.core.site import base_parameters
 from rankshift.io.atomic import explain
 from rankshift.io.checkpoint import MANIFEST, TRAINER, read
-from rankshift.optim.backward import refuse_apart, refuse_method, refuse_settings
+from rankshift.optim.backward import check_flag, refuse_apart, refuse_method, refuse_settings
 from rankshift.run import Run, attach, restore
 from rankshift.train import costs
 from rankshift.train.callback import News, without_screens
@@ -118,6 +118,7 @@ class Trainer(transformers.Trainer):
         if run is not None and then:
             raise ConfigError("then= goes with method=. A run that exists has what rs.attach(…, then=[…]) gave it.")
         coming = listed(then) if run is None else run.coming
+        check_flag(fused_backward)
         if fused_backward:
             self._check_fused(args, [first, *(one.method for one in coming)], rest)
         self._calibration = calibration
