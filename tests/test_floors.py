@@ -31,6 +31,7 @@ FLOORS = {
     "__main__": 7,
 }
 _KIN = ("adarankgrad", "galore")  # three changes to it
+_DOWN = ("optim", "ops")  # on one floor, and optim calls ops
 HEAVY = {"transformers", "accelerate", "datasets", "peft", "trl", "matplotlib", "yaml", "rich", "typer"}
 CORE_MAY = {"torch"}  # and the standard library
 
@@ -95,7 +96,7 @@ def _between(where: Path, floor: str, target: list[str], typed: bool) -> Iterato
     there = target[0]
     if floor not in FLOORS:
         yield f"{floor} stands on no floor"
-    elif floor != there and FLOORS[there] >= FLOORS[floor] and not typed:
+    elif floor != there and FLOORS[there] >= FLOORS[floor] and not typed and (floor, there) != _DOWN:
         yield f"{floor} (floor {FLOORS[floor]}) imports {there} (floor {FLOORS[there]})"
     if floor == "methods":
         mine, other = where.stem, target[1] if len(target) > 1 else ""
@@ -194,6 +195,7 @@ def test_a_planted_fault_is_found(file: str, text: str, says: str, tmp_path: Pat
         ("methods/vera.py", "from rankshift.core import base\nfrom rankshift.methods.lora import LoRA\nimport torch"),
         ("methods/lora.py", "from rankshift.methods import lora_init"),
         ("ops/x/triton.py", "import triton"),
+        ("optim/ok.py", "from rankshift.ops.products import into"),
         ("train/trainer.py", "import transformers\nfrom rankshift.run import Run"),
         (
             "io/ok.py",

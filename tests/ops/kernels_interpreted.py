@@ -1,8 +1,8 @@
-"""The kernel of projected_fold under Triton's interpreter, on the CPU.
+"""Kernels under Triton's interpreter, on the CPU: projected_fold and stochastic_rounding.
 
-test_projected_fold.py runs this in a process of its own, because the interpreter is chosen when Triton is imported:
+test_kernels.py runs this in a process of its own, because the interpreter is chosen when Triton is imported:
 
-    TRITON_INTERPRET=1 pytest tests/ops/fold_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/ops/kernels_interpreted.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 import rankshift as rs
 from rankshift.core.random import dither
 from rankshift.methods.galore_projected import ProjectedLayer
+from rankshift.ops import stochastic_rounding
 from rankshift.ops.projected_fold import Fold, fold_, op, reference, triton
+from rankshift.ops.stochastic_rounding.reference import rounded
+from rankshift.optim import rounding
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [(16, 8, 3), (33, 36, 136), (1, 4, 1), (40, 68, 17)]
@@ -123,6 +126,44 @@ def test_a_tensor_that_moved_is_found_again() -> None:
         assert torch.equal(W, want)
 
 
+# ---- rounding by itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("shape", "first"), [((1,), 0), ((33, 5), 3), ((2, 1500), (1 << 33) + 2)], ids=str)
+def test_rounding_is_the_reference_to_the_bit(shape: tuple[int, ...], first: int, dtype: torch.dtype) -> None:
+    size = torch.Size(shape).numel()
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    value *= torch.exp2(torch.arange(size).view(shape) % 40 - 30.0)
+    value.view(-1)[-1] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(FP32)
+    room = torch.full((size + 16,), 3.0, dtype=dtype)
+    target = room[8:-8].view(shape)
+    for word in (0, 1, (1 << 64) - 12345):
+        version = target._version
+        stochastic_rounding.round_(target, value, word, first)
+        want = rounded(value, dtype, word, first).view(-1)
+        assert torch.equal(target.view(-1)[:-1], want[:-1])
+        assert target.view(-1)[-1].isnan()
+        assert target._version > version
+    assert (torch.cat([room[:8], room[-8:]]) == 3).all()
+    stochastic_rounding.round_(torch.empty(0, dtype=dtype), torch.empty(0), 1, 0)
+
+
+def test_a_weight_is_closed_as_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole and by rows."""
+    value = torch.randn(600, 3, generator=torch.Generator().manual_seed(1))
+    state = {"key": torch.tensor(-5), "step": torch.tensor(4)}
+    results = []
+    for runs in (False, True):
+        monkeypatch.setattr(stochastic_rounding.op, "runs_on", lambda device, runs=runs: runs)
+        for rows in ([...], [slice(0, 256), slice(256, 600)]):
+            p = torch.zeros(600, 3, dtype=BF16)
+            for some in rows:
+                rounding.close(p, value[some], state, "stochastic", some)
+            results.append(p)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 # ---- in training -----------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +214,7 @@ def test_an_update_is_that_without_the_kernel(
     taken: list[int] = []
     launch = triton.launch
     monkeypatch.setattr(triton, "launch", lambda table, *rest: (taken.append(len(table)), launch(table, *rest)))
-    monkeypatch.setattr(op, "_runs_on", lambda device: True)
+    monkeypatch.setattr(op, "runs_on", lambda device: True)
     together = updated(method, dtype)
     assert sum(taken) == 5  # all but one, whose rows are no multiple of four
     for name, p in apart.items():

@@ -1,11 +1,6 @@
-"""What goes to the kernel that folds steps into their weights, and the kernel itself under Triton's interpreter."""
+"""What goes to the kernel that folds steps into their weights. The kernel itself is in test_kernels.py."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,21 +9,11 @@ from torch import nn
 from rankshift.ops.projected_fold import fits, op
 
 
-def test_the_kernel_interpreted() -> None:
-    pytest.importorskip("triton", reason="Triton is there on Linux only")
-    tests = Path(__file__).with_name("fold_interpreted.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-
 def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     n, m, r = 6, 8, 3
     W, left, right = (nn.Parameter(torch.zeros(size)) for size in ((n, m), (n, r), (m, r)))
     assert not fits(W, left, right), "there is no GPU"
-    monkeypatch.setattr(op, "_runs_on", lambda device: True)
+    monkeypatch.setattr(op, "runs_on", lambda device: True)
     assert fits(W, left, right)
     assert fits(W.bfloat16(), left, right)
     assert fits(W.half(), left, right)
@@ -49,7 +34,7 @@ def test_a_kind_of_tensor_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch)
     class Elsewhere(torch.Tensor):
         """As DTensor: what it holds is not where data_ptr says."""
 
-    monkeypatch.setattr(op, "_runs_on", lambda device: True)
+    monkeypatch.setattr(op, "runs_on", lambda device: True)
     W, left, right = torch.zeros(6, 8), torch.zeros(6, 3), torch.zeros(8, 3)
     assert fits(W, left, right)
     for at in range(3):

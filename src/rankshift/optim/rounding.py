@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rankshift.core import shard
 from rankshift.core.random import Key, dither, stochastic
+from rankshift.ops.stochastic_rounding import fits, round_
 
 Rounding = Literal["nearest", "stochastic", "master"]
 
@@ -78,6 +79,9 @@ def close(p: Tensor, value: Tensor, state: dict[str, Tensor], how: Rounding, row
         here.copy_(value)
         return
     noisy = word(state)
+    if fits(here, value):
+        round_(here, value, noisy, (held.start + offset(rows)) * math.prod(here.shape[1:]))
+        return
     for piece in pieces(here, _TOGETHER):
         part = here[piece]
         first = (held.start + offset(rows) + offset(piece)) * math.prod(here.shape[1:])
