@@ -186,8 +186,14 @@ CASES: dict[str, tuple[Case, ...]] = {
         ),
         Case(
             "relora-random",
-            ReLoRA(rank=2, every=1, reset="random", dropout=0.2, targets=("embed", "up"), lossy=True),
+            ReLoRA(rank=2, every=1, reset="random", ratio=0.5, targets=("embed", "up"), lossy=True),
             kept=None,
+        ),
+        Case(
+            "relora-dropout",
+            ReLoRA(rank=2, every=2, dropout=0.2, targets=("q", "up"), lossy=True),
+            kept=None,
+            alone=True,
             noisy=True,
         ),
         Case(
