@@ -29,6 +29,7 @@ NAMES = {
     "ReLoRA",
     "Run",
     "SoRA",
+    "SwitchLoRA",
     "Then",
     "Trainer",
     "VeRA",

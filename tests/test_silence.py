@@ -31,6 +31,7 @@ SMALL = {
     "paca": rs.PaCA(rank=2),
     "pc-lora": rs.PCLoRA(rank=2, features=False),
     "sora": rs.SoRA(rank=2),
+    "switchlora": rs.SwitchLoRA(rank=2, interval=4, freeze=2),
     "vera": rs.VeRA(rank=8),
 }
 

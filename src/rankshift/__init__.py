@@ -29,6 +29,7 @@ _HOME = {
     "PaCA": "methods",
     "PCLoRA": "methods",
     "ReLoRA": "methods",
+    "SwitchLoRA": "methods",
     "Then": "core.phase",
     "VeRA": "methods",
     "to_dict": "methods",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from rankshift.methods import PCLoRA as PCLoRA
     from rankshift.methods import ReLoRA as ReLoRA
     from rankshift.methods import SoRA as SoRA
+    from rankshift.methods import SwitchLoRA as SwitchLoRA
     from rankshift.methods import VeRA as VeRA
     from rankshift.methods import from_dict as from_dict
     from rankshift.methods import to_dict as to_dict

@@ -498,7 +498,8 @@ def check_foldable(sites: Iterable[Site]) -> None:
 
 def _saved(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors of an adapter that do not follow from others."""
-    return {leaf: t for leaf, t in adapter.state_dict(keep_vars=True).items() if leaf not in adapter.derived}
+    state = adapter.state_dict(keep_vars=True) | adapter.aside()
+    return {leaf: tensor for leaf, tensor in state.items() if leaf not in adapter.derived}
 
 
 def _copies(model: nn.Module, method: Method) -> tuple[str, ...]:

@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankshift.core.method import Method
-from rankshift.methods import AdaRankGrad, FlatLoRA, Full, GaLore, LoRA, MELoRA, PaCA, PCLoRA, ReLoRA, SoRA, VeRA
+from rankshift.methods import (
+    AdaRankGrad,
+    FlatLoRA,
+    Full,
+    GaLore,
+    LoRA,
+    MELoRA,
+    PaCA,
+    PCLoRA,
+    ReLoRA,
+    SoRA,
+    SwitchLoRA,
+    VeRA,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,8 @@ class Case:
     """Graphs that compiling makes over a run: one more where a part of the layer goes."""
     step: int = 0
     """The update at which the equation is looked at, for methods whose equation changes with time."""
+    narrow: bool = True
+    """Serves a model in bf16; False: refuses it before anything changes."""
     noisy: bool = False
     """Training forwards draw from the global generator (dropout), so no number of ranks equals another."""
 
@@ -213,6 +228,28 @@ CASES: dict[str, tuple[Case, ...]] = {
             kept=None,
             alone=True,
             noisy=True,
+        ),
+    ),
+    "switchlora": (
+        # one or two of four vectors in every update, and then those that are frozen stand in the way
+        Case(
+            "switchlora",
+            SwitchLoRA(rank=4, interval=2, freeze=1, ratio=5, rest_lr_ratio=0.5),
+            identity=ROUNDING,
+            narrow=False,
+        ),
+        Case(
+            "switchlora-frozen",
+            SwitchLoRA(rank=7, interval=4, freeze=2, ratio=5, rest="freeze", targets=("q", "k", "up", "down")),
+            identity=ROUNDING,
+            narrow=False,
+        ),
+        Case(
+            "switchlora-never",
+            SwitchLoRA(rank=3, interval=float("inf"), targets=("v", "up")),
+            identity=ROUNDING,
+            narrow=False,
+            alone=True,
         ),
     ),
     "vera": (

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -159,6 +160,15 @@ def preserve_shift(case: Case, to: Method, dtype: torch.dtype = F64) -> None:
     trained = evaluate(session.run.model)
     shifted = session.run.shift(to)
     assert gap(evaluate(shifted.model), trained) <= MERGED[dtype], "shift() changes the function"
+
+
+def too_narrow(case: Case, engine: Engine, dtype: torch.dtype) -> None:
+    """A model whose weights are too narrow for the method is refused, and stays as it was."""
+    model = tiny(dtype)
+    before = digest(dict(model.named_parameters()))
+    with pytest.raises(rs.errors.UnsupportedLayer, match="fp32"):
+        rs.attach(model, case.method, total_steps=TOTAL)
+    assert digest(dict(model.named_parameters())) == before
 
 
 class _Watched:
@@ -391,7 +401,7 @@ def delta(case: Case, engine: Engine) -> dict[str, str]:
         # no restriction to layers of the model that the laws train
         method = replace(case.method, targets=(where,), modules_to_save=())
         model = nn.ModuleDict({"layer": layer.to(F64)})
-        weight, bias = layer.weight.detach().clone(), getattr(layer, "bias", None)
+        bias = getattr(layer, "bias", None)
         try:
             run = rs.attach(model, method, total_steps=TOTAL)
         except rs.errors.UnsupportedLayer as error:
@@ -407,7 +417,7 @@ def delta(case: Case, engine: Engine) -> dict[str, str]:
             if method.projects(model):
                 step_in_subspace(run, layer, x, kind)
             continue
-        adapter = sites[where]
+        adapter, weight = sites[where], layer.weight.detach().clone()  # attaching may have rewritten it
         generator = torch.Generator().manual_seed(8)
         with torch.no_grad():
             for leaf, parameter in adapter.named_parameters():

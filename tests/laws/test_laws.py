@@ -98,6 +98,9 @@ def test_rewriting_the_base_preserves_the_function(case: Case, engine: Engine, p
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @cases(*EVERY)
 def test_merging_in_lower_precision(case: Case, dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16 and not case.narrow:
+        hold(laws.too_narrow, case, "one", dtype=dtype)
+        return
     hold(laws.preserve, case, "one", dtype=dtype)
 
 

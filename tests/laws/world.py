@@ -212,6 +212,9 @@ class Session:
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, parameter in self.run.trainable():
             tensors |= {f"{name}/{key}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
+        for name in self.run.adapters:
+            for site, adapter in self.run.adapter(name).items():
+                tensors |= {f"{name}/{site}.{leaf}": tensor for leaf, tensor in adapter.aside().items()}
         found = {name: shard.whole(t) if whole else shard.local(t)[0] for name, t in tensors.items()}
         group = self.optimizer.param_groups[0]
         found["clock"] = torch.tensor([group["updates"], group["skipped"], self.run.step])

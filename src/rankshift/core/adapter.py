@@ -54,6 +54,11 @@ class Adapter(Base):
     def leave(self) -> None:
         """Give back to the base what :meth:`enter` took, bit for bit; ``forward`` goes on to hold. May be repeated."""
 
+    def aside(self) -> dict[str, Tensor]:
+        """Tensors that stay on the CPU whatever the device of the model: saved as its other tensors are, by name, but
+        no buffers, so that nobody moves, shards or broadcasts them. Every rank has the same."""
+        return {}
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         return self.base.weight

@@ -5,7 +5,7 @@ Dense, the format the model came in, is here; other formats are one file each in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -214,6 +214,12 @@ class Dense(Base):
         self.changed = True
         how(self.weight)
 
+    def takes(self, delta: Tensor) -> bool:
+        """Whether a change of this kind can be added to the weight as it is stored: in its order, whole, unrounded."""
+        weight = self.weight
+        plain = type(self.form) is Form and self.tenant is None and not shard.is_sharded(weight)
+        return plain and (weight.dtype, weight.device) == (delta.dtype, delta.device)
+
     def restore(self) -> nn.Module:
         return self._layer[0]
 
@@ -256,6 +262,25 @@ def _sum(weight: Tensor, delta: Tensor) -> Tensor:
     """weight + delta in the wider of the two dtypes; the caller's copy rounds once."""
     delta = delta.to(weight.device)
     return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
+
+
+@torch.no_grad()
+def add_products_(bases: Sequence[Base], left: Tensor, right: Tensor) -> None:
+    """W += left @ right for many layers of one shape, (L, out, k) and (L, k, in) in fp32 or wider; rounds once.
+
+    Plain weights take it together, a few launches for all; any other takes :meth:`Base.add_`. Under sharding every rank
+    must call this, with all rows.
+    """
+    if not all(isinstance(base, Dense) and base.takes(left) for base in bases):
+        for base, a, b in zip(bases, left, right, strict=True):
+            base.add_(lambda rows, a=a, b=b: a[rows] @ b)  # type: ignore[misc]
+        return
+    count = max(1, _BLOCK // max(1, left.shape[1] * right.shape[2]))
+    for start in range(0, len(bases), count):
+        some = slice(start, start + count)
+        torch._foreach_add_([base.weight.detach() for base in bases[some]], list(torch.bmm(left[some], right[some])))
+    for base in bases:
+        base.changed = True
 
 
 def blocks(rows: slice, width: int) -> Iterator[slice]:

@@ -11,6 +11,7 @@ from rankshift.methods.paca import PaCA
 from rankshift.methods.pc_lora import PCLoRA
 from rankshift.methods.relora import ReLoRA
 from rankshift.methods.sora import SoRA
+from rankshift.methods.switchlora import SwitchLoRA
 from rankshift.methods.vera import VeRA
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "PaCA",
     "ReLoRA",
     "SoRA",
+    "SwitchLoRA",
     "VeRA",
     "from_dict",
     "methods",

@@ -1,0 +1,92 @@
+"""Adam whose step count belongs to single vectors of a matrix, because single vectors may begin anew.
+
+    m ← β1 m + (1−β1) g      v ← β2 v + (1−β2) g²      tᵢ ← tᵢ + 1
+    d = (m / (1−β1^tᵢ)) / (√(v / (1−β2^tᵢ)) + ε)       p ← (1 − lr·wd) p − lr·d       i: the row, or the column
+
+With equal counts it is ``torch.optim.AdamW``, in the order of its operations. Whoever lets a vector begin anew zeroes
+its m, v and t together: with t left as it was, its first steps would be several times too long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankshift.core import shard
+from rankshift.core.errors import ConfigError
+from rankshift.core.random import Key
+from rankshift.optim.moments import Wide, adopt
+from rankshift.optim.transform import Hyper
+
+_TOGETHER = 1 << 24  # numbers of parameters that are stepped at once: two more of each are held meanwhile
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """AdamW with ``step`` of (rows, 1) or (1, columns); parameters of one shape are stepped together."""
+
+    axis: int = 0  # vectors are the rows (0), whose counts are sharded with them, or the columns (1)
+
+    def init(
+        self, p: Tensor, key: Key | None = None, rank: int | None = None, place: tuple[int, int] = (1, 1)
+    ) -> dict[str, Tensor]:
+        counts = [1] * p.dim()
+        counts[self.axis] = p.shape[self.axis]
+        return {
+            "step": shard.zeros(counts, p, torch.float32, split=self.axis == 0),
+            "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+        }
+
+    def step(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        hyper: Hyper,
+    ) -> None:
+        held = [shard.held(p) for p in parameters]
+        for batch in _alike(held):
+            ps, gs = [held[i] for i in batch], [shard.held(gradients[i]) for i in batch]
+            ms, vs, steps = ([shard.held(states[i][name]) for i in batch] for name in ("exp_avg", "exp_avg_sq", "step"))
+            _step(ps, gs, ms, vs, steps, hyper)
+
+    def adopt(self, p: Tensor, saved: dict[str, Tensor], fresh: dict[str, Tensor]) -> list[str]:
+        if "basis" in saved:
+            raise ConfigError("it is that of a projected gradient, and here this tensor takes plain AdamW.")
+        count = saved.get("step")
+        if count is not None and count.dim() == 0:  # of an Adam that counts for the whole tensor
+            shard.held(fresh["step"]).fill_(float(count))
+            saved = {name: value for name, value in saved.items() if name != "step"}
+        return adopt(Wide(), saved, fresh, tuple(p.shape), p, shard.is_sharded(p))
+
+
+def _alike(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of parameters of one shape and kind, so many that together they stay below a bound."""
+    kinds: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
+    for index, p in enumerate(parameters):
+        kinds.setdefault((p.shape, p.dtype, p.device), []).append(index)
+    for (shape, _, _), found in kinds.items():
+        count = max(1, _TOGETHER // max(1, shape.numel()))
+        for start in range(0, len(found), count):
+            yield found[start : start + count]
+
+
+def _step(
+    ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], vs: list[Tensor], steps: list[Tensor], hyper: Hyper
+) -> None:
+    """One update of tensors of one shape, (…); their counts broadcast."""
+    (beta1, beta2), dtype = hyper.betas, ps[0].dtype
+    torch._foreach_add_(steps, 1)
+    if hyper.weight_decay:
+        torch._foreach_mul_(ps, 1 - hyper.lr * hyper.weight_decay)
+    torch._foreach_lerp_(ms, gs, 1 - beta1)
+    torch._foreach_mul_(vs, beta2)
+    torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
+    t = torch.stack(steps).to(torch.float64)  # 1 − β^t in double, as torch has it, then rounded once
+    length = (-hyper.lr / (1 - beta1**t)).to(dtype)
+    spread = torch.stack(vs).sqrt_().div_((1 - beta2**t).sqrt_().to(dtype)).add_(hyper.eps)
+    torch._foreach_add_(ps, list(torch.stack(ms).mul_(length).div_(spread)))
