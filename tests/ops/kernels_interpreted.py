@@ -118,6 +118,18 @@ def test_weights_of_all_kinds_at_once() -> None:
         assert (torch.cat([around[:16], around[-16:]]) == 3).all()
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_a_void_step_changes_nothing(dtype: torch.dtype) -> None:
+    """Even where it is no number."""
+    left, right = few_bits(16, 3, seed=1), few_bits(8, 3, seed=2)
+    W, valid, _ = weights(16, 8, dtype)
+    before, want = W.clone(), reference.fold(valid, left, right, 0.5, 3)
+    fold_([Fold(W, torch.full((16, 3), float("nan")), right, 0.5, 3)], True, torch.ones(()))
+    assert torch.equal(W, before)
+    fold_([Fold(valid, left, right, 0.5, 3)], True, torch.zeros(()))
+    assert torch.equal(valid, want)
+
+
 def test_a_tensor_that_moved_is_found_again() -> None:
     left, right = few_bits(16, 3, seed=1), few_bits(8, 3, seed=2)
     for W in weights(16, 8, BF16):
