@@ -24,7 +24,7 @@ from rankshift.core.event import Driver
 from rankshift.core.lesson import Ear, Lesson
 from rankshift.core.method import Estate, Method, compare
 from rankshift.core.phase import Phase, Then, check_reachable, listed
-from rankshift.core.schedule import cosine
+from rankshift.core.schedule import check_warmup, cosine
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, form_of, separate
 from rankshift.core.watch import Watch
 from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
@@ -498,11 +498,7 @@ class Run:
 
     def _factor(self, length: int, warmup: int) -> Callable[[int], float]:
         """Of the peak learning rate, in every update of a phase."""
-        if not 0 <= warmup < length:
-            raise ConfigError(
-                f"warmup = {warmup}: updates over which the learning rate rises, at least 0 and fewer than the "
-                f"{length} that there are."
-            )
+        check_warmup(warmup, length)
         own = self.method.lr_schedule(length, warmup)
         return partial(cosine, total=length, warmup=warmup) if own is None else own
 

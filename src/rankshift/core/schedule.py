@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+from rankshift.core.errors import ConfigError
+
 
 def cosine(update: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
     """Up along a line over ``warmup`` updates, then along half a cosine to ``floor`` at ``total``, and there on."""
@@ -23,3 +25,12 @@ def jagged_cosine(update: int, total: int, warmup: int, cycle: int, rewarm: int,
     if update < cycle or into >= rewarm:
         return cosine(update, total, warmup, floor)
     return into / rewarm * cosine(update - into + rewarm, total, warmup, floor)
+
+
+def check_warmup(warmup: int, total: int) -> None:
+    """Raise ConfigError unless a schedule of ``total`` updates can begin with this warm-up."""
+    if not 0 <= warmup < total:
+        raise ConfigError(
+            f"warmup = {warmup}: updates over which the learning rate rises, at least 0 and fewer than the {total} that "
+            "there are."
+        )

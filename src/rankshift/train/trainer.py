@@ -32,6 +32,7 @@ from rankshift.core import shard
 from rankshift.core.errors import AttachError, ConfigError, MissingFile, OutOfMemory, TrainingError, WrongBase
 from rankshift.core.method import Method, compare, from_dict, to_dict
 from rankshift.core.phase import Then, listed
+from rankshift.core.schedule import check_warmup
 from rankshift.core.site import base_parameters
 from rankshift.io.atomic import explain
 from rankshift.io.checkpoint import MANIFEST, TRAINER, read
@@ -260,9 +261,20 @@ class Trainer(transformers.Trainer):
             self._check_phases(f"{method.name} goes through phases, the next from step {end}", scheduler)
         elif self.run.coming:
             self._check_phases(f"{method.name} is to go on as {self.run.coming[0].method.name}", scheduler)
+            self._check_schedules(num_training_steps)
         elif method.watches(self.run.model) is not None:
             self._check_phases(f"{method.name} goes through phases", scheduler)
         return scheduler
+
+    def _check_schedules(self, total: int) -> None:
+        """Raise ConfigError where the warm-up does not fit into a schedule that a phase to come has of its own."""
+        start = self.run.phases[-1].start
+        for then in self.run.coming:
+            start += then.least()
+            length = total - start
+            if then.method.lr_schedule(length, 0) is not None:
+                check_warmup(warmup := self.args.get_warmup_steps(length), length)
+                then.method.lr_schedule(length, warmup)
 
     def _own_schedule(self) -> bool:
         """Whether the schedule of the learning rate is this phase's."""
