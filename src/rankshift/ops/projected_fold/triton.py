@@ -41,6 +41,8 @@ def _fold(
     KIND: tl.constexpr, RANDOM: tl.constexpr, VOID: tl.constexpr, PRECISION: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
+    if VOID:
+        n = tl.where(tl.load(void) == 0, n, 0)  # of which no row is inside
     which = tl.program_id(1)
     across = tl.cdiv(m, M)
     row, column = tl.program_id(0) // across * N, tl.program_id(0) % across * M
@@ -56,8 +58,6 @@ def _fold(
 
     here = rows.to(tl.int64)[:, None] * m + columns[None, :]
     inside = (rows < n)[:, None] & (columns < m)[None, :]
-    if VOID:
-        inside = inside & (tl.load(void) == 0)
     noise = tl.full((N, M), 0, tl.int32)
     if RANDOM:
         quarters = column // 4 + tl.arange(0, M // 4)  # m is a multiple of 4: one number serves four columns of a row
