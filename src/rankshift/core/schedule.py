@@ -31,6 +31,6 @@ def check_warmup(warmup: int, total: int) -> None:
     """Raise ConfigError unless a schedule of ``total`` updates can begin with this warm-up."""
     if not 0 <= warmup < total:
         raise ConfigError(
-            f"warmup = {warmup}: updates over which the learning rate rises, at least 0 and fewer than the {total} that "
-            "there are."
+            f"warmup = {warmup}: updates over which the learning rate rises, at least 0 and fewer than the {total} "
+            "that there are."
         )
