@@ -8,7 +8,7 @@ import logging
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,9 @@ from rankshift.core.event import Driver
 from rankshift.core.lesson import Ear, Lesson
 from rankshift.core.method import Estate, Method, compare
 from rankshift.core.phase import Phase, Then, check_reachable, listed
-from rankshift.core.schedule import check_warmup, cosine
+from rankshift.core.schedule import cosine
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, form_of, separate
-from rankshift.core.watch import Watch
+from rankshift.core.watch import Watch, Wish
 from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
 from rankshift.optim import Adam, Optimizer, Transform
 from rankshift.optim.backward import Backward, FusedOptimizer, check_flag, refuse_apart, refuse_method, refuse_settings
@@ -157,13 +157,16 @@ class Run:
         self._driver.open_window()
 
     def _foresee(self, method: Method) -> None:
-        """Raise a TargetError where a phase to come does not fit the model, before the first of them."""
-        for then in self.coming:
-            # what takes over tensors of its own kind, and what the phases before untie, is known only then
-            if type(then.method) is not type(method):
-                with contextlib.suppress(TiedWeights):
-                    self._on.plan(then.method, ())
-            method = then.method
+        """Raise, before the first, where a phase to come does not fit the model or its end could not be seen."""
+        for then, after in itertools.zip_longest(self.coming, self.coming[1:]):
+            before, method = method, then.method
+            if type(method) is type(before):
+                continue  # what takes over tensors of its own kind is known only then
+            with contextlib.suppress(TiedWeights):  # likewise what the phases before untie
+                sites = {spec.name for spec in self._on.plan(method, ())[0]}
+                if after is not None:
+                    trained = {n for n, _, _ in base_parameters(self.model) if method.in_place(n, _layer(n) in sites)}
+                    self._wish(method, after, trained | method.projects(self.model).keys())
 
     def _count_trainable(self) -> int:
         return sum(p.numel() for _, p in self.trainable())
@@ -456,8 +459,8 @@ class Run:
         self._compare()
 
     def scheduler(self, optimizer: torch.optim.Optimizer, warmup: int = 0) -> torch.optim.lr_scheduler.LambdaLR:
-        """The learning rate: over this phase as the method's paper has it, if it says (ReLoRA's warms up after every
-        restart, SoRA's falls to 0 in every stage), else down to 0 along one cosine over the whole run.
+        """The learning rate over this phase: as the method's paper has it, if it says (ReLoRA's warms up after every
+        restart), else down to 0 along a cosine.
 
         Call its ``step()`` after each ``optimizer.step()``. It goes by the updates that were taken: one that is skipped
         does not move it, and in a resumed run it is where the run is.
@@ -472,21 +475,12 @@ class Run:
         factors: dict[tuple[int, int], Callable[[int], float]] = {}  # one, but where a state is loaded later
 
         def now(_: int) -> float:
-            start, length = self._span()
+            start, length = self.phases[-1].start, self._length()
             if (start, length) not in factors:
                 factors[start, length] = self._factor(length, warmup)
             return factors[start, length](self.step - start)
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer, now)
-
-    def _span(self) -> tuple[int, int]:
-        """The first update of a schedule, and how many it has."""
-        start, length = self.phases[-1].start, self._length()
-        own = self.method.lr_schedule(1, 0) is not None
-        if own or self.method.phase_end(start, self.total_steps) is not None:
-            return start, length
-        assert self.total_steps is not None
-        return 0, self.total_steps
 
     def _length(self) -> int:
         """Updates of this phase."""
@@ -507,7 +501,11 @@ class Run:
 
     def _factor(self, length: int, warmup: int) -> Callable[[int], float]:
         """Of the peak learning rate, in every update of a phase."""
-        check_warmup(warmup, length)
+        if not 0 <= warmup < length:
+            raise ConfigError(
+                f"warmup = {warmup}: updates over which the learning rate rises, at least 0 and fewer than the "
+                f"{length} that there are."
+            )
         own = self.method.lr_schedule(length, warmup)
         return partial(cosine, total=length, warmup=warmup) if own is None else own
 
@@ -610,19 +608,23 @@ class Run:
 
     def _look_out(self) -> None:
         """Watch what the end of this phase depends on."""
-        wish = self.method.watches(self.model)
-        if self.coming and self.coming[0].looks:
-            if wish is not None:
-                raise ConfigError(
-                    f"{type(self.method).__name__} watches the loss for phases of its own. Let what follows it begin "
-                    "by steps or minutes."
-                )
-            matrices = {
-                f"{name}.weight" for name, m in self.model.named_modules() if form_of(m) is not None
-            }  # of the model as it came: what sites stand at is in the base and does not train in place
-            trained = [n for n, p, _ in base_parameters(self.model) if p.requires_grad and n in matrices]
-            wish = self.coming[0].wish(trained)
+        trained = {name for name, p, _ in base_parameters(self.model) if p.requires_grad}
+        wish = self._wish(self.method, self.coming[0] if self.coming else None, trained)
         self.watch = None if wish is None else Watch(wish)
+
+    def _wish(self, method: Method, then: Then | None, trained: Set[str]) -> Wish | None:
+        """What to watch in a phase that ``then`` follows, where these parameters train in place."""
+        own = method.watches(self.model)
+        if then is None or not then.looks:
+            return own
+        if own is not None:
+            raise ConfigError(
+                f"{type(method).__name__} watches the loss for phases of its own. Let what follows it begin by steps "
+                "or minutes."
+            )
+        # of the model as it came: what sites stand at is in the base and does not train in place
+        matrices = {f"{name}.weight" for name, module in self.model.named_modules() if form_of(module) is not None}
+        return then.wish([name for name, _, _ in base_parameters(self.model) if name in matrices & trained])
 
     def _counted(self) -> None:
         """An update was taken."""
@@ -870,7 +872,6 @@ class Run:
         names = {name for name, _, _ in base_parameters(model)}
         run._changed = changed | (names - before)  # tied to what was trained as a copy
         run._begin(method, data, lr=lr)
-        run._changed |= {name for name, _, _ in base_parameters(model)} - before  # a copy of what had been trained
         run._keep_moments({name: state for name, state in states.items() if name in names})
         return run
 
@@ -1154,6 +1155,10 @@ def _count(total: int | None) -> int | None:
             f"total_steps = {total!r} is no number of updates. Pass a whole number of at least 1, or None."
         )
     return total
+
+
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 def _moved(

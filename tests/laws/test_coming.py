@@ -1,0 +1,394 @@
+"""Phases to come: when they are due, what they need to know, what is saved of them, and which moments go along."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rankshift as rs
+from laws import laws
+from laws.pool import Pool
+from laws.world import Engine, Session, batch, evaluate, gap, loss_of, same, tiny
+from rankshift.core.errors import ConfigError, RankTooLarge, TrainingError, WrongBase
+from rankshift.core.method import Method
+from rankshift.methods import Full, GaLore, LoRA
+
+FULL, LORA = Full(), LoRA(rank=2, alpha=4, init="orthogonal")
+
+
+def begin(engine: Engine, then: list[rs.Then], method: Method = FULL, **options: Any) -> Session:
+    return Session(engine, rs.attach(tiny(), method, total_steps=20, then=then), **options)
+
+
+def go(session: Session, steps: int) -> Session:
+    """So many updates, going on with what is due before each."""
+    for _ in range(steps):
+        method = session.run.due()
+        if method is not None:
+            session = Session(session.engine, session.run.shift(method), losses=session.losses)
+        session.step()
+    return session
+
+
+def route(run: rs.Run) -> list[tuple[str, int, int | None]]:
+    return [(p.method["method"], p.start, p.stop) for p in run.phases]
+
+
+def test_by_steps_each_counted_from_the_phase_before() -> None:
+    session = begin("one", [rs.Then(LORA, steps=3, lr=0.25), rs.Then(FULL, steps=2)])
+    for step in range(3):
+        assert session.run.step == step
+        assert session.run.due() is None
+        session.step()
+    assert session.run.due() == session.run.due() == LORA
+    before = evaluate(session.model)
+    run = session.run.shift(LORA)
+    assert gap(evaluate(run.model), before) <= laws.MERGED[torch.float32]
+    assert [then.method for then in run.coming] == [FULL]
+    assert run.due() is None
+    session = Session("one", run).steps(1)
+    assert session.run.due() is None
+    session.step()
+    assert session.run.due() == FULL
+    session = Session("one", session.run.shift(FULL)).steps(3)
+    assert session.run.due() is None
+    assert route(session.run) == [("full", 0, 3), ("lora", 3, 5), ("full", 5, None)]
+    assert [p.lr for p in session.run.phases] == [None, 0.25, 0.25]  # none said: as before
+    weights = sum(p.numel() for p in tiny().parameters())
+    assert [p.trainable for p in session.run.phases][::2] == [weights, weights]
+
+
+def test_the_rate_of_a_phase_is_that_of_its_optimizer() -> None:
+    session = go(begin("one", [rs.Then(LORA, steps=1, lr=0.25)]), 1)
+    assert session.run.optimizer().param_groups[0]["lr"] == FULL.default_lr
+    run = session.run.shift(LORA)
+    assert run.optimizer().param_groups[0]["lr"] == 0.25
+    assert run.optimizer(lr=0.5).param_groups[0]["lr"] == 0.5
+
+
+def test_a_shift_of_ones_own_leaves_the_list_as_it_is() -> None:
+    session = begin("one", [rs.Then(LORA, steps=4)]).steps(2)
+    run = session.run.shift(LoRA(rank=3))
+    assert len(run.coming) == 1
+    session = Session("one", run).steps(2)
+    assert session.run.due() == LORA, "counted from where the list stands, not from the last shift"
+    assert session.run.shift(LORA).coming == ()
+
+
+def test_an_update_after_the_end_of_a_phase_is_refused() -> None:
+    session = begin("one", [rs.Then(LORA, steps=2)]).steps(2)
+    before = session.state()
+    with pytest.raises(TrainingError, match="This phase of Full ended at update 2, and the next has not begun"):
+        session.step()
+    same(before, session.state(), what="a refused update")
+    go(session, 1)
+
+
+def test_losses_must_be_known_where_a_phase_ends_by_them() -> None:
+    session = begin("one", [rs.Then(LORA, loss=0.1, window=2)])
+    loss_of(session.model, batch(0)).backward()
+    with pytest.raises(TrainingError, match=r"depends on the loss.*run\.loss"):
+        session.optimizer.step()
+    assert session.run.step == 0
+    session.optimizer.zero_grad()
+    session.steps(1)
+    by_steps = begin("one", [rs.Then(LORA, steps=2)])
+    loss_of(by_steps.model, batch(0)).backward()
+    by_steps.optimizer.step()  # nobody asks
+
+
+def test_an_evaluation_is_not_heard() -> None:
+    session = begin("one", [rs.Then(LORA, loss=0.1, window=9)])
+    session.model.eval()
+    session.run.loss(loss_of(session.model, batch(0)))
+    session.model.train()
+    with torch.no_grad():
+        session.run.loss(loss_of(session.model, batch(0)))
+    assert session.run.watch is not None
+    assert session.run.watch.open().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_window_has_the_mean_of_its_micro_batches(accumulate: int) -> None:
+    session = begin("one", [rs.Then(LORA, loss_change=1e-6, windows=2, window=2)], accumulate=accumulate).steps(6)
+    losses = torch.tensor(session.losses, dtype=torch.float64)  # Session has the mean over micro-batches of an update
+    assert session.run.watch is not None
+    seen = [(s.step, s.loss) for s in session.run.watch.snapshots]
+    assert [step for step, _ in seen] == [4, 6]
+    assert [loss for _, loss in seen] == pytest.approx(losses.reshape(3, 2).mean(1)[1:].tolist(), rel=1e-6)
+    assert session.run.watch.snapshots[0].norms == {}
+
+
+def test_it_is_due_once_the_mean_of_a_window_is_low_enough() -> None:
+    probe = begin("one", [rs.Then(LORA, loss=0.0, window=2)]).steps(4)
+    means = [sum(probe.losses[k : k + 2]) / 2 for k in (0, 2)]
+    assert means[1] < means[0]
+    session = begin("one", [rs.Then(LORA, loss=(means[0] + means[1]) / 2, window=2)])
+    for _ in range(3):
+        session.step()
+        assert session.run.due() is None
+    session.step()
+    assert session.run.due() == LORA
+
+
+def over_ranks() -> dict[str, Any]:
+    session = begin("ddp", [rs.Then(LORA, loss_change=1e-6, windows=2, window=2)]).steps(4)
+    assert session.run.watch is not None
+    return {"mine": session.losses, "seen": [s.loss for s in session.run.watch.snapshots]}
+
+
+def test_under_ddp_it_is_the_mean_over_ranks(pool: Pool) -> None:
+    one, two = pool.run(over_ranks)
+    assert one["mine"] != two["mine"]
+    assert one["seen"] == two["seen"], "decisions are the same everywhere"
+    both = torch.tensor([one["mine"], two["mine"]], dtype=torch.float64).mean(0)
+    assert one["seen"] == pytest.approx(both.reshape(2, 2).mean(1).tolist(), rel=1e-6)
+
+
+THEN = [rs.Then(LORA, loss=100.0, window=3, lr=1e-2), rs.Then(GaLore(rank=2), loss_change=1000.0, windows=2, window=2)]
+
+
+def resume(engine: Engine, at: int) -> list[Any]:
+    """Steps 0 … 9 with changes after 3 and 7, straight through and by a file after ``at``."""
+    whole = go(begin(engine, THEN), 9)
+    first = go(begin(engine, THEN), at)
+    saved, losses = first.save(), list(first.losses)
+    # every rank has the whole sum in its file, and the first goes on with it
+    again = go(Session.load(saved, engine, tiny(), losses=losses), 9 - at)
+    same(whole.state(), again.state(), what=f"resumed after {at}")
+    assert whole.losses == again.losses
+    assert route(whole.run) == route(again.run) == [("full", 0, 3), ("lora", 3, 7), ("galore", 7, None)]
+    assert whole.run.describe() == again.run.describe()
+    return [] if first.run.watch is None else first.run.watch.snapshots
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_resume_at_every_update(at: int) -> None:
+    resume("one", at)
+
+
+@pytest.mark.parametrize("at", [2, 3, 5, 7])
+def test_resume_under_ddp_in_the_middle_of_a_window(at: int, pool: Pool) -> None:
+    one, two = pool.run(resume, "ddp", at)
+    assert one == two
+
+
+def test_minutes_are_of_training_and_go_on_when_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("rankshift.run.time.monotonic", lambda: clock[0])
+    session = begin("one", [rs.Then(LORA, minutes=1.0)])
+    clock[0] += 500  # before the optimizer is there, nothing trains
+    session = Session("one", session.run)
+    for wait in (20.0, 20.0):
+        clock[0] += wait
+        session.step()
+        assert session.run.due() is None
+    saved = session.save()
+    clock[0] += 5000  # the process was away
+    again = Session.load(saved, "one", tiny())
+    clock[0] += 19.0
+    again.step()
+    assert again.run.due() is None  # 59 seconds
+    clock[0] += 1.0
+    again.step()
+    assert again.run.due() == LORA
+    run = again.run.shift(LORA)
+    assert run.due() is None
+
+
+def unmoved(run: rs.Run, steps: int, inflate: str = "") -> list[int]:
+    """Updates at rate 0 on one batch; after which of them it was due. ``inflate``: a weight to scale in each."""
+    model = run.model.train()
+    optimizer, due = run.optimizer(lr=0.0), []
+    for step in range(1, steps + 1):
+        run.loss(loss_of(model, batch(0))).backward()
+        if inflate:
+            with torch.no_grad():
+                model.get_parameter(inflate).mul_(1.02)
+        optimizer.step()
+        optimizer.zero_grad()
+        if run.due() is not None:
+            due.append(step)
+            break
+    return due
+
+
+def test_what_stands_still_has_converged_after_exactly_so_many_windows() -> None:
+    then = rs.Then(LORA, loss_change=1.0, weight_change=1.0, window=3, windows=3)
+    assert unmoved(rs.attach(tiny(), FULL, then=[then]), 12) == [9]
+    then = rs.Then(LORA, weight_change=1.0, window=2, windows=2)
+    assert unmoved(rs.attach(tiny(), FULL, then=[then]), 12) == [4]
+
+
+def test_one_weight_that_moves_keeps_a_phase_going() -> None:
+    then = rs.Then(LORA, weight_change=1.0, window=2, windows=2)
+    assert unmoved(rs.attach(tiny(), FULL, then=[then]), 8, "blocks.0.q.weight") == []
+    # norms are watched of linear layers: what a LayerNorm does is no matter
+    assert unmoved(rs.attach(tiny(), FULL, then=[then]), 8, "blocks.0.norm1.weight") == [4]
+
+
+def norms_of_two() -> dict[str, float]:
+    session = begin("fsdp2", [rs.Then(LORA, weight_change=1.0, window=2, windows=2)]).steps(2)
+    assert session.run.watch is not None
+    seen = dict(session.run.watch.snapshots[-1].norms)
+    whole = session.state(whole=True)
+    for name, norm in seen.items():
+        assert norm == pytest.approx(whole[name].double().norm().item(), rel=1e-9), name
+    return seen
+
+
+def test_under_fsdp2_norms_are_of_whole_weights(pool: Pool) -> None:
+    one, two = pool.run(norms_of_two)
+    assert one == two
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in one} >= {"q", "up", "down", "head"}
+    assert not any("norm" in name for name in one)
+
+
+def test_what_cannot_be_is_refused_when_it_is_attached() -> None:
+    model = tiny()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for then, error, text in (
+        ([rs.Then(LORA, steps=9), rs.Then(FULL, steps=9)], ConfigError, "at update 18 at the earliest"),
+        ([rs.Then(LoRA(rank=99), steps=2)], RankTooLarge, "rank 99"),
+        ([rs.Then(LoRA(targets="none"), steps=2)], rs.errors.UnmatchedTarget, "none"),
+        ([LORA], ConfigError, r"list of rs\.Then"),
+    ):
+        with pytest.raises(error, match=text):
+            rs.attach(model, FULL, total_steps=18, then=then)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="the phase before trains none of them"):
+        rs.attach(model, LORA, then=[rs.Then(FULL, weight_change=1.0)])
+    run = rs.attach(model, FULL)  # nothing is attached
+    assert {name for name, _ in run.trainable()} == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    run.total_steps = 18
+    run.coming = (rs.Then(LORA, steps=18),)
+    with pytest.raises(ConfigError, match="at update 18 at the earliest"):
+        run.optimizer()
+
+
+def test_what_cannot_be_seen_in_a_later_phase_is_refused_when_it_is_attached() -> None:
+    norms, loss = rs.Then(FULL, weight_change=1.0, window=2), rs.Then(FULL, loss=1.0, window=2)
+    with pytest.raises(ConfigError, match="the phase before trains none of them"):
+        begin("one", [rs.Then(LORA, steps=1), norms])
+    own = rs.PreLoRA(window=2, windows=2, max_rank=4)
+    with pytest.raises(ConfigError, match="PreLoRA watches the loss for phases of its own"):
+        begin("one", [rs.Then(own, steps=1), loss])
+    with pytest.raises(ConfigError, match="PreLoRA watches the loss for phases of its own"):
+        begin("one", [loss], own)
+    for method in (LORA, GaLore(rank=2, targets="q"), rs.ReLoRA(rank=2)):
+        begin("one", [rs.Then(method, steps=1), loss if method is LORA else norms])
+
+
+def test_other_phases_in_a_saved_state_are_refused() -> None:
+    state = go(begin("one", [rs.Then(LORA, steps=3)]), 1).run.state_dict()
+    for other in ([rs.Then(LORA, steps=4)], [rs.Then(FULL, steps=3)], [rs.Then(LORA, steps=3)] * 2):
+        run = rs.attach(tiny(), FULL, total_steps=20, then=other)
+        with pytest.raises(WrongBase, match="other phases to come"):
+            run.load_state_dict(state)
+        assert run.step == 0
+    for mine in ((), [rs.Then(LORA, steps=3)]):
+        run = rs.attach(tiny(), FULL, total_steps=20, then=mine)
+        run.load_state_dict(state)
+        assert (run.step, run.coming) == (1, (rs.Then(LORA, steps=3),))
+
+
+# ---- moments
+
+
+def changed(method: Method, to: Method, **options: Any) -> tuple[dict[str, dict[str, Tensor]], Session]:
+    """The states of all tensors after three updates of a method, by name, and the next method's session."""
+    session = Session("one", rs.attach(tiny(), method, total_steps=20), **options).steps(3)
+    states = {n: {k: t.clone() for k, t in session.optimizer.state[p].items()} for n, p in session.run.trainable()}
+    return states, Session("one", session.run.shift(to))
+
+
+def gone_along(states: dict[str, dict[str, Tensor]], after: Session) -> set[str]:
+    found = set()
+    for name, p in after.run.trainable():
+        state = after.optimizer.state.get(p, {})
+        assert not state or name in states, f"{name} has a state from nowhere"
+        if state:
+            assert state.keys() == states[name].keys()
+            assert all(torch.equal(state[k], states[name][k]) for k in state), name
+            assert int(state["step"]) == 3
+            found.add(name)
+    return found
+
+
+def test_moments_of_what_goes_on_training_go_along(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "rankshift"):
+        states, after = changed(FULL, Full(targets=("q", "norm1")))
+    assert gone_along(states, after) == {
+        f"blocks.0.{leaf}" for leaf in ("q.weight", "q.bias", "norm1.weight", "norm1.bias")
+    }
+    assert "Adam's moments go on for 4 of 4 tensors from the phase before" in caplog.text
+    # from there on it is the training that never stopped, of those four
+    alone = Session("one", rs.attach(tiny(), Full(targets=("q", "norm1")), total_steps=20)).steps(3)
+    direct = Session("one", alone.run.shift(Full(targets=("q", "norm1"))))
+    straight = Session("one", rs.attach(tiny(), Full(targets=("q", "norm1")), total_steps=20)).steps(3)
+    straight.scheduler = torch.optim.lr_scheduler.LambdaLR(straight.optimizer, lambda n: 1 / (1 + 0.3 * n))
+    direct.steps(3)
+    straight.steps(3)
+    same(direct.state(), straight.state(), what="a phase that is the one before again")
+
+
+@pytest.mark.parametrize(
+    ("method", "to"), [(LORA, LoRA(rank=2)), (FULL, LORA), (LORA, FULL)], ids=["lora-lora", "full-lora", "lora-full"]
+)
+def test_moments_of_what_is_another_tensor_begin_anew(
+    method: Method, to: Method, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "rankshift"):
+        states, after = changed(method, to)
+    assert gone_along(states, after) == set()
+    assert f"Adam's moments go on for 0 of {len(list(after.run.trainable()))} tensors" in caplog.text
+    after.steps(1)
+
+
+def test_biases_in_place_and_whole_modules_go_along() -> None:
+    method = LoRA(rank=2, bias="lora_only", modules_to_save=("head",), targets=("q", "up"))
+    states, after = changed(method, FULL)
+    assert gone_along(states, after) == {"blocks.0.q.bias", "blocks.0.up.bias", "head.weight"}
+
+
+def test_other_optimizers_states_stay_behind() -> None:
+    run = rs.attach(tiny(), FULL, total_steps=20)
+    optimizer = torch.optim.SGD([p for _, p in run.trainable()], lr=0.1, momentum=0.9)
+    run.carry(optimizer)
+    run.model.train()
+    for step in range(2):
+        loss_of(run.model, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = Session("one", run.shift(Full(targets="q")))
+    assert not after.optimizer.state
+    after.steps(2)
+
+
+def test_a_shift_without_an_optimizer() -> None:
+    run = rs.attach(tiny(), FULL, total_steps=20).shift(LORA).shift(FULL)
+    assert route(run) == [("full", 0, 0), ("lora", 0, 0), ("full", 0, None)]
+    Session("one", run).steps(1)
+
+
+def test_a_second_optimizer_of_a_phase_begins_with_the_same_moments() -> None:
+    states, after = changed(FULL, Full(targets="q"))
+    again = Session("one", after.run)
+    assert gone_along(states, again) == {"blocks.0.q.weight", "blocks.0.q.bias"}
+    again.steps(1)
+    later = Session("one", again.run)
+    assert not later.optimizer.state, "in mid-phase a new optimizer is new"
+
+
+def test_a_resumed_phase_does_not_tell_of_moments_that_it_loads(caplog: pytest.LogCaptureFixture) -> None:
+    _, after = changed(FULL, Full(targets="q"))
+    saved = after.save()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "rankshift"):
+        again = Session.load(saved, "one", tiny())
+    assert "moments" not in caplog.text
+    same(after.steps(2).state(), again.steps(2).state())
