@@ -24,7 +24,7 @@ from rankshift.core.event import Driver
 from rankshift.core.lesson import Ear, Lesson
 from rankshift.core.method import Estate, Method, compare
 from rankshift.core.phase import Phase, Then, check_reachable, listed
-from rankshift.core.schedule import cosine
+from rankshift.core.schedule import check_warmup, cosine
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, form_of, separate
 from rankshift.core.watch import Watch, Wish
 from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
@@ -459,8 +459,8 @@ class Run:
         self._compare()
 
     def scheduler(self, optimizer: torch.optim.Optimizer, warmup: int = 0) -> torch.optim.lr_scheduler.LambdaLR:
-        """The learning rate over this phase: as the method's paper has it, if it says (ReLoRA's warms up after every
-        restart), else down to 0 along a cosine.
+        """The learning rate: over this phase as the method's paper has it, if it says (ReLoRA's warms up after every
+        restart, SoRA's falls to 0 in every stage), else down to 0 along one cosine over the whole run.
 
         Call its ``step()`` after each ``optimizer.step()``. It goes by the updates that were taken: one that is skipped
         does not move it, and in a resumed run it is where the run is.
@@ -475,12 +475,21 @@ class Run:
         factors: dict[tuple[int, int], Callable[[int], float]] = {}  # one, but where a state is loaded later
 
         def now(_: int) -> float:
-            start, length = self.phases[-1].start, self._length()
+            start, length = self._span()
             if (start, length) not in factors:
                 factors[start, length] = self._factor(length, warmup)
             return factors[start, length](self.step - start)
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer, now)
+
+    def _span(self) -> tuple[int, int]:
+        """The first update of a schedule, and how many it has."""
+        start, length = self.phases[-1].start, self._length()
+        own = self.method.lr_schedule(1, 0) is not None
+        if own or self.method.phase_end(start, self.total_steps) is not None:
+            return start, length
+        assert self.total_steps is not None
+        return 0, self.total_steps
 
     def _length(self) -> int:
         """Updates of this phase."""
@@ -501,11 +510,7 @@ class Run:
 
     def _factor(self, length: int, warmup: int) -> Callable[[int], float]:
         """Of the peak learning rate, in every update of a phase."""
-        if not 0 <= warmup < length:
-            raise ConfigError(
-                f"warmup = {warmup}: updates over which the learning rate rises, at least 0 and fewer than the "
-                f"{length} that there are."
-            )
+        check_warmup(warmup, length)
         own = self.method.lr_schedule(length, warmup)
         return partial(cosine, total=length, warmup=warmup) if own is None else own
 
@@ -872,6 +877,7 @@ class Run:
         names = {name for name, _, _ in base_parameters(model)}
         run._changed = changed | (names - before)  # tied to what was trained as a copy
         run._begin(method, data, lr=lr)
+        run._changed |= {name for name, _, _ in base_parameters(model)} - before  # a copy of what had been trained
         run._keep_moments({name: state for name, state in states.items() if name in names})
         return run
 
