@@ -30,6 +30,7 @@ SMALL = {
     "melora": rs.MELoRA(rank=2, blocks=2),
     "paca": rs.PaCA(rank=2),
     "pc-lora": rs.PCLoRA(rank=2, features=False),
+    "relora": rs.ReLoRA(rank=2, every=2),
     "sora": rs.SoRA(rank=2),
     "switchlora": rs.SwitchLoRA(rank=2, interval=4, freeze=2),
     "vera": rs.VeRA(rank=8),
