@@ -27,6 +27,7 @@ from rankshift.core import shard
 from rankshift.core.errors import ConfigError
 from rankshift.core.form import EmbeddingForm, Form, TransposedForm
 from rankshift.core.random import Key, signed
+from rankshift.ops.products import into
 from rankshift.optim import rounding, subspace
 from rankshift.optim.moments import Store, Wide, adopt
 from rankshift.optim.rounding import Rounding
@@ -217,7 +218,9 @@ class Project:
 
     def project(self, A: Tensor, p: Tensor, state: dict[str, Tensor]) -> Tensor:
         """X = A Q, for the rows of A held here."""
-        X = _product(A, self.basis(p, state))
+        Q = self.basis(p, state)
+        # on a GPU a gradient of 16 bits stays that, and Q is rounded to it; sums are in fp32
+        X = into(A, Q.to(A.dtype), Q.dtype) if A.is_cuda and A.dim() == 2 else A.to(Q.dtype) @ Q
         return shard.sum_like(X, p) if self.split(p) == "columns" else X
 
     def adam(self, Xs: Sequence[Tensor], states: Sequence[dict[str, Tensor]], hyper: Hyper) -> list[Tensor]:
@@ -499,13 +502,6 @@ class Project:
             for state, converged in zip(asked, done.tolist(), strict=True):
                 if converged:
                     state["next"].copy_(state["step"])
-
-
-def _product(A: Tensor, Q: Tensor) -> Tensor:
-    """A Q in the dtype of Q. On a GPU a gradient of 16 bits stays that, and Q is rounded to it; sums are in fp32."""
-    if A.is_cuda and A.dim() == 2 and A.dtype in (torch.bfloat16, torch.float16) and Q.dtype == torch.float32:
-        return torch.mm(A, Q.to(A.dtype), out_dtype=torch.float32)
-    return A.to(Q.dtype) @ Q
 
 
 def _due(state: dict[str, Tensor]) -> bool:
