@@ -63,6 +63,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "LLaMA-7B": (lambda: llama(1), 32),
     "LLaMA-13B": (lambda: llama(1, 5120, 13824), 40),
     "Llama-3-8B": (lambda: llama(1, 4096, 14336, 8, 128256), 32),
+    "Llama-60M": (lambda: llama(1, 512, 1376, vocab=32100, heads=8), 8),
+    "Llama-130M": (lambda: llama(1, 768, 2048, vocab=32100, heads=12), 12),
     "RoBERTa-base": (lambda: roberta(768), 12),
     "RoBERTa-large": (lambda: roberta(1024), 24),
     "ViT-B": (vit_fused, 12),
@@ -149,6 +151,10 @@ PUBLISHED: dict[str, list[tuple[str, dict[str, Any], tuple[str, ...], int]]] = {
         ("RoBERTa-base", {"rank": 1, "blocks": 8}, QUERY_VALUE, 36_864),  # an eighth of LoRA's at r = 8
     ],
     "pc-lora": [("ViT-B", {"rank": 32}, ("qkv", "proj", "fc1", "fc2"), 4_801_536)],  # 94.35 % of these layers are gone
+    "relora": [
+        ("Llama-60M", {}, LINEARS, 9_994_240),  # 43M with embedding and head, 2 · 32100 · 512
+        ("Llama-130M", {}, LINEARS, 22_413_312),  # 72M likewise
+    ],
     "sora": [("LLaMA-7B", {"rank": 64}, LINEARS, 159_907_840 + 224 * 64)],  # LoRA's, and a gate for every rank
     "flat-lora": [("LLaMA-7B", {"rank": 64}, LINEARS, 159_907_840)],
 }

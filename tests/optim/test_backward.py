@@ -29,6 +29,7 @@ METHODS = {
     "adarankgrad": rs.AdaRankGrad(rank=6, every=3, earliest=1, energy=0.6),
     "full": rs.Full(),
     "lora": rs.LoRA(rank=2),
+    "relora": rs.ReLoRA(rank=2, every=3),
     "sora": rs.SoRA(rank=3),
     "flat-lora": rs.FlatLoRA(rank=2),
 }
