@@ -60,6 +60,7 @@ class ProjectedLayer(Adapter):
         super().__init__(base)
         length, s = (spec.out, spec.into) if on_input else (spec.into, spec.out)
         self.on_input = on_input
+        self._along_rows = (type(base.form) is Form) == on_input  # X lies along axis 0 of the stored weight
         self.subspace = nn.Parameter(torch.zeros(length, rank, dtype=spec.master, device=spec.device))
         self.basis = nn.Parameter(torch.zeros(s, rank, dtype=spec.master, device=spec.device), requires_grad=False)
         self.listener = Listener()
@@ -118,11 +119,6 @@ class ProjectedLayer(Adapter):
         if not self.base.changed:
             self.base.changed = True  # as Base.rewrite_ says it, of a plain weight
         return Fold(weight, left, right, keep, rounding.word(state) if how == "stochastic" else 0)
-
-    @property
-    def _along_rows(self) -> bool:
-        """Whether axis 0 of the stored weight, which may be sharded, is that of X."""
-        return (type(self.form) is Form) == self.on_input
 
     def _whole_basis(self, dtype: torch.dtype) -> Tensor:
         """Q in some dtype; where it is held whole, a narrower one is made once a renewal."""

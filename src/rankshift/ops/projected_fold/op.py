@@ -31,14 +31,17 @@ class Fold(NamedTuple):
 
 def fits(weight: Tensor, left: Tensor, right: Tensor) -> bool:
     """Whether the kernel takes this weight: an ordinary matrix, whole and in one piece, on a GPU that it runs on."""
+    device = weight.device
     return (
-        runs_on(weight.device)
+        runs_on(device)
         and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and left.dtype == right.dtype == torch.float32
-        and left.device == right.device == weight.device
+        and left.device == right.device == device
         and weight.dim() == 2
         and weight.shape[1] % 4 == 0  # one number of the noise serves four columns
-        and all(map(_plain, (weight, left, right)))
+        and _plain(weight)
+        and _plain(left)
+        and _plain(right)
     )
 
 
