@@ -49,11 +49,17 @@ class Summary:
     bytes_optimizer: int  # its state for what trains, at the ranks of now
     bytes_adamw: int  # AdamW's state for the same tensors
     left_alone: tuple[str, ...]  # modules with weights outside every site that do not train
+    bytes_aside: int = 0  # what adapters hold on the CPU of every rank: SwitchLoRA's candidates
 
     @property
     def percent(self) -> float:
         """Trainable share of all parameters."""
         return 100 * self.trainable / max(1, self.total)
+
+    def reduced(self, ranks: int) -> tuple[int, int]:
+        """Bytes that each of so many ranks sends in an update, so that all have the mean gradient; and in full training
+        of the same model."""
+        return all_reduced(self.bytes_gradients, ranks), all_reduced(self.bytes_base, ranks)
 
     def __str__(self) -> str:
         saved = 100 * (1 - self.bytes_optimizer / max(1, self.bytes_adamw))
@@ -67,7 +73,14 @@ class Summary:
             f"base {size(self.bytes_base)}, trained {size(self.bytes_trainable)}, "
             f"gradients {size(self.bytes_gradients)}, optimizer {size(self.bytes_optimizer)}"
             + (f" ({saved:.0f} % below AdamW's {size(self.bytes_adamw)})" if saved >= 1 else "")
-            + (f", frozen beside the base {size(self.bytes_frozen)}" if self.bytes_frozen else ""),
+            + (f", frozen beside the base {size(self.bytes_frozen)}" if self.bytes_frozen else "")
+            + (f", on the CPU of each rank {size(self.bytes_aside)}" if self.bytes_aside else ""),
+            f"to average gradients, each of N ranks sends 2(N−1)/N · {size(self.bytes_gradients)} an update"
+            + (
+                f" ({100 * (1 - self.bytes_gradients / self.bytes_base):.1f} % below full training)"
+                if self.bytes_gradients < self.bytes_base
+                else ""
+            ),
         ]
         if self.left_alone:
             lines.append("frozen as they are: " + ", ".join(self.left_alone))
@@ -276,7 +289,13 @@ def summarise(run: Run, placement: Placement) -> Summary:
         bytes_optimizer=state + _bytes(through.values()),
         bytes_adamw=sum(_state(Adam(), tensor) for tensor in learning.values()),
         left_alone=tuple(f"{leaf} (×{n})" if n > 1 else leaf for leaf, n in alone.most_common(8)),
+        bytes_aside=_bytes(t for s in run.sites.values() for a in s.acting() for t in a.aside().values()),
     )
+
+
+def all_reduced(count: int, ranks: int) -> int:
+    """Bytes that each rank sends in an all-reduce of so many bytes, as a ring does it: 2(N−1)/N of them."""
+    return 2 * (ranks - 1) * count // ranks
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

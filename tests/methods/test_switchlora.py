@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 import rankshift as rs
 from rankshift.core.errors import AttachError, ConfigError, RankTooLarge, TrainingError, UnsupportedLayer
+from rankshift.core.event import Tick
 from rankshift.methods import switchlora_pool
 from rankshift.methods.switchlora import SwitchLayer
+from rankshift.optim import Optimizer
+from rankshift.optim.vectors import Vectors
 
 F64 = torch.float64
 
@@ -283,6 +286,30 @@ def test_in_fp32_the_weight_drifts_by_rounding_only() -> None:
     assert ((now - before).norm() / before.norm()).item() < 4e-6
 
 
+def test_autocast_and_tf32_round_no_correction() -> None:
+    """An update inside an autocast region, in a process that allows TF32 (10 bits, on GPUs)."""
+    seen = []
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
+        return bmm(*args, **kwargs)
+
+    bmm, precision = torch.bmm, torch.get_float32_matmul_precision()
+    run = rs.attach(chain(48, 40, dtype=torch.float32), method(rank=12, rho=1.0), total_steps=200)
+    before = (lambda layer: (layer.base.weight + layer.delta()).detach())(layers_of(run)["layers.0"])
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(torch, "bmm", watched)
+        try:
+            torch.set_float32_matmul_precision("high")
+            standing(run, 20)
+            assert torch.get_float32_matmul_precision() == "high"
+        finally:
+            torch.set_float32_matmul_precision(precision)
+    assert set(seen) == {("ieee", False)}
+    (layer,) = layers_of(run).values()
+    assert ((layer.base.weight + layer.delta() - before).norm() / before.norm()).item() < 2e-6
+
+
 def test_every_candidate_comes_before_one_comes_again() -> None:
     run = rs.attach(chain(9, 11), method(rank=4, rho=1.0), total_steps=100)
     (layer,) = layers_of(run).values()
@@ -373,9 +400,6 @@ def test_the_counterpart_forgets_and_stands_still_for_n_updates() -> None:
 
 def test_a_thawed_vector_starts_softly() -> None:
     """Constant gradients: the step count runs on through the freeze, so first steps are shorter than lr, not longer."""
-    from rankshift.optim import Optimizer
-    from rankshift.optim.vectors import Vectors
-
     p = nn.Parameter(torch.zeros(2, 3, dtype=F64))
     optimizer = Optimizer([{"params": [p]}], [Vectors(0)], lr=1.0, eps=1e-12)
     lengths = []
@@ -396,8 +420,6 @@ def test_as_many_exchanges_as_the_rate_says_and_none_in_the_end() -> None:
     run = rs.attach(chain(26, 28), method(rank=r, interval=interval, ratio=ratio, rho=rho, freeze=4), total_steps=T)
     (layer,) = layers_of(run).values()
     (event,) = run.method.events()
-    from rankshift.core.event import Tick
-
     counts, q = [], []
     for t in range(T):
         before = int(layer.clock[0])
@@ -409,6 +431,8 @@ def test_as_many_exchanges_as_the_rate_says_and_none_in_the_end() -> None:
     assert abs(sum(counts) - sum(q)) < 4 * deviation
     assert all(c in (math.floor(x), math.floor(x) + 1) for c, x in zip(counts, q, strict=True))
     assert not any(counts[T // 2 :]), "rate below 1e-3 of the first"
+    late, early = Tick(1060, 2000, 5, None, began=1000), Tick(60, 1000, 5, None)
+    assert event.rate(r, late) == event.rate(r, early) > 0, "in a later phase time and length are those of the phase"  # type: ignore[attr-defined]
 
 
 def test_pointers_never_meet() -> None:
@@ -488,6 +512,32 @@ def test_w_has_no_gradient_and_no_state_and_the_rest_trains_at_its_own_rate() ->
     }
     frozen = rs.attach(chain(9, 12, 7, bias=True), method(rest="freeze"), total_steps=10)
     assert {name.rpartition(".")[2] for name, _ in frozen.trainable()} == {"A", "B"}
+
+
+@pytest.mark.parametrize(
+    ("d", "h", "layers", "r", "share"), [(768, 2048, 12, 192, 0.618), (1024, 2736, 24, 128, 0.341)]
+)
+def test_what_ranks_send_and_what_the_cpu_holds(d: int, h: int, layers: int, r: int, share: float) -> None:
+    """Of LLaMA with 130M and 350M parameters and a vocabulary of 32,100: the numbers are the card's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32100, hidden_size=d, intermediate_size=h, num_hidden_layers=layers, num_attention_heads=d // 64
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    summary = rs.attach(model, rs.SwitchLoRA(rank=r), total_steps=100).summary()
+    P, L = layers * (4 * d * d + 3 * d * h), layers * r * (4 * 2 * d + 3 * (d + h))
+    E = 2 * 32100 * d + (2 * layers + 1) * d
+    assert summary.reduced(8) == (2 * 7 * 4 * (L + E) // 8, 2 * 7 * 4 * (P + E) // 8)
+    assert summary.reduced(1) == (0, 0)
+    assert abs((L + E) / (P + E) - share) < 1e-3
+    assert summary.bytes_aside == layers * (4 * 4 * 2 * d * d + 3 * 4 * d * (d + h) + 7 * 5 * 8)
+    text = str(summary)
+    assert f"2(N−1)/N · {4 * (L + E) / 2**20:.1f} MiB" in text
+    assert f"{100 * (1 - (L + E) / (P + E)):.1f} % below full training" in text
+    assert "on the CPU of each rank" in text
+    assert summary.bytes_optimizer == 2 * 4 * (L + E) + layers * 7 * 2 * 4 * r, "a step count for each vector"
 
 
 def test_candidates_stay_on_the_cpu_and_are_nobodys_parameters() -> None:

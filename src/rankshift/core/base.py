@@ -5,6 +5,7 @@ Dense, the format the model came in, is here; other formats are one file each in
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Protocol
 
@@ -105,7 +106,8 @@ class Base(nn.Module):
         tenant = self.tenant
         if tenant is not None:
             tenant.leave()
-        self._add(delta)
+        with exactly(self.weight.device):
+            self._add(delta)
         if tenant is not None:
             tenant.enter()
 
@@ -264,6 +266,20 @@ def _sum(weight: Tensor, delta: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
 
 
+@contextlib.contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Products as exact as their dtype for a ``with`` block, whatever autocast and TF32 would make of them."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    narrow = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if narrow else contextlib.nullcontext():
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+
 @torch.no_grad()
 def add_products_(bases: Sequence[Base], left: Tensor, right: Tensor) -> None:
     """W += left @ right for many layers of one shape, (L, out, k) and (L, k, in) in fp32 or wider; rounds once.
@@ -276,9 +292,11 @@ def add_products_(bases: Sequence[Base], left: Tensor, right: Tensor) -> None:
             base.add_(lambda rows, a=a, b=b: a[rows] @ b)  # type: ignore[misc]
         return
     count = max(1, _BLOCK // max(1, left.shape[1] * right.shape[2]))
-    for start in range(0, len(bases), count):
-        some = slice(start, start + count)
-        torch._foreach_add_([base.weight.detach() for base in bases[some]], list(torch.bmm(left[some], right[some])))
+    with exactly(left.device):
+        for start in range(0, len(bases), count):
+            some = slice(start, start + count)
+            products = torch.bmm(left[some], right[some]).unbind()
+            torch._foreach_add_([base.weight.detach() for base in bases[some]], products)
     for base in bases:
         base.changed = True
 

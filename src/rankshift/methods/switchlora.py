@@ -77,6 +77,8 @@ class Move:
     """What one layer does in one update."""
 
     layer: SwitchLayer
+    A: Tensor
+    B: Tensor
     before: int  # exchanges so far
     count: int  # of A now, and as many of B
     frozen: int  # vectors of each that are frozen in this update: those of the last N updates
@@ -100,14 +102,13 @@ class Switch:
     def apply_all(self, adapters: Sequence[Adapter], tick: Tick) -> None:
         alike: dict[Any, list[Move]] = {}
         for move in self.moves(adapters, tick):
-            layer = move.layer
-            alike.setdefault((layer.A.shape, layer.B.shape, layer.A.dtype, layer.A.device), []).append(move)
+            A, B = move.A, move.B
+            alike.setdefault((A.shape, B.shape, A.dtype, A.device, shard.is_sharded(A)), []).append(move)
         late: list[Callable[[], None]] = []
         for moves in alike.values():
             if some := [move for move in moves if move.count]:
                 late += exchange_(some)
-                reset_(some, tick)
-            freeze_(moves)
+            hold_(moves, tick)
         for write in late:  # the device has the rest of its work already
             write()
 
@@ -124,16 +125,17 @@ class Switch:
         after: list[list[int]] = []
         for adapter in adapters:
             assert isinstance(adapter, SwitchLayer)
-            before, *recent = adapter.clock.tolist()
-            q, still = self.rate(adapter.rank, tick), sum(recent)
+            A, B = adapter.A, adapter.B
+            rank, (before, *recent) = A.shape[0], adapter.clock.tolist()
+            q, still = self.rate(rank, tick), sum(recent)
             u = (tick.key(adapter.label, adapter.site, "switch").word >> 11) * 2.0**-53  # uniform in [0, 1)
             wish = math.floor(q) + (u < q % 1)
             # B's pointer is r//2 ahead: A must not reach it, nor what is frozen behind it
-            count = min(wish, adapter.rank // 2 - still, len(adapter.pool_A) - adapter.rank)
+            count = min(wish, rank // 2 - still, adapter.pool_A.shape[0] - rank)
             if count or still:
-                found.append(Move(adapter, before, count, still + count))
+                found.append(Move(adapter, A, B, before, count, still + count))
                 clocks.append(adapter.clock)
-                after.append([before + count, count, *recent][: len(adapter.clock)])
+                after.append([before + count, count, *recent][: len(recent) + 1])
         if found:
             torch._foreach_copy_(clocks, [torch.tensor(values) for values in after])
         return found
@@ -145,19 +147,17 @@ def exchange_(moves: Sequence[Move]) -> list[Callable[[], None]]:
     Returns:
         What is left to do once the device has been given its work: the old vectors go into the pools.
     """
-    layers = [move.layer for move in moves]
-    first, most = layers[0], max(move.count for move in moves)
-    rank, device = first.rank, first.A.device
+    As, Bs, layers = [move.A for move in moves], [move.B for move in moves], [move.layer for move in moves]
+    rank, device, most = As[0].shape[0], As[0].device, max(move.count for move in moves)
     starts, counts = [move.before for move in moves], [move.count for move in moves]
     # layers with fewer exchanges than the most go along with vectors that are exchanged against themselves
-    numbers = torch.tensor([starts, counts], pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    first, number = _sent([starts, counts], device)
     places = torch.arange(most, device=device)
-    real = places < numbers[1, :, None]  # (L, K)
-    rows = (numbers[0, :, None] + places) % rank
+    real = places < number[:, None]  # (L, K)
+    rows = (first[:, None] + places) % rank
     columns = (rows + rank // 2) % rank
 
-    A = torch.stack([shard.whole(layer.A) for layer in layers])  # (L, r, n)
-    B = torch.stack([shard.whole(layer.B) for layer in layers])  # (L, m, r)
+    A, B = _stacked(As), _stacked(Bs)  # (L, r, n), (L, m, r)
     new_A = pool.taken([layer.pool_A for layer in layers], starts, most, device)  # (L, K, n)
     new_B = pool.taken([layer.pool_B for layer in layers], starts, most, device)  # (L, K, m)
     of_A, of_B = rows[:, :, None].expand_as(new_A), columns[:, :, None].expand_as(new_B).mT
@@ -171,11 +171,11 @@ def exchange_(moves: Sequence[Move]) -> list[Callable[[], None]]:
     with_A = B.gather(2, rows[:, None, :].expand_as(new_B))
     with_B = A.gather(1, columns[:, :, None].expand_as(new_A))
     B.scatter_(2, of_B, new_B)
-    left = torch.cat([with_A, old_B - new_B], 2).mul_(first.scale)
+    left = torch.cat([with_A, old_B - new_B], 2).mul_(layers[0].scale)
     right = torch.cat([old_A - new_A, with_B], 1)
     add_products_([layer.base for layer in layers], left, right)
-    _write([layer.A for layer in layers], A)
-    _write([layer.B for layer in layers], B)
+    torch._foreach_copy_(*_here(As, A))
+    torch._foreach_copy_(*_here(Bs, B))
 
     where = [start - rank for start in starts]  # r exchanges ago they were taken from there
     return [
@@ -184,47 +184,57 @@ def exchange_(moves: Sequence[Move]) -> list[Callable[[], None]]:
     ]
 
 
-def reset_(moves: Sequence[Move], tick: Tick) -> None:
-    """Adam forgets the columns of B whose rows of A were exchanged, and the rows of A whose columns of B were."""
-    keep_A, keep_B = _older(moves, [move.count for move in moves])
-    for parameters, keep in (([m.layer.A for m in moves], keep_A), ([m.layer.B for m in moves], keep_B)):
+def hold_(moves: Sequence[Move], tick: Tick) -> None:
+    """Columns of B whose rows of A were exchanged in one of the last N updates get no gradient, and Adam knows nothing
+    of them; its count begins anew for those of this update. Likewise rows of A and columns of B."""
+    rank, device = moves[0].A.shape[0], moves[0].A.device
+    numbers = [[m.before + m.count for m in moves], [m.count for m in moves], [m.frozen for m in moves]]
+    end, number, still = _sent(numbers, device)
+    age = (end[:, None] - 1 - torch.arange(rank, device=device)) % rank  # 0: row of A that was exchanged last
+    free, old = age >= still[:, None], age >= number[:, None]  # (L, r)
+    for parameters, free_, old_ in (
+        ([m.A for m in moves], free.roll(rank // 2, 1)[:, :, None], old.roll(rank // 2, 1)[:, :, None]),
+        ([m.B for m in moves], free[:, None, :], old[:, None, :]),
+    ):
         states = [tick.state(p) for p in parameters]  # empty before the first update
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            _keep([state.get(name) for state in states], keep)
+        _keep([[p.grad for p in parameters], *([s.get(k) for s in states] for k in ("exp_avg", "exp_avg_sq"))], free_)
+        _keep([[s.get("step") for s in states]], old_)
 
 
-def freeze_(moves: Sequence[Move]) -> None:
-    """No gradient for what was reset in this or one of the last N − 1 updates."""
-    keep_A, keep_B = _older(moves, [move.frozen for move in moves])
-    for parameters, keep in (([m.layer.A for m in moves], keep_A), ([m.layer.B for m in moves], keep_B)):
-        _keep([p.grad for p in parameters], keep)
-
-
-def _older(moves: Sequence[Move], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(L, r, 1) of A and (L, 1, r) of B: which vectors are none of the last ``counts`` to have been reset."""
-    first = moves[0].layer
-    rank, device = first.rank, first.A.device
-    ends = [move.before + move.count for move in moves]
-    numbers = torch.tensor([ends, counts], pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    age = (numbers[0, :, None] - 1 - torch.arange(rank, device=device)) % rank  # 0: row of A that was exchanged last
-    older = age >= numbers[1, :, None]
-    return older.roll(rank // 2, 1)[:, :, None], older[:, None, :]
-
-
-def _keep(tensors: Sequence[Tensor | None], where: Tensor) -> None:
-    """Zero each of some tensors of one shape outside of ``where`` (L, …), which broadcasts; None is left out."""
-    parts = [(i, *shard.local(t)) for i, t in enumerate(tensors) if t is not None]
-    shape = next((t.shape for t in tensors if t is not None), None)
-    if shape is None:
+def _keep(kinds: Sequence[Sequence[Tensor | None]], where: Tensor) -> None:
+    """Zero tensors of one shape outside of ``where`` (L, …), which broadcasts. Of each kind there are L, or None."""
+    like = next((t for tensors in kinds for t in tensors if t is not None), None)
+    if like is None:
         return
-    factors = where.to(parts[0][1].dtype).expand(len(tensors), *shape).contiguous()
-    torch._foreach_mul_([part for _, part, _ in parts], [factors[i, held] for i, _, held in parts])
+    factors = where.expand(where.shape[0], *like.shape).to(like.dtype, memory_format=torch.contiguous_format)
+    parts: list[Tensor] = []
+    shares: list[Tensor] = []
+    for tensors in kinds:
+        there = [i for i, t in enumerate(tensors) if t is not None]
+        some = factors if len(there) == len(tensors) else factors[there]
+        if there:
+            held, share = _here([t for t in tensors if t is not None], some)
+            parts += held
+            shares += share
+    torch._foreach_mul_(parts, shares)
 
 
-def _write(parameters: Sequence[Tensor], values: Tensor) -> None:
-    """Each parameter's part of its values, (L, …)."""
-    parts = [shard.local(p) for p in parameters]
-    torch._foreach_copy_([part for part, _ in parts], [v[held] for v, (_, held) in zip(values, parts, strict=True)])
+def _sent(numbers: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """Numbers of each layer on the device, which nobody waits for."""
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True).unbind()
+
+
+def _stacked(parameters: Sequence[Tensor]) -> Tensor:
+    """Whole parameters, (L, …), a new tensor. Under sharding every rank must call this."""
+    return torch.stack([shard.whole(p) for p in parameters] if shard.is_sharded(parameters[0]) else list(parameters))
+
+
+def _here(tensors: Sequence[Tensor], values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What of each tensor is held here, and of its values, (L, …)."""
+    if not shard.is_sharded(tensors[0]):
+        return list(tensors), list(values.unbind())
+    parts = [shard.local(t) for t in tensors]
+    return [part for part, _ in parts], [v[held] for v, (_, held) in zip(values, parts, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
