@@ -98,6 +98,9 @@ def attached(method: Method, model: nn.Module, leaves: tuple[str, ...]) -> int:
     """Parameters that train, of the method at these layers. The model is left as it was."""
     model = copy.deepcopy(model)
     alone = {"rest": "freeze"} if hasattr(method, "rest") else {}  # of what trains in place, these layers
+    if method.trains_base and not alone:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.split(".")[-2] in leaves)
     run = rs.attach(model, replace(method, targets=leaves, **alone), total_steps=10)
     count = sum(p.numel() for _, p in run.trainable())
     assert count == run.summary().trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -151,10 +154,12 @@ PUBLISHED: dict[str, list[tuple[str, dict[str, Any], tuple[str, ...], int]]] = {
         ("RoBERTa-base", {"rank": 1, "blocks": 8}, QUERY_VALUE, 36_864),  # an eighth of LoRA's at r = 8
     ],
     "pc-lora": [("ViT-B", {"rank": 32}, ("qkv", "proj", "fc1", "fc2"), 4_801_536)],  # 94.35 % of these layers are gone
+    "prelora": [("LLaMA-7B", {}, LINEARS, 6_476_005_376)],  # at first; what is left at the end is in its own tests
     "relora": [
         ("Llama-60M", {}, LINEARS, 9_994_240),  # 43M with embedding and head, 2 · 32100 · 512
         ("Llama-130M", {}, LINEARS, 22_413_312),  # 72M likewise
     ],
+    "switchlora": [("Llama-130M", {"rank": 192}, LINEARS, 33_619_968)],  # 61.8 % of all with embedding and head
     "sora": [("LLaMA-7B", {"rank": 64}, LINEARS, 159_907_840 + 224 * 64)],  # LoRA's, and a gate for every rank
     "flat-lora": [("LLaMA-7B", {"rank": 64}, LINEARS, 159_907_840)],
 }

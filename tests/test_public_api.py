@@ -25,6 +25,7 @@ NAMES = {
     "Method",
     "PCLoRA",
     "PaCA",
+    "PreLoRA",
     "RankshiftError",
     "ReLoRA",
     "Run",

@@ -30,6 +30,7 @@ SMALL = {
     "melora": rs.MELoRA(rank=2, blocks=2),
     "paca": rs.PaCA(rank=2),
     "pc-lora": rs.PCLoRA(rank=2, features=False),
+    "prelora": rs.PreLoRA(stage="joint", then=rs.LoRA(rank=2), max_rank=4),
     "relora": rs.ReLoRA(rank=2, every=2),
     "sora": rs.SoRA(rank=2),
     "switchlora": rs.SwitchLoRA(rank=2, interval=4, freeze=2),

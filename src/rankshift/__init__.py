@@ -28,6 +28,7 @@ _HOME = {
     "Method": "methods",
     "PaCA": "methods",
     "PCLoRA": "methods",
+    "PreLoRA": "methods",
     "ReLoRA": "methods",
     "SwitchLoRA": "methods",
     "Then": "core.phase",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from rankshift.methods import Method as Method
     from rankshift.methods import PaCA as PaCA
     from rankshift.methods import PCLoRA as PCLoRA
+    from rankshift.methods import PreLoRA as PreLoRA
     from rankshift.methods import ReLoRA as ReLoRA
     from rankshift.methods import SoRA as SoRA
     from rankshift.methods import SwitchLoRA as SwitchLoRA

@@ -9,6 +9,7 @@ from rankshift.methods.lora import LoRA
 from rankshift.methods.melora import MELoRA
 from rankshift.methods.paca import PaCA
 from rankshift.methods.pc_lora import PCLoRA
+from rankshift.methods.prelora import PreLoRA
 from rankshift.methods.relora import ReLoRA
 from rankshift.methods.sora import SoRA
 from rankshift.methods.switchlora import SwitchLoRA
@@ -24,6 +25,7 @@ __all__ = [
     "Method",
     "PCLoRA",
     "PaCA",
+    "PreLoRA",
     "ReLoRA",
     "SoRA",
     "SwitchLoRA",

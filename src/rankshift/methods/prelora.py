@@ -53,7 +53,7 @@ class PreLoRA(Method):
     name: ClassVar[str] = "prelora"
     paper: ClassVar[str] = "Krishuthapa et al. 2025, arXiv 2509.21619"
     summary: ClassVar[str] = "full training, and low-rank adapters with frozen weights once it has partly converged"
-    formula: ClassVar[str] = "out·in, later r·(out + in)"
+    formula: ClassVar[str] = "out·in"
     reversible: ClassVar[bool] = False
     trains_base: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
