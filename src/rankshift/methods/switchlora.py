@@ -50,6 +50,7 @@ from rankshift.optim.rounding import narrow
 from rankshift.optim.vectors import Vectors
 
 _GAIN = 3**-0.5  # g: torch's Linear draws from ±√3·g/√n
+_TOGETHER = 1 << 25  # numbers of A, and of B, that are copied at once
 
 
 class SwitchLayer(LoRALayer):
@@ -105,10 +106,12 @@ class Switch:
             A, B = move.A, move.B
             alike.setdefault((A.shape, B.shape, A.dtype, A.device, shard.is_sharded(A)), []).append(move)
         late: list[Callable[[], None]] = []
-        for moves in alike.values():
-            if some := [move for move in moves if move.count]:
-                late += exchange_(some)
-            hold_(moves, tick)
+        for found in alike.values():
+            size = max(1, _TOGETHER // max(found[0].A.numel(), found[0].B.numel()))
+            for moves in (found[i : i + size] for i in range(0, len(found), size)):
+                if some := [move for move in moves if move.count]:
+                    late += exchange_(some)
+                hold_(moves, tick)
         for write in late:  # the device has the rest of its work already
             write()
 
