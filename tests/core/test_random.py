@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankshift.core import random
-from rankshift.core.random import Key, normal, permutation, philox, uniform
+from rankshift.core.random import Key, normal, permutation, philox, swift_uniform, uniform
 
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key → result
 KNOWN = [
@@ -159,3 +159,28 @@ def test_seed_words():
     assert (Key(7) / "default" / "layers.0" / "A").word == int.from_bytes(
         hashlib.blake2b(text, digest_size=8).digest(), "little"
     )
+
+
+def test_swift_numbers_are_those_of_splitmix64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the published first numbers for the seed 1234567, two of 23 bits of each; and any part alone."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    wanted = [((number >> shift & 0xFFFFFFFF) // 512 + 0.5) / 2**23 for number in known for shift in (0, 32)]
+    key, cpu = Key(0), torch.device("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(Key, "word", 1234567)
+        found = swift_uniform(key, 10, 0, cpu)
+    assert found.dtype == torch.float32
+    assert found.tolist() == wanted
+    whole = swift_uniform(key, 1000, 0, cpu)
+    for first, count in ((0, 1000), (1, 3), (333, 667), (999, 1), (10, 0)):
+        assert torch.equal(swift_uniform(key, count, first, cpu), whole[first : first + count])
+    monkeypatch.setattr("rankshift.core.random._DITHER", 101)
+    assert torch.equal(swift_uniform(key, 997, 3, cpu), whole[3:])
+
+
+def test_swift_numbers_are_even_and_unrelated_between_keys() -> None:
+    a, b = (swift_uniform(Key(0) / "w" / step, 1 << 18, 0, torch.device("cpu")).double() for step in (1, 2))
+    assert 0 < a.min() < a.max() < 1
+    assert ((torch.histc(a, 64, 0, 1) - 4096).abs() < 5 * 64).all()
+    for other in (b, a.roll(1), a.roll(2), b.roll(1)):
+        assert torch.corrcoef(torch.stack([a, other]))[0, 1].abs() < 5 / 512

@@ -6,8 +6,9 @@ the counter is (i mod 2³², i div 2³², 0, 0) and the key (low word, high word
 ``seed = key.word``: a kernel can regenerate what was drawn here.
 No global generator is read or written; every rank, world size and resumed run draws the same numbers.
 
-Where something is rounded at random in every step, :func:`dither` draws 16 bits an element with SplitMix64 (Steele, Lea
-& Flood, OOPSLA 2014) on the tensor's own device: a tenth of the work.
+Where much is drawn in mid-training, :func:`dither` (16 bits an element, for what is rounded at random) and
+:func:`swift_uniform` draw with SplitMix64 (Steele, Lea & Flood, OOPSLA 2014) on the tensor's own device: a tenth of the
+work.
 """
 
 from __future__ import annotations
@@ -125,17 +126,30 @@ def dither(word: int, count: int, first: int, device: torch.device) -> Tensor:
 
     Four of them are one number of SplitMix64 started at ``word`` (take a hash, as :attr:`Key.word` is).
     """
+    return _lanes(word, count, first, device, torch.int16).bitwise_and_(0xFFFF)
+
+
+def swift_uniform(key: Key, count: int, first: int, device: torch.device) -> Tensor:
+    """``count`` numbers of U(0, 1), (count,) fp32 of 23 random bits each, drawn on the device: elements first,
+    first + 1, … of the stream of ``key``. Two of them are one number of SplitMix64."""
+    bits = _lanes(key.word, count, first, device, torch.int32)
+    return bits.bitwise_right_shift_(9).bitwise_and_((1 << 23) - 1).to(torch.float32).add_(0.5).mul_(2.0**-23)
+
+
+def _lanes(word: int, count: int, first: int, device: torch.device, width: torch.dtype) -> Tensor:
+    """SplitMix64 started at ``word``, cut into integers of this width: ``count`` of them, as int32."""
     out = torch.empty(count, dtype=torch.int32, device=device)
+    of_one = 8 // width.itemsize
     for start in range(first, first + count, _DITHER):
         stop = min(start + _DITHER, first + count)
-        z = torch.arange(start // 4 + 1, -(-stop // 4) + 1, dtype=torch.int64, device=device)
+        z = torch.arange(start // of_one + 1, -(-stop // of_one) + 1, dtype=torch.int64, device=device)
         z.mul_(signed(_GAMMA)).add_(signed(word))
         z = z.bitwise_xor_((z >> 30).bitwise_and_((1 << 34) - 1)).mul_(signed(_MIX_A))
         z = z.bitwise_xor_((z >> 27).bitwise_and_((1 << 37) - 1)).mul_(signed(_MIX_B))
         z = z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
-        lanes = z.view(torch.int16)[start % 4 : start % 4 + stop - start]
+        lanes = z.view(width)[start % of_one : start % of_one + stop - start]
         out[start - first : stop - first] = lanes
-    return out.bitwise_and_(0xFFFF)
+    return out
 
 
 def stochastic(value: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from rankshift.core.errors import ConfigError, RankTooLarge, UnsupportedLayer
 from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.form import EmbeddingForm
 from rankshift.core.method import Method
-from rankshift.core.random import Key, dither
+from rankshift.core.random import Key, dither, swift_uniform
 from rankshift.core.schedule import cosine, jagged_cosine
 from rankshift.core.site import Spec
 from rankshift.methods import lora_init
@@ -59,14 +59,19 @@ def merge_(adapter: LoRALayer) -> None:
     adapter.base.add_(lambda rows: adapter.scale * (B[..., rows, :] @ A))
 
 
-def draw(adapter: LoRALayer, key: Key) -> tuple[Tensor, Tensor]:
-    """A ~ U(±1/√in) and B = 0 (of an embedding A = 0 and B ~ N(0, 1)), whole, on the CPU; a pair for each expert."""
-    begin = lora_init.embedding if isinstance(adapter.form, EmbeddingForm) else lora_init.kaiming
-    out, into, rank = adapter.out_features, adapter.in_features, adapter.rank
-    if adapter.A.dim() == 2:
-        return begin(key, out, into, rank)
-    A, B = zip(*(begin(key / expert, out, into, rank) for expert in range(adapter.A.shape[0])), strict=True)
-    return torch.stack(A), torch.stack(B)
+def renew_(adapter: LoRALayer, key: Key) -> None:
+    """A ~ U(±1/√in) and B = 0, in place; of an embedding A = 0 and B ~ N(0, 1). Each rank draws what it holds."""
+    A, held = shard.local(adapter.A)
+    if isinstance(adapter.form, EmbeddingForm):
+        A.zero_()
+        B = lora_init.embedding(key, adapter.out_features, adapter.in_features, adapter.rank)[1]
+        shard.assign_(adapter.B, B.to(adapter.B))
+        return
+    bound = 1 / math.sqrt(adapter.in_features)
+    first = held.start * math.prod(A.shape[1:])
+    uniform = swift_uniform(key / "A", A.numel(), first, A.device)
+    A.copy_(uniform.mul_(2 * bound).sub_(bound).view(A.shape))
+    shard.local(adapter.B)[0].zero_()
 
 
 def forget_(state: dict[str, Tensor], how: str, ratio: float, key: Key) -> None:
@@ -104,15 +109,17 @@ class Restart:
     ratio: float
     rewarm: int  # what the method's schedule would do after it
     moment: ClassVar[Moment] = Moment.UPDATED
+    landmark: ClassVar[str] = "restart"
 
     def due(self, tick: Tick) -> bool:
         """As said; and in the first update, whether none will come is told."""
         taken = tick.step - tick.began
-        if taken == 0 and tick.total is not None and self.every >= tick.total - tick.began:
+        left = math.inf if tick.total is None else tick.total - tick.began
+        if taken == 0 and tick.optimizer is not None and self.every >= left:
             _log.warning(
                 "ReLoRA(every=%d): %d updates are left of this run, so it never restarts and is LoRA. Set every below "
                 "that.",
-                self.every, tick.total - tick.began,
+                self.every, left,
             )  # fmt: skip
         return taken > 0 and taken % self.every == 0
 
@@ -120,10 +127,9 @@ class Restart:
         assert isinstance(adapter, LoRALayer)
         merge_(adapter)
         key = tick.key(adapter.site)
-        for leaf, fresh in zip("AB", draw(adapter, key), strict=True):
-            parameter = adapter.get_parameter(leaf)
-            shard.assign_(parameter, fresh.to(parameter))
-            forget_(tick.state(parameter), self.reset, self.ratio, key / leaf / "reset")
+        renew_(adapter, key)
+        for leaf in "AB":
+            forget_(tick.state(adapter.get_parameter(leaf)), self.reset, self.ratio, key / leaf / "reset")
 
     def apply_all(self, adapters: Sequence[Adapter], tick: Tick) -> None:
         """Every layer; at the first restart whoever trains at a rate that does not warm up is told."""
@@ -249,15 +255,15 @@ class ReLoRA(Method):
                 f"{spec.name} is held in a storage that rounds anew in every merge, so each restart would change the "
                 "function. Attach with base=None, or say with ReLoRA(lossy=True) that this is meant."
             )
-        config = LoRA(rank=rank, alpha=self.alpha, dropout=self.dropout)
-        return LoRALayer(base, spec, rank, self.alpha / self.rank, config)
+        return LoRALayer(base, spec, rank, self.alpha / self.rank, self.lora)
 
-    @torch.no_grad()
     def start(self, adapter: Adapter, key: Key, found: Any = None) -> None:
-        assert isinstance(adapter, LoRALayer)
-        A, B = draw(adapter, key)
-        adapter.A.copy_(A)
-        adapter.B.copy_(B)
+        self.lora.start(adapter, key)
+
+    @property
+    def lora(self) -> LoRA:
+        """One cycle."""
+        return LoRA(rank=self.rank, alpha=self.alpha, dropout=self.dropout)
 
     # ---- the model
 
