@@ -14,13 +14,13 @@ from rankshift.train.heat_map import course
 METHOD = rs.AdaRankGrad(rank=8, energy=0.8, every=3, earliest=1)
 
 
-def plain(out, method=METHOD, callbacks=(), heat_map=None, **more):
+def plain(out, method=METHOD, callbacks=(), heat_map=None, timeline=None, **more):
     run, args = rs.attach(base(), method, seed=3), arguments(out, max_steps=6, **more)
     trainer = transformers.Trainer(
         run.model, args, train_dataset=data(), callbacks=list(callbacks),
         optimizer_cls_and_kwargs=run.optimizer_cls_and_kwargs(args),
     )  # fmt: skip
-    trainer.add_callback(RunCallback(run, trainer, heat_map))
+    trainer.add_callback(RunCallback(run, trainer, heat_map, timeline))
     return run, trainer
 
 

@@ -31,10 +31,10 @@ def test_a_plot_of_little(tmp_path, train, checks, base):
 
 def test_smoothing_is_as_long_at_the_end_as_in_the_middle():
     values = np.random.default_rng(0).standard_normal(100)
-    smooth = report._smooth(values)
+    smooth = report.smooth(values)
     for i in range(100):
         assert smooth[i] == pytest.approx(values[max(0, i - 9) : i + 1].mean())
-    assert report._smooth(np.array([2.0])).tolist() == [2.0]
+    assert report.smooth(np.array([2.0])).tolist() == [2.0]
 
 
 def test_metrics_are_strict_json(tmp_path):

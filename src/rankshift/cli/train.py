@@ -72,7 +72,7 @@ def list_keys() -> None:
         elif field.default is dataclasses.MISSING:
             default = "[dim]needed[/dim]" if field.default_factory is dataclasses.MISSING else "[dim]none[/dim]"
         else:
-            default = "[dim]none[/dim]" if field.default is None else str(field.default).lower()
+            default = "[dim]none[/dim]" if field.default in (None, ()) else str(field.default).lower()
         kind = words(hints(sections[section])[leaf]) if "one of" in words(hints(sections[section])[leaf]) else ""
         table.add_row(key, default, f"{meaning}{f' [dim]({kind})[/dim]' if kind and key != 'method' else ''}")
     console = Console()

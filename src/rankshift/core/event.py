@@ -85,6 +85,7 @@ class Event(Protocol):
     One that may be missed, because ``forward`` catches up by itself, says ``essential = False``. One that is the update
     itself, where the optimizer steps beside the weight, says ``steps = True``: it alone may change the function. One
     that takes all adapters faster together has ``apply_all(adapters, tick)`` too, with the result of one after another.
+    One that is rare and worth a mark under the loss says what it is, ``landmark = "restart"``.
     One at GRADS that often finds nothing to do has ``idle(adapters, tick)``: then nobody waits for the gradients.
     """
 

@@ -70,10 +70,10 @@ class Then:
         if not isinstance(self.method, Method):
             raise ConfigError(f"Then needs a method such as rs.LoRA(rank=16); got {type(self.method).__name__}.")
         config.conform_fields(self)
-        said = [name for name in _WHEN if getattr(self, name) is not None]
+        said = [name for name in WHEN if getattr(self, name) is not None]
         if not said:
             raise ConfigError(
-                f"When is {self._kind} to begin? Say one or more of {', '.join(_WHEN)}, e.g. Then(method, steps=1000)."
+                f"When is {self._kind} to begin? Say one or more of {', '.join(WHEN)}, e.g. Then(method, steps=1000)."
             )
         for name in (*said, "window"):
             if name != "loss" and not 0 < getattr(self, name) < math.inf:
@@ -137,7 +137,8 @@ class Then:
         return cls(from_dict(values["method"]), **{key: value for key, value in values.items() if key != "method"})
 
 
-_WHEN = ("steps", "minutes", "loss", "loss_change", "weight_change")
+WHEN = ("steps", "minutes", "loss", "loss_change", "weight_change")
+"""Fields of Then that say a time."""
 
 
 def listed(then: Sequence[Then]) -> tuple[Then, ...]:

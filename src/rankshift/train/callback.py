@@ -12,8 +12,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.trainer_callback import CallbackHandler
 
 from rankshift.core.errors import ConfigError
+from rankshift.core.watch import by_family, change, changes
 from rankshift.run import Run
 from rankshift.train.heat_map import heat_map as draw
+from rankshift.train.timeline import timeline as draw_timeline
 
 
 class RunCallback(TrainerCallback):
@@ -30,19 +32,26 @@ class RunCallback(TrainerCallback):
         run: the run whose model this trainer trains.
         trainer: which is to log it.
         heat_map: a PNG of rank and captured energy over layers and updates, written when training ends.
+        timeline: a PNG of the loss, with phases and events under it, likewise.
 
     Raises:
         ConfigError: ``rs.Trainer`` does this by itself; or there is no subspace to draw.
     """
 
-    def __init__(self, run: Run, trainer: transformers.Trainer, heat_map: str | Path | None = None):
+    def __init__(
+        self,
+        run: Run,
+        trainer: transformers.Trainer,
+        heat_map: str | Path | None = None,
+        timeline: str | Path | None = None,
+    ):
         if isinstance(getattr(trainer, "run", None), Run):
             raise ConfigError("rs.Trainer logs its run by itself. RunCallback is for other trainers.")
         if heat_map is not None and not run.subspace_table().rows:
             raise ConfigError(
                 f"heat_map={str(heat_map)!r}: {type(run.method).__name__} has no subspaces to draw. Leave it out."
             )
-        self.run, self.trainer, self.heat_map = run, trainer, heat_map
+        self.run, self.trainer, self.heat_map, self.timeline = run, trainer, heat_map, timeline
         self.news = News()
 
     def on_log(
@@ -65,6 +74,8 @@ class RunCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.heat_map is not None and state.is_world_process_zero:
             draw(self.heat_map, state.log_history)
+        if self.timeline is not None and state.is_world_process_zero:
+            draw_timeline(self.timeline, self.run, state.log_history)
 
 
 class News:
@@ -73,14 +84,30 @@ class News:
     def __init__(self) -> None:
         self._counted = False
         self._renewals: dict[str, int] = {}  # of each projected weight's subspace, when it was last asked for
+        self._window = 0  # the last window that was told, by the update at its end
 
     def of_all(self, run: Run) -> dict[str, float]:
         """Skipped updates, what the method says, and the first time how much trains. Under FSDP2 for every rank."""
         found: dict[str, float] = {"skipped": run.skipped} if run.skipped else {}
-        found |= run.metrics()
+        found |= run.metrics() | self.of_window(run)
         if not self._counted:
             found["trainable_parameters"] = sum(p.numel() for _, p in run.trainable())
             self._counted = True
+        return found
+
+    def of_window(self, run: Run) -> dict[str, float]:
+        """Of the last window of what a phase's end depends on, once: its loss, and what changed since the one before,
+        in percent; of weights, in the family that moved most."""
+        seen = [] if run.watch is None else run.watch.snapshots
+        if not seen or seen[-1].step == self._window:
+            return {}
+        self._window = seen[-1].step
+        found = {"window_end": float(run.phases[-1].start + seen[-1].step), "window_loss": seen[-1].loss}
+        if len(seen) > 1:
+            found["window_loss_change"] = change(seen[-2].loss, seen[-1].loss)
+            moved = by_family(changes(seen[-2], seen[-1])).values()
+            if moved:
+                found["window_weight_change"] = max(sum(family.values()) / len(family) for family in moved)
         return found
 
     def of_each(self, run: Run) -> dict[str, float]:

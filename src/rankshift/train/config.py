@@ -5,13 +5,20 @@
     method: lora                 # or a mapping: method: {method: lora, rank: 32}
     train: {lr: 2e-4, epochs: 3}
 
-On the command line the same keys are written with dots: ``method.rank=32 data.validation=dev.jsonl``.
+Several methods, one after the other, stand in ``phases`` instead of ``method``:
+
+    phases:
+      - {method: full, until: {steps: 1000}}
+      - {method: lora, rank: 32, lr: 1e-3}
+
+On the command line the same keys are written with dots: ``method.rank=32 data.validation=dev.jsonl phases.1.rank=8``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +30,8 @@ import yaml
 
 from rankshift.core.config import check_keys, conform, field_docs, hints, plain
 from rankshift.core.errors import ConfigError, MissingFile, beside, nearest
-from rankshift.core.method import spelled
+from rankshift.core.method import spelled, to_dict
+from rankshift.core.phase import WHEN, Then, check_reachable
 from rankshift.methods import LoRA, Method, methods
 from rankshift.train import bundled
 
@@ -139,6 +147,26 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One of several methods that follow each other; in YAML the method's own fields stand beside the other two."""
+
+    method: Method
+    """The method."""
+    until: Mapping[str, Any] = field(default_factory=dict)
+    """When the next phase begins, as in rs.Then: steps, minutes, loss, loss_change, weight_change; window, windows."""
+    lr: float | None = None
+    """Peak learning rate of the phase. None: as before; without train.lr, what the method's paper recommends."""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As it stands in YAML."""
+        until = {"until": dict(self.until)} if self.until else {}
+        return {**to_dict(self.method), **until, **({} if self.lr is None else {"lr": self.lr})}
+
+
+_UNTIL = {name: hint for name, hint in hints(Then).items() if name not in ("method", "lr")}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -151,7 +179,10 @@ class TrainConfig:
     task: Task | None = None
     """None: inferred from the columns of the data and the architecture of the model, and printed."""
     method: Method = field(default_factory=LoRA)
-    """The method and its fields; a bare value is its name."""
+    """The method and its fields; a bare value is its name. Of several phases the first."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Instead of method: several, one after the other, each with its fields, until (when the next one begins, all but
+    the last) and lr, e.g. [{method: full, until: {steps: 1000}}, {method: lora, rank: 8, lr: 1e-3}]."""
     train: LoopConfig = field(default_factory=LoopConfig)
     """Length and speed."""
     prompt: str | None = None
@@ -163,10 +194,25 @@ class TrainConfig:
     seed: int = 0
     """Of everything that is drawn: adapters, order of data, held-out rows, masks, samples."""
 
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """One after the other."""
+        return tuple(phase.method for phase in self.phases) or (self.method,)
+
+    @property
+    def then(self) -> tuple[Then, ...]:
+        """What follows the first phase, and when."""
+        return tuple(Then(b.method, lr=b.lr, **a.until) for a, b in itertools.pairwise(self.phases))
+
     def problems(self) -> Iterable[str]:
         """What does not fit together."""
-        if self.train.fused_backward and self.method.waits:
-            yield f"train.fused_backward: {type(self.method).__name__} as configured {self.method.waits}. Leave it out."
+        for method in self.methods if self.train.fused_backward else ():
+            if method.waits:
+                yield f"train.fused_backward: {type(method).__name__} as configured {method.waits}. Leave it out."
+        try:
+            check_reachable(self.then, 0, self.train.steps)
+        except ConfigError as error:
+            yield f"phases: {error}"
         if not self.model:
             yield "model is empty. Write model=PATH_OR_HUB_ID."
         if self.name is not None and not re.fullmatch(r"[\w][\w.+-]*", self.name):
@@ -202,10 +248,18 @@ def read(file: str | Path | None, overrides: Iterable[str] = ()) -> TrainConfig:
     if file is not None or not own:
         values = _yaml(Path(file) if file is not None else bundled.RECIPE)
     values = _spelled_out(values, problems)
-    for key, value in sorted(pairs, key=lambda pair: pair[0] != "method"):  # what a new method drops goes first
+    keys = {key for key, _ in pairs}
+    for key, other in (("method", "phases"), ("phases", "method")):  # a whole new one replaces the file's
+        if key in keys and other not in keys and values.pop(other, None) is not None:
+            _drop_rate(values)
+    for key, value in sorted(pairs, key=_before):
         _set(values, key, value, problems)
     values = _spelled_out(values, problems)
     if file is None and not own and isinstance(values.get("train"), dict):
+        phases = values.get("phases")
+        for phase in phases if isinstance(phases, list) and "lr" not in values["train"] else ():
+            if isinstance(phase, dict):
+                phase.setdefault("lr", bundled.RATES.get(spelled(str(phase.get("method"))), 6e-3))
         name = values["method"].get("method") if isinstance(values.get("method"), Mapping) else None
         values["train"].setdefault("lr", bundled.RATES.get(spelled(str(name)), 6e-3))
     config = _build(TrainConfig, values, "", problems)
@@ -214,7 +268,9 @@ def read(file: str | Path | None, overrides: Iterable[str] = ()) -> TrainConfig:
 
 def write(config: TrainConfig) -> str:
     """The config as YAML that :func:`read` takes; nothing is left to defaults."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
+    values = plain(config)
+    del values["method" if config.phases else "phases"]  # they exclude each other
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def describe(kind: type = TrainConfig) -> dict[str, str]:
@@ -269,22 +325,47 @@ def _pair(text: str, problems: list[str]) -> tuple[str, Any] | None:
         return None
 
 
+def _drop_rate(values: dict[str, Any]) -> None:
+    """It was found for a method that is no longer there."""
+    if isinstance(values.get("train"), dict):
+        values["train"].pop("lr", None)
+
+
+def _before(pair: tuple[str, Any]) -> int:
+    """Where a setting stands among others: what a new list or a new method drops goes first."""
+    key = pair[0]
+    return 0 if key == "phases" else 1 if key.rpartition(".")[2] == "method" else 2
+
+
 def _set(values: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
-    """Write a dotted key into nested mappings; a bare value of a section changes its main key only."""
+    """Write a dotted key into nested mappings and the list of phases, counted from 0; a bare value of a section
+    changes its main key only."""
     *path, leaf = key.split(".")
     here = values
-    for part in path:
+    for at, part in enumerate(path):
         below = here.setdefault(part, {})
+        if part == "phases" and isinstance(below, list) and at == 0:
+            number = (path[1:] or [leaf])[0]
+            if not (number.isdecimal() and int(number) < len(below) and path[1:]):
+                said = f"phases.0 to phases.{len(below) - 1}" if below else "none"
+                problems.append(f"{key}: there is no such phase; there are {said}. Write phases.0.KEY=VALUE.")
+                return
+            below = {str(i): phase for i, phase in enumerate(below)}  # the mappings themselves, seen by number
         if not isinstance(below, dict):
             problems.append(f"{key}: {part} is the value {below!r}, which has nothing inside. Drop one of the two.")
             return
         here = below
-    if not path and leaf in TrainConfig._sections and not isinstance(value, dict):
+    if len(path) == 2 and path[0] == "phases" and leaf == "method":
+        if spelled(here.get("method")) != spelled(value):
+            kept = {"until": here["until"]} if "until" in here else {}
+            here.clear()
+            here.update(kept)
+        here["method"] = value
+    elif not path and leaf in TrainConfig._sections and not isinstance(value, dict):
         section = here.setdefault(leaf, {})
         if leaf == "method" and spelled(section.get("method", "lora")) != spelled(value):
             section.clear()  # the fields of another method mean nothing to this one, nor does its learning rate
-            if isinstance(here.get("train"), dict):
-                here["train"].pop("lr", None)
+            _drop_rate(here)
         section[TrainConfig._sections[leaf]] = value
     else:
         here[leaf] = value
@@ -297,6 +378,9 @@ def _spelled_out(values: Mapping[str, Any], problems: list[str]) -> dict[str, An
         if key in TrainConfig._sections and value is not None and not isinstance(value, (Mapping, Method, DataConfig)):
             value = {TrainConfig._sections[key]: value}
         whole[key] = dict(value) if isinstance(value, Mapping) else value
+        if key == "phases" and isinstance(value, (list, tuple)):
+            bare = [{"method": phase} if isinstance(phase, str) else phase for phase in value]
+            whole[key] = [dict(phase) if isinstance(phase, Mapping) else phase for phase in bare]
     return whole
 
 
@@ -310,6 +394,15 @@ def _build(kind: type, values: Mapping[str, Any], where: str, problems: list[str
             problems.append(f"{where or 'the config'} has no field {key!r}. {nearest(str(key), known)}")
         elif key == "method":
             fields[key] = _method(value, problems)
+        elif key == "phases":
+            fields[key] = phases = _phases(value, problems)
+            if phases and "method" not in values:
+                fields["method"] = phases[0].method
+            elif values.get("method") is not None:
+                problems.append(
+                    "method and phases are both given. Leave method out, or phases; fields of a phase are "
+                    "phases.0.KEY=VALUE."
+                )
         elif key in ("data", "train") and isinstance(value, Mapping) and kind is TrainConfig:
             fields[key] = _build(DataConfig if key == "data" else LoopConfig, value, dotted + key, problems)
         else:
@@ -333,12 +426,72 @@ _HOW = {
 }
 
 
-def _method(value: Any, problems: list[str]) -> Method | None:
-    """A method from its fields; which one it is defaults to LoRA."""
+def _phases(value: Any, problems: list[str]) -> tuple[PhaseConfig, ...]:
+    """The list of phases; empty if one of them is not to be made out."""
+    if not isinstance(value, (list, tuple)) or (not value and not isinstance(value, tuple)):
+        problems.append(
+            f"phases = {value!r} is no list of methods. Write phases: [{{method: full, until: {{steps: 1000}}}}, "
+            "{method: lora}], or method."
+        )
+        return ()
+    found = [_phase(phase, f"phases.{i}", i == len(value) - 1, problems) for i, phase in enumerate(value)]
+    return tuple(phase for phase in found if phase is not None) if None not in found else ()
+
+
+def _phase(value: Any, where: str, last: bool, problems: list[str]) -> PhaseConfig | None:
+    if isinstance(value, PhaseConfig):
+        return value
+    if not isinstance(value, Mapping) or "method" not in value:
+        problems.append(f"{where} = {value!r} names no method. Write {{method: lora, until: {{steps: 1000}}}}.")
+        return None
+    count = len(problems)
+    fields = {key: v for key, v in value.items() if key not in ("until", "lr")}
+    method = _method(fields, problems, where, ("until", "lr"))
+    lr = value.get("lr")
+    with _noting(problems, "rankshift train --keys"):
+        lr = conform(lr, float | None, f"{where}.lr")
+        if lr is not None and not 0 < lr < math.inf:
+            problems.append(f"{where}.lr = {lr:g} is no positive number. Set a finite value above 0.")
+    until = _until(value.get("until"), f"{where}.until", last, problems)
+    if len(problems) > count:
+        return None
+    assert method is not None
+    return PhaseConfig(method=method, until=until, lr=lr)
+
+
+def _until(value: Any, where: str, last: bool, problems: list[str]) -> dict[str, Any]:
+    """When the next phase begins."""
+    if last:
+        if value:
+            problems.append(f"{where}: the last phase goes on to the end of the run. Leave it out, or add a phase.")
+        return {}
+    if not isinstance(value, Mapping) or not any(value.get(key) is not None for key in WHEN if key in value):
+        unknown = [key for key in value if key not in _UNTIL] if isinstance(value, Mapping) else []
+        problems.extend(f"{where} has no field {key!r}. {nearest(str(key), _UNTIL)}" for key in unknown)
+        if not unknown:
+            problems.append(f"{where} does not say when the next phase begins: give one or more of {', '.join(WHEN)}.")
+        return {}
+    count, found = len(problems), {}
+    for key, v in value.items():
+        if key not in _UNTIL:
+            problems.append(f"{where} has no field {key!r}. {nearest(str(key), _UNTIL)}")
+            continue
+        with _noting(problems, "rankshift train --keys"):
+            found[key] = conform(v, _UNTIL[key], f"{where}.{key}")
+    if len(problems) == count:
+        try:
+            Then(LoRA(), **found)
+        except ConfigError as error:
+            problems.append(re.sub(r"^Then\(\w+, (.*?)\): ", rf"{where}: \1: ", str(error)))
+    return found
+
+
+def _method(value: Any, problems: list[str], where: str = "method", beside: tuple[str, ...] = ()) -> Method | None:
+    """A method from its fields; which one it is defaults to LoRA. ``beside``: other keys that stand there."""
     if isinstance(value, Method):
         return value
     if not isinstance(value, Mapping):
-        problems.append(f"method = {value!r} is not a method. Write method: lora, or a mapping of its fields.")
+        problems.append(f"{where} = {value!r} is not a method. Write method: lora, or a mapping of its fields.")
         return None
     name, known = spelled(value.get("method", "lora")), methods()
     if name not in known:
@@ -349,8 +502,11 @@ def _method(value: Any, problems: list[str]) -> Method | None:
     fields = {key: v for key, v in value.items() if key != "method"}
     for key, v in fields.items():
         with _noting(problems, f"rankshift methods {name}"):
+            if beside and key not in hints(kind):
+                known_here = [*hints(kind), *beside]
+                raise ConfigError(f"{where} ({name}) has no field {key!r}. {nearest(str(key), known_here)}")
             check_keys(kind, {key: None}, f"method {name}")
-            conform(v, hints(kind)[key], f"method.{key}")
+            conform(v, hints(kind)[key], f"{where}.{key}")
     if len(problems) > count:
         return None
     with _noting(problems, f"rankshift methods {name}"):

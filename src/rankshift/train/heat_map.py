@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -13,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rankshift.core.errors import DataError, MissingFile
+from rankshift.core.errors import DataError
 from rankshift.io.atomic import explain
 from rankshift.summary import Projections
-from rankshift.train.report import INK, MUTED, SURFACE
+from rankshift.train.report import INK, MUTED, SURFACE, read_history
 
 What = Literal["rank", "energy"]
 History = str | Path | Projections | Iterable[Mapping[str, Any] | tuple[int, Projections]]
@@ -86,24 +85,12 @@ def _entries(history: History) -> Iterable[tuple[int, dict[What, dict[str, float
 def _listed(history: History) -> list[Mapping[str, Any] | tuple[int, Projections]]:
     if isinstance(history, Projections):
         return [(history.step, history)]
-    return list(_read(Path(history)) if isinstance(history, (str, Path)) else history)
+    return list(read_history(Path(history)) if isinstance(history, (str, Path)) else history)
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
     """A name as something to sort by: 2 before 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
-
-
-def _read(file: Path) -> list[Mapping[str, Any]]:
-    file = file / "trainer_state.json" if file.is_dir() else file
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        history: list[Mapping[str, Any]] = state["log_history"]
-    except FileNotFoundError:
-        raise MissingFile(f"{file} is not there. Name a checkpoint of a Trainer, or its trainer_state.json.") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file} is no trainer_state.json of a Trainer: {error!r}. Name another file.") from error
-    return history
 
 
 def groups(layers: Iterable[str]) -> list[tuple[str, int, int]]:

@@ -149,10 +149,10 @@ def said(told: Mapping[str, float], short: bool = False) -> str:
     return ", ".join([*parts, *(f"{key.replace('_', ' ')} {value:.3g}" for key, value in left.items())])
 
 
-def memory() -> str:
-    """Peak memory of the accelerator, or of this process."""
+def memory(before: float = 0) -> str:
+    """Peak memory of the accelerator, or of this process. ``before``: bytes, that of phases that have ended."""
     if torch.cuda.is_available():
-        return f"GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        return f"GPU {max(before, torch.cuda.max_memory_allocated()) / 2**30:.1f} GiB"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return f"RAM {peak / 2**30:.2f} GiB"
 

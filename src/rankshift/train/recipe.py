@@ -3,6 +3,7 @@
 runs/<name>/config.yaml    every setting as it was resolved
             metrics.json   before and after, and every evaluation in between
             loss.png
+            timeline.png   where there are phases or events to see: these under the loss
             subspaces.png  where gradients are projected: rank and captured energy over layers and updates
             adapter/       the run, as rs.load reads it
             peft/          the same for PEFT and servers; or model/, where the method trains the base itself
@@ -40,10 +41,10 @@ from rankshift.core.errors import (
 from rankshift.core.form import ConvForm, EmbeddingForm
 from rankshift.core.method import compare
 from rankshift.io.atomic import explain
-from rankshift.methods import PCLoRA
+from rankshift.methods import Method, PCLoRA
 from rankshift.run import Run
 from rankshift.summary import size
-from rankshift.train import bundled, data, models, report, sources
+from rankshift.train import bundled, costs, data, models, report, sources
 from rankshift.train import columns as roles
 from rankshift.train import config as settings
 from rankshift.train.config import Task, TrainConfig
@@ -51,6 +52,7 @@ from rankshift.train.data import Examples
 from rankshift.train.evaluation import Measure, measure, show
 from rankshift.train.heat_map import heat_map
 from rankshift.train.labels import Classes, classes_of
+from rankshift.train.timeline import timeline, worth_seeing
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 ADAPTER, PEFT, MODEL, COMPRESSED = "adapter", "peft", "model", "compressed"
@@ -178,6 +180,14 @@ def _prepare(config: TrainConfig, console: Console, found: Any) -> Job:
         _line(console, "", note)
     loaded = models.load(config.model, found, task, classes, dtype, config.seed, pad)
     method = models.train_whole(config.method, loaded.fresh)
+    phases = tuple(
+        dataclasses.replace(
+            phase,
+            method=models.train_whole(phase.method, loaded.fresh),
+            lr=phase.method.default_lr if phase.lr is None and config.train.lr is None else phase.lr,
+        )
+        for phase in config.phases
+    )
     if loaded.fresh:
         how = "trained whole and saved with the adapter" if method is not config.method else "trained with the rest"
         _line(console, "new head", f"{', '.join(loaded.fresh)} of the model had no trained weights: {how}")
@@ -189,6 +199,7 @@ def _prepare(config: TrainConfig, console: Console, found: Any) -> Job:
         config,
         task=task,
         method=method,
+        phases=phases,
         data=dataclasses.replace(
             config.data,
             columns=dict(columns.of),
@@ -234,7 +245,7 @@ def _check_output(config: TrainConfig) -> None:
 def _claim(config: TrainConfig) -> Path:
     """Make the run's directory: the given name, or the next free number."""
     root = Path(config.output).expanduser()
-    stem = config.name or f"{Path(config.model).name}-{config.method.name}"
+    stem = config.name or "-".join([Path(config.model).name, *(method.name for method in config.methods)])
     try:
         root.mkdir(parents=True, exist_ok=True)
         taken = [re.fullmatch(re.escape(stem) + r"-(\d+)", p.name) for p in root.iterdir()]
@@ -261,7 +272,9 @@ def precision(config: TrainConfig) -> tuple[torch.dtype, bool]:
     if wish == "fp32":
         return torch.float32, False
     # weights that train themselves stay fp32, unless the method was told how bf16 takes a small step
-    return (torch.bfloat16 if config.method.reversible or config.method.trains_narrow else torch.float32), True
+    narrow = all(method.reversible or method.trains_narrow for method in config.methods)
+    # and a phase that ends folds what it trained into the weights: in bf16 most of it would be lost
+    return (torch.bfloat16 if narrow and len(config.methods) == 1 else torch.float32), True
 
 
 def _world() -> int:
@@ -337,11 +350,10 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
 
     config, task = job.config, job.task
     bar = Bar(console, job.measure, "tok" if task.endswith("lm") else "examples")
-    if config.method.needs_data:
+    looks = [type(method).__name__ for method in config.methods if method.needs_data]
+    if looks:
         count = math.ceil(len(_looked_at(job)) / config.train.batch)
-        _line(
-            console, "looking", f"at up to {count} batches of the training data, for {type(config.method).__name__} …"
-        )
+        _line(console, "looking", f"at up to {count} batches of the training data, for {looks[0]} …")
     try:
         trainer = _trainer(job, directory, bar)
     except BaseException:  # such as a method that does not fit: nothing has begun, so nothing stays behind
@@ -357,6 +369,8 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         _line(
             console, "state", f"of the optimizer {size(summary.bytes_optimizer)}, AdamW's {size(summary.bytes_adamw)}"
         )
+    if config.phases:
+        _line(console, "phases", _course(config))
     mixed = _mixed(run)
     if mixed:
         _line(console, "loss", f"in training {mixed}; in validation the task's alone")
@@ -404,6 +418,8 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
     after = _sample(job, prompt)
     seconds = bar.seconds + float(earlier.get("seconds") or 0)
     told = run.metrics()
+    rows = costs.table(run.phases, history, trainer.state.global_step)
+    used = memory(max((row["peak_memory"] or 0 for row in rows), default=0))
     console.print()
     made = _write(job, run, directory)
     renewals = [entry for entry in history if any(key.startswith("subspace_rank/") for key in entry)]
@@ -411,24 +427,30 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         record |= {
             "status": "finished", "final": final, "sample_after": after, "prompt": prompt,
             "steps": trainer.state.global_step, "skipped": run.skipped, "seconds": seconds,
-            "per_second": bar.speed, "unit": bar.unit, "memory": memory(),
+            "per_second": bar.speed, "unit": bar.unit, "memory": used, "phases": rows,
             "trainable": summary.trainable, "total": summary.total,
             "method": told, "train_loss": losses, "validation": [{"step": step, **values} for step, values in checks],
             **({"subspaces": renewals} if renewals else {}),
         }  # fmt: skip
         report.write_metrics(directory, record)
-        title = f"{Path(config.model).name} · {type(config.method).__name__} · {sources.describe(config.data.train)}"
+        names = " → ".join(type(method).__name__ for method in config.methods)
+        title = f"{Path(config.model).name} · {names} · {sources.describe(config.data.train)}"
         points = [(step, values["loss"]) for step, values in checks if "loss" in values]
         words = "loss (nats per token)" if task.endswith("lm") else "loss"
         words += f"; training: {mixed}" if mixed else ""
         report.plot(directory / "loss.png", title, losses, points, base.get("loss"), words)
         made["loss.png"] = "training and validation loss"
+        if worth_seeing(run, history):
+            timeline(directory / "timeline.png", run, history, title)
+            made["timeline.png"] = "phases and events under the loss"
         if renewals:
             heat_map(directory / "subspaces.png", history, title)
             made["subspaces.png"] = "rank and captured energy over layers and updates"
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     outcome, commands = _outcome(run, told, said(told)), _next(run, directory)
-    _finish(console, job, directory, base, final, bar, before, after, prompt, made, commands, outcome)
+    if len(rows) > 1:
+        outcome += [("" if k else "phases", f"{k + 1} {r['method']}: {costs.words(r)}") for k, r in enumerate(rows)]
+    _finish(console, job, directory, base, final, bar, used, before, after, prompt, made, commands, outcome)
     return Result(directory, base, final, seconds)
 
 
@@ -449,7 +471,7 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
         per_device_train_batch_size=loop.batch,
         per_device_eval_batch_size=loop.batch * 2,
         gradient_accumulation_steps=loop.accumulate,
-        learning_rate=config.method.default_lr if loop.lr is None else loop.lr,
+        learning_rate=(config.phases[0].lr if config.phases else None) or loop.lr or config.method.default_lr,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(loop.schedule, loop.schedule),
         warmup_steps=loop.warmup,  # a share: also of each phase that has a schedule of its own
         weight_decay=loop.weight_decay,
@@ -480,15 +502,20 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
             bar.count(arguments[0])
             return super().training_step(model, *arguments, **named)
 
+        def _shift(self, method: Method) -> None:
+            super()._shift(method)
+            bar.watched = frozenset(self.run.metrics())
+
     trainer = Counting(
         model=job.model,
         method=config.method,
+        then=config.then,
         args=args,
         train_dataset=job.examples.train,
         eval_dataset=job.examples.validation,
         data_collator=job.examples.collate,
         processing_class=job.reader,
-        calibration=_calibration(job) if config.method.needs_data else None,
+        calibration=_calibration(job) if any(method.needs_data for method in config.methods) else None,
         fused_backward=loop.fused_backward,
         compute_metrics=lambda p: {f"m_{k}": v for k, v in measured.compute(p).items()},
         preprocess_logits_for_metrics=measured.keep,
@@ -556,7 +583,7 @@ def _write(job: Job, run: Run, directory: Path) -> dict[str, str]:
     run.save(directory / ADAPTER)
     made = {ADAPTER: "this run, for rs.load and the commands below"}
     where, format, words = (PEFT, "peft", "the same for PEFT, transformers and servers")
-    if not job.config.method.reversible:
+    if not run.method.reversible or (job.config.phases and run.changed):
         where, format, words = (MODEL, "merged", "the trained model, for transformers")
     elif _shrinks(run):
         where, format, words = (COMPRESSED, "compressed", "the small model that remains, for rs.load_compressed")
@@ -696,6 +723,20 @@ def _describe(config: TrainConfig, run: Run) -> str:
     return ", ".join(parts) + (f", on {count} layers" if count else "")
 
 
+def _course(config: TrainConfig) -> str:
+    """ "full for 1000 updates, then lora"."""
+    units = {"steps": "for {} updates", "minutes": "for {} minutes", "loss": "until the loss is {}"}
+    units |= {
+        "loss_change": "until the loss changes by {} % at most",
+        "weight_change": "until weights change by < {} %",
+    }
+    parts = []
+    for phase in config.phases:
+        said = [units[key].format(value) for key, value in phase.until.items() if key in units and value is not None]
+        parts.append(f"{phase.method.name} {' or '.join(said)}".strip())
+    return ", then ".join(parts)
+
+
 def _line(console: Console, name: str, text: str) -> None:
     console.print(f"[bold]{name.ljust(9)}[/bold]", end=" ", highlight=False)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -708,6 +749,7 @@ def _finish(
     base: dict[str, float],
     final: dict[str, float],
     bar: Any,
+    used: str,
     before: str | None,
     after: str | None,
     prompt: str | None,
@@ -719,8 +761,6 @@ def _finish(
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
-
-    from rankshift.train.progress import memory
 
     if final:
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -740,7 +780,7 @@ def _finish(
             console.print(Panel(body, title=title, title_align="left", border_style="dim"))
     console.print(
         f"{job.config.train.steps} updates in {_clock(bar.seconds)}, "
-        f"{bar.speed:,.0f} {bar.unit}/s, {memory()}", highlight=False,
+        f"{bar.speed:,.0f} {bar.unit}/s, {used}", highlight=False,
     )  # fmt: skip
     for name, text in outcome:
         _line(console, name, text)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rankshift.core.errors import DataError, MissingFile
 from rankshift.io.atomic import explain
 
 SURFACE, INK, MUTED = "#ffffff", "#1a1a19", "#7a7974"
@@ -28,6 +29,23 @@ def read_metrics(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def read_history(file: Path) -> list[Mapping[str, Any]]:
+    """``log_history`` of a ``trainer_state.json``, or of the checkpoint that has one.
+
+    Raises:
+        MissingFile, DataError: there is no such file, or it is no Trainer's.
+    """
+    file = file / "trainer_state.json" if file.is_dir() else file
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        history: list[Mapping[str, Any]] = state["log_history"]
+    except FileNotFoundError:
+        raise MissingFile(f"{file} is not there. Name a checkpoint of a Trainer, or its trainer_state.json.") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{file} is no trainer_state.json of a Trainer: {error!r}. Name another file.") from error
+    return history
 
 
 def write_text(file: Path, text: str) -> None:
@@ -60,7 +78,7 @@ def plot(
     if finite:
         steps, losses = (np.array(part, float) for part in zip(*finite, strict=True))
         axes.plot(steps, losses, color=_TRAIN, lw=1, alpha=0.3)
-        axes.plot(steps, _smooth(losses), color=_TRAIN, lw=2, label="training")
+        axes.plot(steps, smooth(losses), color=_TRAIN, lw=2, label="training")
     points = [(s, v) for s, v in validation if math.isfinite(v)]
     if points:
         steps, losses = (np.array(part, float) for part in zip(*points, strict=True))
@@ -87,7 +105,7 @@ def plot(
         raise explain(error, file) from error
 
 
-def _smooth(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def smooth(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The mean of each point and those before it, over a tenth of the run; at the start, over what there is."""
     window = max(1, len(values) // 10)
     sums = np.concatenate([[0.0], np.cumsum(values)])

@@ -447,7 +447,8 @@ class Trainer(transformers.Trainer):
             spent = self._meter.read(tensors, [p for _, p in self.run.trainable()], self._fused)
             counts = {"phase": len(self.run.phases), "phase_updates": self.run.step - phase.start}
             due = self.control.should_log
-            self.log({**counts, "phase_trainable_parameters": phase.trainable or 0, **spent})
+            trains = {"phase_trainable_parameters": phase.trainable or 0}
+            self.log({**counts, **trains, **spent, **self._news.of_window(self.run)})
             self.control.should_log = due  # transformers takes any log for the one of this update
             self._meter.begin()
 
