@@ -53,7 +53,7 @@ class Adam:
     def defers(self) -> bool:
         return self.store is None or isinstance(self.store, Wide)
 
-    def retract(self, states: Sequence[dict[str, Tensor]]) -> None:
+    def retract(self, states: Sequence[dict[str, Tensor]], hyper: Hyper) -> None:
         for state in states:
             state["step"] -= 1
 

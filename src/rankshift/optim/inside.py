@@ -83,8 +83,9 @@ class Inside(Project):
         """Whether c = 1 − β2ᵗ, and the moments are ordinary tensors."""
         return isinstance(self.store, Wide) and self.transport in ("none", "reset")
 
-    def retract(self, states: Sequence[dict[str, Tensor]]) -> None:
+    def retract(self, states: Sequence[dict[str, Tensor]], hyper: Hyper) -> None:
         torch._foreach_sub_([state["step"] for state in states], 1)
+        self._weigh(states, [int(state["step"]) - int(state["born"]) for state in states], hyper)
 
     def _whole(
         self, Xs: Sequence[Tensor], gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]], hyper: Hyper
@@ -112,14 +113,13 @@ class Inside(Project):
                 maximize=False,
                 found_inf=hyper.void,
             )
-        masses, more = [shard.held(state["mass"]) for state in states], 1 - hyper.betas[1]
-        if hyper.void is None:
-            torch._foreach_mul_(masses, 1 - more)
-            torch._foreach_add_(masses, more)
-        else:  # β2 = 1 where nothing may change
-            share = more * (1 - hyper.void)
-            torch._foreach_mul_(masses, 1 - share)
-            torch._foreach_add_(masses, share)
+        self._weigh(states, ages, hyper)
+
+    def _weigh(self, states: Sequence[dict[str, Tensor]], ages: Sequence[int], hyper: Hyper) -> None:
+        """c = 1 − β2ᵗ in every direction. A function of t alone: what was counted back has the bits of before."""
+        masses = [shard.held(state["mass"]) for state in states]
+        torch._foreach_zero_(masses)
+        torch._foreach_add_(masses, [1 - hyper.betas[1] ** age for age in ages])
 
     def rank_of(self, state: dict[str, Tensor]) -> int:
         return int(state["rank"])

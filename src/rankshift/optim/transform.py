@@ -44,7 +44,7 @@ class Transform(Protocol):
     """How gradients become steps.
 
     One that can be asked for a step before it is known whether the gradients are finite says ``defers = True``, heeds
-    ``hyper.void``, and has ``retract(states)``, which takes back what the host has counted in such a step.
+    ``hyper.void``, and has ``retract(states, hyper)``, which takes back what the host has counted in such a step.
     """
 
     def init(
@@ -169,7 +169,8 @@ class Optimizer(torch.optim.Optimizer):
     def retract(self) -> None:
         """Count back the step that was just taken, because it was :attr:`void`; the device changed nothing."""
         for group, transform in zip(self.param_groups, self.transforms, strict=True):
-            transform.retract([self.state[p] for p in group["params"] if p.grad is not None])  # type: ignore[attr-defined]
+            states = [self.state[p] for p in group["params"] if p.grad is not None]
+            transform.retract(states, hyper_of(group))  # type: ignore[attr-defined]
 
     def _refuse(self, parameters: Iterable[Tensor]) -> None:
         """Raise ConfigError for a gradient that no transform knows what to do with."""
