@@ -100,6 +100,8 @@ class PreLoRA(Method):
                 f"PreLoRA(then=PaCA(…), joint={self.joint}): PaCA trains columns of the weight itself, so beside the "
                 "whole weight it is nothing. Set joint=0."
             )
+        if self.modules_to_save:
+            raise ConfigError("PreLoRA.modules_to_save: every weight that is not adapted trains anyway. Leave it out.")
         for name in ("weight_change", "loss_change"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"PreLoRA.{name} = {getattr(self, name)}: percent, at least 0.")
