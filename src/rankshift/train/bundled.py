@@ -10,7 +10,7 @@ _DATA = Path(__file__).parents[1] / "data"
 MODELS = {"babyllama": _DATA / "babyllama"}
 TEXTS = {"tinyshakespeare": _DATA / "tinyshakespeare" / "text.txt.xz"}
 RECIPE = _DATA / "default.yaml"
-RATES = {"full": 6e-4, "galore": 3e-3, "adarankgrad": 3e-3, "vera": 6e-2, "paca": 1e-3}
+RATES = {"full": 6e-4, "galore": 3e-3, "adarankgrad": 3e-3, "relora": 3e-3, "vera": 6e-2, "paca": 1e-3}
 """Learning rates for the recipe with another method than its own; 6e-3 where none is here. Found on this small model,
 which wants more than the large ones that papers give rates for."""
 
