@@ -110,7 +110,6 @@ class Restart:
     rewarm: int  # what the method's schedule would do after it
     moment: ClassVar[Moment] = Moment.UPDATED
     landmark: ClassVar[str] = "restart"
-    landmark: ClassVar[str] = "restart"
 
     def due(self, tick: Tick) -> bool:
         """As said; and in the first update, whether none will come is told."""
