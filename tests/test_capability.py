@@ -24,11 +24,11 @@ from rankshift.core.site import Spec
 from rankshift.methods import LoRA
 
 REAL: dict[str, Callable[[], nn.Module]] = {
-    "Linear": lambda: nn.Linear(128, 128),
-    "Conv1D": lambda: Conv1D(128, 128),
-    "Conv": lambda: nn.Conv2d(32, 128, 2),
-    "Embedding": lambda: nn.Embedding(128, 128),
-    "experts": lambda: Experts(3, 128, 128),
+    "Linear": lambda: nn.Linear(160, 160),
+    "Conv1D": lambda: Conv1D(160, 160),
+    "Conv": lambda: nn.Conv2d(40, 160, 2),
+    "Embedding": lambda: nn.Embedding(160, 160),
+    "experts": lambda: Experts(3, 160, 160),
 }
 
 
@@ -66,9 +66,9 @@ def test_what_is_said_of_the_rest_is_so(kind: type[Method], tmp_path: Any) -> No
     assert all(text.partition(": ")[2] for text in can.events), "an event without a docstring"
     if can.total:
         with pytest.raises(rs.errors.ConfigError, match="total_steps"):
-            rs.attach(nn.Sequential(nn.Linear(128, 128)), kind()).optimizer()
+            rs.attach(nn.Sequential(nn.Linear(160, 160)), kind()).optimizer()
     if not can.data:
-        rs.attach(nn.Sequential(nn.Linear(128, 128)), kind())
+        rs.attach(nn.Sequential(nn.Linear(160, 160)), kind())
 
 
 def test_what_stages_ask_for_is_found() -> None:
@@ -95,7 +95,7 @@ class Watched:
 def test_a_method_that_looks_at_data_says_so(name: str) -> None:
     kind = methods()[name]
     for setting, method in [("", kind()), *capability.variants(kind)]:
-        model = nn.Sequential(nn.Linear(128, 128))
+        model = nn.Sequential(nn.Linear(160, 160))
         looked = False
         try:
             rs.attach(model, method, total_steps=8, data=Watched())

@@ -80,13 +80,13 @@ def test_one_method_fits_and_is_complete(shown, kind: Any, width: int):
 @KINDS
 def test_the_examples_work_as_written(kind: Any):
     lines = examples(kind)
-    model = nn.Sequential(nn.Linear(128, 128))
+    model = nn.Sequential(nn.Linear(160, 160))
     names = {"rs": rs, "model": model}
     exec(lines["Python"], names)
     run = names["run"]
     assert run.method == kind()
     run.optimizer()
-    run.model(torch.zeros(1, 128))
+    run.model(torch.zeros(1, 160))
     assert rs.from_dict(yaml.safe_load(lines["YAML"])["method"]) == kind()
     command, verb, *settings = lines["command"].split()
     assert (command, verb) == ("rankshift", "train")

@@ -159,6 +159,7 @@ class Plain:
         ({}, (9, 12, 7)),
         ({"rank": 5, "interval": 2, "freeze": 1, "rho": 1.0}, (9, 12, 7)),  # exchanges run into each other
         ({"rank": 6, "interval": 6, "freeze": 3, "alpha": 2.0, "ratio": 0.3}, (8, 8, 8)),  # two layers of one shape
+        ({"rank": 6, "freeze": 1, "rho": 1.0}, (9, 9, 9)),  # of which one exchanges one vector and the other two
         ({"interval": math.inf}, (9, 12, 7)),
     ],
 )
@@ -438,7 +439,7 @@ def test_as_many_exchanges_as_the_rate_says_and_none_in_the_end() -> None:
 def test_pointers_never_meet() -> None:
     """At the largest rate that is let through: what is frozen lies between the pointers, never on what is exchanged."""
     run = rs.attach(chain(20, 20), method(rank=7, interval=2, freeze=1, rho=1.0), total_steps=100)
-    tight = rs.attach(chain(9, 9), method(rank=7, interval=6, freeze=3, rho=1.0), total_steps=100)  # two in the pool
+    tight = rs.attach(chain(8, 8), method(rank=7, interval=2, freeze=1, rho=1.0), total_steps=100)  # one in the pool
     for each in (run, tight):
         (layer,) = layers_of(each).values()
         x, target = noise(4, layer.in_features), noise(4, layer.out_features, seed=1)
