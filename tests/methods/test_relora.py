@@ -436,6 +436,24 @@ def test_a_schedule_follows_a_state_that_is_loaded_after_it():
     assert loop.steps(3).rate == other.steps(3).rate == pytest.approx(1e-2 * jagged_cosine(12, 40, 2, 4, 2, 0.1))
 
 
+def test_a_saved_run_goes_on_with_other_cycles(caplog: pytest.LogCaptureFixture):
+    """The tensors are the same; restarts and rates are those of the new fields, from the beginning of the phase."""
+    other = Loop(METHOD).steps(7)
+    loop = Loop(rs.ReLoRA(rank=2, alpha=7, every=5, rewarm=1, floor=0.4))
+    with caplog.at_level(logging.WARNING):
+        loop.run.load_state_dict(copy.deepcopy(other.run.state_dict()))
+    assert "every=4" in caplog.text
+    loop.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))
+    loop.steps(4)
+    W, rates = loop.weights()["0"], [1e-2 * jagged_cosine(u, 12, 2, 5, 1, 0.4) for u in (10, 11)]
+    assert rates[0] == 0
+    assert loop.rate == rates[1]
+    assert not loop.layers()["0"].B.any(), "restarted in update 10"
+    assert torch.equal(loop.step() or loop.weights()["0"], W)
+    with pytest.raises(rs.errors.WrongBase, match="rank"):
+        Loop(rs.ReLoRA(rank=1, alpha=7, every=4, rewarm=2)).run.load_state_dict(other.run.state_dict())
+
+
 def test_other_methods_have_a_cosine():
     model = mlp()
     run = rs.attach(model, rs.LoRA(rank=2), total_steps=10)

@@ -299,5 +299,9 @@ class ReLoRA(Method):
         return partial(jagged_cosine, total=total, warmup=warmup, cycle=cycle, rewarm=self.warming, floor=self.floor)
 
     @property
+    def adjustable(self) -> frozenset[str]:
+        return frozenset({"every", "reset", "ratio", "cycle", "rewarm", "floor"})
+
+    @property
     def solitary(self) -> str:
         return "merges into the base, which all adapters would share"
