@@ -242,12 +242,16 @@ def test_recipes_run_on_small_models_and_own_data(tmp_path, name, tiny_llama, ti
     if name.endswith("prelora"):  # it goes on after two updates, and freezes after the third
         soon = {"max_rank": 16, "window": 1, "windows": 2, "minimum": 0, "joint": 1}
         settings += [f"method.{k}={v}" for k, v in (soon | {"weight_change": 1e6, "loss_change": 1e6}).items()]
+    if name.endswith("full-lora"):
+        settings += ["phases.0.until.steps=4"]  # 100 are more than the updates here
     wanted = config.read(recipe_file, [f"model={model}", *settings, "train.steps=6", f"output={tmp_path / 'runs'}"])
-    assert name.endswith(f"-{wanted.method.name}"), "recipes are named for model and method"
+    names = "-".join(method.name for method in wanted.methods)
+    assert name.endswith(f"-{names}"), "recipes are named for model and methods"
     result = recipe.train(wanted, Console(file=io.StringIO()))
     assert result.final["loss"] > 0
     phases = json.loads((result.directory / "adapter" / "rankshift.json").read_text())["run"]["phases"]
-    assert len(phases) == (3 if name.endswith(("sora", "prelora")) else 1)
+    assert len(phases) == (3 if name.endswith(("sora", "prelora")) else len(wanted.methods))
+    assert (result.directory / "timeline.png").is_file() is (len(phases) > 1 or name.endswith("-relora"))
     if name.endswith("pc-lora"):
         small = tmp_path / "small"
         files.export_run(result.directory, small, None, "compressed", "exact")  # as the recipe says

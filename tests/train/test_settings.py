@@ -189,3 +189,147 @@ def test_a_rate_found_for_one_method_does_not_go_to_another(tmp_path):
     assert other.train.lr is None
     assert other.train.steps == 3
     assert config.read(file, ["method=vera", "train.lr=0.1"]).train.lr == 0.1
+
+
+# ---- phases
+
+
+def phased(*phases, **more):
+    return config.parse({"model": "m", "data": "a", "phases": list(phases), **more})
+
+
+FIRST = {"method": "full", "until": {"steps": 1000}}
+
+
+def test_phases_instead_of_a_method():
+    found = phased(FIRST, {"method": "ReLoRA", "every": 500, "lr": 1e-3, "until": {"loss": 2, "window": 50}}, "lora")
+    assert found.methods == (rs.Full(), rs.ReLoRA(every=500), rs.LoRA())
+    assert found.method == rs.Full(), "of several the first"
+    assert [phase.lr for phase in found.phases] == [None, 1e-3, None]
+    assert found.then == (rs.Then(rs.ReLoRA(every=500), steps=1000, lr=1e-3), rs.Then(rs.LoRA(), loss=2.0, window=50))
+    assert config.parse({"model": "m", "data": "a"}).then == ()
+
+
+def test_no_field_of_a_method_is_one_of_a_phase():
+    for kind in rs.core.method.methods().values():
+        assert not {"until", "lr"} & {f.name for f in dataclasses.fields(kind)}, kind
+
+
+def test_phases_are_written_as_they_are_read(tmp_path):
+    found = phased(FIRST, {"method": "lora", "rank": 3, "targets": ["q_proj"], "lr": 1e-3})
+    (tmp_path / "c.yaml").write_text(config.write(found))
+    assert config.read(tmp_path / "c.yaml") == found
+    written = yaml.safe_load(config.write(found))
+    assert "method" not in written
+    assert written["phases"][0] == {**rs.to_dict(rs.Full()), "until": {"steps": 1000}}
+    assert "phases" not in yaml.safe_load(config.write(config.parse({"model": "m", "data": "a"})))
+
+
+def test_all_problems_of_phases_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        config.parse({
+            "model": "m", "data": "a", "method": "lora",
+            "phases": [
+                {"method": "full", "until": {"stps": 3, "loss": "low"}},
+                {"method": "lora", "rnk": 3, "rank": "x", "lr": -1.0, "until": {"window": 3}},
+                {"method": "lora", "unitl": {"steps": 3}, "until": {"steps": 0}},
+                {"rank": 3},
+                {"method": "lroa", "until": {"steps": 3}},
+                {"method": "lora", "until": {"loss_change": 1.0, "windows": 1}},
+                {"method": "vera", "rank": 0, "until": {"steps": 1.5}},
+                {"method": "lora", "until": {"steps": 5}},
+            ],
+        })  # fmt: skip
+    text = str(caught.value)
+    for part in (
+        "phases.0.until has no field 'stps'. Did you mean 'steps'?",
+        "phases.0.until.loss = 'low' is not a number",
+        "phases.1 (lora) has no field 'rnk'. Did you mean 'rank'?",
+        "phases.1.rank = 'x' is not an integer",
+        "phases.1.lr = -1 is no positive number",
+        "phases.1.until does not say when the next phase begins: give one or more of steps, minutes, loss,",
+        "phases.2 (lora) has no field 'unitl'. Did you mean 'until'?",
+        "phases.2.until: steps=0: it must be above 0",
+        "phases.3 = {'rank': 3} names no method",
+        "There is no method 'lroa'. Did you mean 'lora'?",
+        "phases.5.until: windows=1: a change is between two windows at least",
+        "VeRA.rank = 0",
+        "phases.6.until.steps = 1.5 is not an integer",
+        "phases.7.until: the last phase goes on to the end of the run",
+        "method and phases are both given",
+    ):
+        assert part in text, part
+    assert text.startswith("15 problems in ")
+
+
+@pytest.mark.parametrize(
+    ("phases", "text"),
+    [
+        ([], r"phases = \[\] is no list of methods"),
+        ({"method": "full"}, "is no list of methods"),
+        ("full", "is no list of methods"),
+        (None, "is no list of methods"),
+        ([3], "phases.0 = 3 names no method"),
+        ([{"method": "full"}, "lora"], "phases.0.until does not say when"),
+        ([{"method": "full", "until": 1000}, "lora"], "phases.0.until does not say when"),
+        (
+            [{"method": "full", "until": {"stpes": 10}}, "lora"],
+            "has no field 'stpes'. Did you mean 'steps'",
+        ),
+    ],
+)
+def test_lists_that_are_none(phases, text):
+    with pytest.raises(ConfigError, match=text):
+        config.parse({"model": "m", "data": "a", "phases": phases})
+
+
+def test_phases_that_cannot_be_reached():
+    with pytest.raises(ConfigError, match="phases: LoRA would begin at update 1000 at the earliest"):
+        phased(FIRST, "lora", train={"steps": 900})
+    phased(FIRST, "lora", train={"steps": 1001})
+    phased(FIRST, "lora", train={"epochs": 1})  # their number is not known yet
+
+
+def test_a_later_phase_that_waits_for_gradients():
+    waits = {"method": "lora", "train": "B", "precondition": True}
+    settings = {"fused_backward": True, "clip": 0}
+    with pytest.raises(ConfigError, match=r"train\.fused_backward: LoRA as configured changes gradients"):
+        phased(FIRST, waits, train=settings)
+    phased(FIRST, "lora", train=settings)
+
+
+def test_dotted_keys_reach_into_phases(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "model: m\ndata: a\nphases:\n- {method: full, until: {steps: 10}}\n- {method: lora, rank: 4, lr: 0.5, "
+        "until: {loss: 2}}\n- lora\n"
+    )
+    pairs = ["phases.1.rank=8", "phases.0.until.steps=20", "phases.2.rank=2", "phases.1.until.window=7"]
+    found = config.read(file, pairs)
+    assert found.methods == (rs.Full(), rs.LoRA(rank=8), rs.LoRA(rank=2))
+    assert [phase.until for phase in found.phases] == [{"steps": 20}, {"loss": 2.0, "window": 7, "windows": 3}, {}]
+    assert found.phases[1].lr == 0.5
+    other = config.read(file, ["phases.1.rank=2", "phases.1.method=melora"])  # its fields and rate are another's
+    assert other.phases[1] == config.PhaseConfig(
+        method=rs.MELoRA(rank=2), until={"loss": 2.0, "window": 100, "windows": 3}
+    )
+    for wrong in ("phases.3.rank=8", "phases.x.rank=8", "phases.1=lora", "phases.rank=8"):
+        with pytest.raises(ConfigError, match=r"there are phases\.0 to phases\.2"):
+            config.read(file, [wrong])
+    with pytest.raises(ConfigError, match="both given"):
+        config.read(file, ["method.rank=8"])
+    alone = config.read(file, ["method=lora"])
+    assert (alone.methods, alone.phases) == ((rs.LoRA(),), ())
+
+
+def test_a_list_on_the_command_line_takes_the_place_of_the_recipes_method():
+    found = config.read(None, ["phases=[{method: full, until: {steps: 3}}, {method: lora, rank: 4}, vera]".replace(
+        "4}", "4, until: {steps: 2}}")])  # fmt: skip
+    assert found.methods == (rs.Full(), rs.LoRA(rank=4), rs.VeRA())
+    assert [phase.lr for phase in found.phases] == [6e-4, 6e-3, 6e-2], "of this small model"
+    given = config.read(None, ["train.lr=1e-3", "phases=[{method: full, until: {steps: 3}}, lora]"])
+    assert given.train.lr == 1e-3
+    assert [phase.lr for phase in given.phases] == [None, None]
+    assert config.read(None, ["phases.0.rank=4", "phases=[{method: lora, until: {steps: 3}}, full]"]).method.rank == 4
+    with pytest.raises(ConfigError, match="both given"):
+        config.read(None, ["method=lora", "phases=[{method: full, until: {steps: 3}}, lora]"])

@@ -479,6 +479,9 @@ def _until(value: Any, where: str, last: bool, problems: list[str]) -> dict[str,
         with _noting(problems, "rankshift train --keys"):
             found[key] = conform(v, _UNTIL[key], f"{where}.{key}")
     if len(problems) == count:
+        found = {key: v for key, v in found.items() if v is not None}
+        if found.keys() & {"loss", "loss_change", "weight_change"}:
+            found = {"window": Then.window, "windows": Then.windows, **found}
         try:
             Then(LoRA(), **found)
         except ConfigError as error:
