@@ -101,7 +101,7 @@ class Plain:
         A, B, r, c, N, s = self.A, self.B, len(self.A), len(self.pool_a), self.config.freeze, self.scale
         grad_A, grad_B = s * B.T @ G, s * G @ A.T
         q = r / self.config.interval * self.config.rho ** ((t + 1) / (self.config.ratio * total))
-        text = "\x1f".join((str(seed), "default", self.name, "switch", str(t)))
+        text = "\x1f".join((str(seed), "switch", str(t), "default", self.name))
         word = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
         k = int(q) + (word / 2**64 < q - int(q))
         behind_A, behind_B = sum(n > 0 for n in self.frozen_B), sum(n > 0 for n in self.frozen_A)

@@ -126,12 +126,13 @@ class Switch:
         found: list[Move] = []
         clocks: list[Tensor] = []
         after: list[list[int]] = []
+        key = tick.key("switch")
         for adapter in adapters:
             assert isinstance(adapter, SwitchLayer)
             A, B = adapter.A, adapter.B
             rank, (before, *recent) = A.shape[0], adapter.clock.tolist()
             q, still = self.rate(rank, tick), sum(recent)
-            u = (tick.key(adapter.label, adapter.site, "switch").word >> 11) * 2.0**-53  # uniform in [0, 1)
+            u = ((key / adapter.label / adapter.site).word >> 11) * 2.0**-53  # uniform in [0, 1)
             wish = math.floor(q) + (u < q % 1)
             # B's pointer is r//2 ahead: A must not reach it, nor what is frozen behind it
             count = min(wish, rank // 2 - still, adapter.pool_A.shape[0] - rank)
@@ -140,7 +141,7 @@ class Switch:
                 clocks.append(adapter.clock)
                 after.append([before + count, count, *recent][: len(recent) + 1])
         if found:
-            torch._foreach_copy_(clocks, [torch.tensor(values) for values in after])
+            torch._foreach_copy_(clocks, list(torch.tensor(after).unbind()))
         return found
 
 
@@ -155,30 +156,25 @@ def exchange_(moves: Sequence[Move]) -> list[Callable[[], None]]:
     starts, counts = [move.before for move in moves], [move.count for move in moves]
     # layers with fewer exchanges than the most go along with vectors that are exchanged against themselves
     first, number = _sent([starts, counts], device)
-    places = torch.arange(most, device=device)
-    real = places < number[:, None]  # (L, K)
-    rows = (first[:, None] + places) % rank
+    each, places = torch.arange(len(moves), device=device)[:, None], torch.arange(most, device=device)
+    real = (places < number[:, None])[:, :, None]
+    rows = (first[:, None] + places) % rank  # (L, K)
     columns = (rows + rank // 2) % rank
 
-    A, B = _stacked(As), _stacked(Bs)  # (L, r, n), (L, m, r)
-    new_A = pool.taken([layer.pool_A for layer in layers], starts, most, device)  # (L, K, n)
-    new_B = pool.taken([layer.pool_B for layer in layers], starts, most, device)  # (L, K, m)
-    of_A, of_B = rows[:, :, None].expand_as(new_A), columns[:, :, None].expand_as(new_B).mT
-    old_A, old_B = A.gather(1, of_A), B.gather(2, of_B)
-    back_A, back_B = pool.given(old_A), pool.given(old_B.mT.contiguous())
-    new_A = torch.where(real[:, :, None], new_A, old_A)
-    new_B = torch.where(real[:, None, :], new_B.mT, old_B)  # (L, m, K)
+    A, B = _stacked(As), _stacked(Bs).mT  # (L, r, n), (L, r, m)
+    old_A, old_B = A[each, rows], B[each, columns]  # (L, K, n), (L, K, m)
+    back_A, back_B = pool.given(old_A), pool.given(old_B)
+    new_A = torch.where(real, pool.taken([layer.pool_A for layer in layers], starts, most, device), old_A)
+    new_B = torch.where(real, pool.taken([layer.pool_B for layer in layers], starts, most, device), old_B)
 
     # W += s·b (a − a')ᵀ with the B of now, then s·(b − b') aᵀ with the new A: as one product
-    A.scatter_(1, of_A, new_A)
-    with_A = B.gather(2, rows[:, None, :].expand_as(new_B))
-    with_B = A.gather(1, columns[:, :, None].expand_as(new_A))
-    B.scatter_(2, of_B, new_B)
-    left = torch.cat([with_A, old_B - new_B], 2).mul_(layers[0].scale)
-    right = torch.cat([old_A - new_A, with_B], 1)
-    add_products_([layer.base for layer in layers], left, right)
+    A[each, rows] = new_A
+    left = torch.cat([B[each, rows], old_B - new_B], 1).mul_(layers[0].scale)
+    right = torch.cat([old_A - new_A, A[each, columns]], 1)
+    B[each, columns] = new_B
+    add_products_([layer.base for layer in layers], left.mT, right)
     torch._foreach_copy_(*_here(As, A))
-    torch._foreach_copy_(*_here(Bs, B))
+    torch._foreach_copy_(*_here(Bs, B.mT))
 
     where = [start - rank for start in starts]  # r exchanges ago they were taken from there
     return [

@@ -65,11 +65,11 @@ def arcs(start: int, count: int, size: int) -> list[slice]:
 
 
 def taken(pools: Sequence[Tensor], starts: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """``count`` candidates of each pool from a place on, (L, count, length), on the device: in one transfer, that the
-    host does not wait for."""
-    length = pools[0].shape[1]
+    """``count`` candidates of each pool, all of one size, from a place on, (L, count, length), on the device: in one
+    transfer, that the host does not wait for."""
+    c, length = pools[0].shape
     host = torch.empty(len(pools), count, length, dtype=pools[0].dtype, device="cpu", pin_memory=device.type == "cuda")
-    parts = [pool[arc] for pool, start in zip(pools, starts, strict=True) for arc in arcs(start, count, len(pool))]
+    parts = [pool[arc] for pool, start in zip(pools, starts, strict=True) for arc in arcs(start, count, c)]
     torch.cat(parts, out=host.view(-1, length))
     return host.to(device, non_blocking=True)
 
@@ -92,11 +92,11 @@ def given(vectors: Tensor) -> Callable[[], Tensor]:
 
 def put_back(pools: Sequence[Tensor], starts: Sequence[int], counts: Sequence[int], vectors: Tensor) -> None:
     """The first ``counts`` of each pool's ``vectors``, (L, K, length), into places from ``starts`` on."""
-    into, what = [], []
-    for pool, start, count, rows in zip(pools, starts, counts, vectors, strict=True):
-        first = 0
-        for arc in arcs(start, count, len(pool)):
+    into, what, c = [], [], pools[0].shape[0]
+    for pool, start, count, rows in zip(pools, starts, counts, vectors.unbind(), strict=True):
+        done = 0
+        for arc in arcs(start, count, c):
             into.append(pool[arc])
-            what.append(rows[first : first + len(into[-1])])
-            first += len(into[-1])
+            what.append(rows[done : done + arc.stop - arc.start])
+            done += arc.stop - arc.start
     torch._foreach_copy_(into, what)
