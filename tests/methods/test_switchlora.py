@@ -541,6 +541,13 @@ def test_what_ranks_send_and_what_the_cpu_holds(d: int, h: int, layers: int, r: 
     assert summary.bytes_optimizer == 2 * 4 * (L + E) + layers * 7 * 2 * 4 * r, "a step count for each vector"
 
 
+def test_what_was_frozen_before_stays_frozen() -> None:
+    model = chain(9, 12, 7, bias=True)
+    model.layers[0].bias.requires_grad_(False)
+    run = rs.attach(model, method(), total_steps=10)
+    assert [name for name, _ in run.trainable() if name.endswith("bias")] == ["layers.1.bias"]
+
+
 def test_candidates_stay_on_the_cpu_and_are_nobodys_parameters() -> None:
     run = rs.attach(chain(9, 12), method(), total_steps=10)
     (layer,) = layers_of(run).values()
