@@ -45,7 +45,8 @@ class Loop:
 
     def backward(self, scale: float = 1.0) -> None:
         u = self.run.step
-        loss = (self.model(noise(8, 9, seed=u)) - noise(8, 7, seed=100 + u)).square().mean()
+        dtype = self.model[0].weight.dtype
+        loss = (self.model(noise(8, 9, seed=u).to(dtype)) - noise(8, 7, seed=100 + u).to(dtype)).square().mean()
         (loss * scale).backward()
 
     def step(self, scale: float = 1.0) -> None:
@@ -96,6 +97,21 @@ def test_a_restart_preserves_the_function_and_merges_with_s():
         assert loop.run.sites[name].base.changed
         for parameter in (layer.A, layer.B):
             assert not any(tensor.any() for tensor in loop.optimizer.state[parameter].values())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_merge_rounds_once_whatever_the_loop_computes_in(autocast: bool):
+    """fp32 weights are those of W + s·B A in float64, to the bit, also where the step is taken under autocast."""
+    loop = Loop(METHOD, model=mlp(torch.float32))
+    loop.steps(4)
+    before = {name: (a.A.detach().double(), a.B.detach().double()) for name, a in loop.layers().items()}
+    W = {name: rows.double() for name, rows in loop.weights().items()}
+    loop.backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loop.optimizer.step()
+    for name, (A, B) in before.items():
+        assert loop.weights()[name].dtype == torch.float32
+        assert torch.equal(loop.weights()[name], (W[name] + 3.5 * (B @ A)).float())
 
 
 def test_a_is_drawn_uniform_and_anew_at_every_restart_and_layer():

@@ -17,7 +17,7 @@ What differs from the released code, which
 - prunes m and v of Adam by two independent masks, so that an element that keeps m and loses v takes a step of hundreds
   of learning rates: here m, v and the step count are zeroed together, or m and v pruned by one mask;
 - finds the quantile of a magnitude by a function that fails above 16 million elements;
-- merges in the dtype of the weights, bf16: here in fp32, rounded once, and 16-bit weights have to be asked for;
+- merges in the dtype of the weights, bf16: here in float64, rounded once, and 16-bit weights have to be asked for;
 - draws A from the generator of each rank, which agree while those do: here from a key of the layer and the update.
 """
 
@@ -53,9 +53,11 @@ _log = logging.getLogger(__name__)
 
 
 def merge_(adapter: LoRALayer) -> None:
-    """W ← W + s·B A, in fp32 (float64 on a float64 base), rounded once. Under sharding every rank must call this; each
-    forms the rows of W that it holds."""
+    """W ← W + s·B A, rounded once to W's dtype. Under sharding every rank must call this; each forms the rows of W that
+    it holds."""
     A, B = adapter.whole_factors()
+    if A.device.type != "mps":  # which has none
+        A, B = A.double(), B.double()  # float64: neither autocast nor TF32 touches the product
     adapter.base.add_(lambda rows: adapter.scale * (B[..., rows, :] @ A))
 
 
