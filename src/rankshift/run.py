@@ -873,7 +873,7 @@ class Run:
         lr = self._hand_on(run, method)
         run._driver.skips = self.skipped
         model = self.merge()
-        self._closed = "shift()"
+        self._closed, self._moments = "shift()", {}  # who keeps this run keeps no moments with it
         names = {name for name, _, _ in base_parameters(model)}
         run._changed = changed | (names - before)  # tied to what was trained as a copy
         run._begin(method, data, lr=lr)
@@ -932,7 +932,7 @@ class Run:
             parameter.grad = None
         self._driver.close()
         self._deafen()
-        self._closed = "shift()"
+        self._closed, self._moments = "shift()", {}  # who keeps this run keeps no moments with it
         run._on.use(*run._on.active)
         run.phases.append(Phase(to_dict(method), self.step, lr=lr, trainable=run._count_trainable()))
         run._keep_moments(moments)

@@ -249,6 +249,17 @@ def test_one_layer_that_moves_may_be_outweighed_by_its_family():
             assert method.ranks == {**dict.fromkeys(SITES, 1), "blocks.2.down": 8}
 
 
+def test_a_change_of_exactly_tau_is_too_much():
+    """One of four layers doubles its norm: 25 % on average, to the bit."""
+    for tau, on in ((25.0, False), (math.nextafter(25, 26), True)):
+        loop = begun(of(window=1, weight_change=tau), lr=0.0)
+        loop.step()
+        with torch.no_grad():
+            loop.run.model.blocks[2].down.weight.mul_(2)
+        loop.step()
+        assert (loop.run.due() is not None) is on
+
+
 def test_the_mean_loss_of_a_window_counts():
     """Batches of 1, 3, 2, 2: windows' means are equal, whatever is between."""
     loop = begun(of(loss_change=0.0), lr=0.0)
@@ -489,9 +500,11 @@ def test_what_the_frozen_part_does_not_need_is_not_in_memory():
     dead.append(weakref.ref(loop.optimizer))
     assert len(dead) == 25
     del adapted
+    ended = loop.run  # somebody may keep it
     assert loop.turn()
     gc.collect()
     assert [ref() is None for ref in dead] == [True] * 25
+    assert ended.step == 7
     loop.steps(1)
     assert all(p.grad is None for n, p in loop.run.model.named_parameters() if ".base." in n)
 

@@ -261,7 +261,7 @@ class Driver:
         self.start, self.skips = self.step, self.skipped
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._optimizer = [], None
+        self._hooks, self._optimizer, self._initial = [], None, None
         self.sentry.armed = True
 
     def close(self) -> None:
