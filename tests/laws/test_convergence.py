@@ -63,6 +63,24 @@ def test_all_stages_on_two_ranks_are_those_of_one_process(engine: str, way: str,
         same(first["state"], second["state"], what="two ranks")
 
 
+def resumed() -> tuple[list[Any], list[Any]]:
+    """Snapshots of a run, and of one that was saved in the middle of the second window and loaded on both ranks."""
+    found = []
+    for stop in (4, 3):
+        session, _ = through("ddp", stop, "shift")
+        if stop == 3:
+            session = Session.load(session.save(), "ddp", tiny(D, blocks=2)).steps(1)
+        assert session.run.watch is not None
+        found.append([s.to_mapping() for s in session.run.watch.snapshots])
+    return found[0], found[1]
+
+
+def test_what_was_heard_of_a_window_counts_once_for_all_ranks(pool: Pool) -> None:
+    for whole, again in pool.run(resumed):
+        assert [s["step"] for s in whole] == [2, 4]
+        assert whole == again
+
+
 def unwrapped() -> str:
     """A wrapper of the phase before knows nothing of the factors."""
     session, _ = through("ddp", 4, "shift")

@@ -129,6 +129,35 @@ def base(run: rs.Run, leaf: str = "weight") -> dict[str, Tensor]:
     return {site: t.detach().clone() for site, t in found.items() if t is not None}
 
 
+# ---- optimizers
+
+
+def test_updates_inside_the_backward_pass_give_the_same_bits():
+    def through(fused: bool) -> Loop:
+        loop = begun()
+        loop.begin = lambda: setattr(loop, "optimizer", loop.run.optimizer(lr=1e-2, fused_backward=fused))
+        loop.begin()
+        return loop.steps(9)
+
+    one, other = through(False), through(True)
+    assert one.shifts == other.shifts == [4, 7]
+    assert all(torch.equal(p, dict(other.run.trainable())[n]) for n, p in one.run.trainable())
+    assert torch.equal(out(one.run.model), out(other.run.model))
+
+
+def test_another_optimizer_may_carry_it():
+    loop = begun()
+
+    def begin() -> None:
+        loop.optimizer = torch.optim.SGD([p for _, p in loop.run.trainable()], lr=1e-2)
+        loop.run.carry(loop.optimizer)
+
+    loop.begin = begin
+    loop.begin()
+    loop.steps(9)
+    assert loop.shifts == [4, 7]
+
+
 # ---- ranks
 
 
@@ -289,6 +318,20 @@ def test_accumulated_batches_are_all_heard_and_updates_are_counted():
     assert [s.step for s in seen] == [2, 4]
     mean = sum(Loop.loss(loop, part).item() for part in range(3)) / 3
     assert [s.loss for s in seen] == pytest.approx([mean, mean], rel=1e-6)
+
+
+def test_a_window_with_a_loss_that_is_no_number_has_not_converged():
+    loop = begun(lr=0.0)
+    loop.step()
+    loop.run.loss(math.nan * loop.run.model(IDS).sum()).backward()
+    loop.optimizer.step()
+    loop.optimizer.zero_grad()
+    assert (loop.run.step, loop.run.skipped) == (1, 1)
+    for _ in range(4):
+        loop.step()
+        assert loop.run.due() is None
+    loop.step()
+    assert loop.run.due() is not None, "two whole windows later"
 
 
 def test_a_minimum_of_full_training():
@@ -714,6 +757,7 @@ def test_a_shared_weight_may_get_one_of_its_own_at_the_switch(joint: int):
             step()
     step()
     assert model.lm_head.base.weight is not model.model.embed_tokens.weight
+    assert run.adapter()["lm_head"].rank == 4, "of `then`: what is shared is not looked at"
     again = rs.restore(llama()[0], run.state_dict())
     assert torch.equal(again.model.eval()(**batch).logits, model.eval()(**batch).logits)
 
