@@ -1,10 +1,13 @@
 """ReLoRA in rs.Trainer: its own schedule in the place of the arguments', restarts in it, exact resume, phases."""
 
+import inspect
 import logging
 
 import pytest
 import torch
+import transformers
 from test_trainer import STEPS, arguments, base, data, losses, same, tensors, trainer
+from test_trainer_distributed import on_two, train_and_resume
 from transformers import TrainerCallback
 
 import rankshift as rs
@@ -124,10 +127,25 @@ def test_after_a_phase_of_all_weights_it_has_a_schedule_from_there(tmp_path, cap
 
 
 def test_after_it_the_schedule_of_the_run_is_where_the_run_is(tmp_path):
-    t, look = looked_at(tmp_path, rest={"then": [rs.Then(rs.LoRA(rank=2), steps=5)]})
+    """Full for 1 update, ReLoRA for 4 of the 7 that its schedule is made for, then LoRA on the arguments' line."""
+    phases = {"then": [rs.Then(METHOD, steps=1), rs.Then(rs.LoRA(rank=2), steps=4)]}
+    t, look = looked_at(tmp_path, rs.Full(), rest=phases)
     t.train()
-    line = [1e-2 * (STEPS - u) / (STEPS - 2) for u in range(STEPS)]
-    assert look.rates == pytest.approx([*jagged()[:5], *line[5:]])
+    line = [1e-2 * min(u / 2, (STEPS - u) / (STEPS - 2)) for u in range(STEPS)]
+    assert look.rates == pytest.approx([line[0], *jagged(length=7)[:4], *line[5:]])
+    assert look.rewrote == [4]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_agree_and_resume_after_a_restart_to_the_bit(tmp_path, engine):
+    if engine == "ddp" and 'type != "cpu"' not in inspect.getsource(transformers.Trainer._load_optimizer_and_scheduler):
+        pytest.skip("this transformers cannot load an optimizer on several CPU processes (map_location cpu:0)")
+    method = rs.ReLoRA(rank=2, every=3, rewarm=2, targets=("q_proj", "v_proj"))
+    (one, resumed), (two, _) = on_two(tmp_path, train_and_resume, tmp_path / "out", method, engine, 4)
+    assert f"base/{WEIGHT}.weight" in one["tensors"], "what was merged is saved"
+    assert one["losses"] == two["losses"] == resumed["losses"]
+    assert same(one["tensors"], two["tensors"])
+    assert same(one["tensors"], resumed["tensors"])
 
 
 def test_a_warm_up_that_does_not_fit_a_later_phase_is_refused_before_training(tmp_path):
