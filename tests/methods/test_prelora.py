@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import weakref
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -786,6 +788,27 @@ def test_weights_that_were_frozen_before_stay_so_and_are_not_looked_at():
     model.blocks[1].up.requires_grad_(False)
     with pytest.raises(TargetError, match=r"blocks\.1\.up\.bias is frozen"):
         rs.attach(model, of())
+
+
+# ---- what is written of it
+
+
+def test_the_example_of_the_documentation(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "prelora.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    for long, short in (
+        ("weight_change=1, loss_change=5", "weight_change=1e9, loss_change=1e9, joint=3, max_rank=8"),
+        ("100_000", "12"), ("window=1000", "window=2"), ("warmup=1000", "warmup=2"),
+        ('"model/"', repr(str(tmp_path / "model"))),
+    ):  # fmt: skip
+        assert long in code
+        code = code.replace(long, short)
+    model, batch = llama()
+    names = {"model": model.train(), "batches": [batch] * 12}
+    exec(code, names)
+    assert [p.start for p in names["run"].phases] == [0, 6, 9]
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert (again(**batch).logits - model.eval()(**batch).logits).abs().max() < 1e-5
 
 
 # ---- bad input
