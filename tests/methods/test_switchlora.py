@@ -423,9 +423,10 @@ def test_as_many_exchanges_as_the_rate_says_and_none_in_the_end() -> None:
     (event,) = run.method.events()
     counts, q = [], []
     for t in range(T):
-        before = int(layer.clock[0])
-        event.moves([layer], Tick(t, T, 5, None))  # type: ignore[attr-defined]
-        counts.append(int(layer.clock[0]) - before)
+        (*_, move) = (None, *event.moves([layer], Tick(t, T, 5, None)))  # type: ignore[attr-defined]
+        counts.append(0 if move is None else move.count)
+        if move is not None:
+            layer.clock.copy_(torch.tensor(move.clock))
         q.append(r / interval * rho ** ((t + 1) / (ratio * T)))
     assert sum(q) == pytest.approx(r / interval * ratio * T / math.log(1 / rho), rel=0.01)
     deviation = math.sqrt(sum((x % 1) * (1 - x % 1) for x in q))
@@ -607,6 +608,60 @@ def test_merged_it_is_a_plain_model() -> None:
     plain = run.merge()
     assert all(type(layer) is nn.Linear for layer in plain.layers)  # type: ignore[union-attr]
     torch.testing.assert_close(plain(noise(4, 9)), want, rtol=0, atol=1e-13)
+
+
+def test_a_skipped_update_exchanges_nothing() -> None:
+    run = rs.attach(chain(9, 12), method(rho=1.0), total_steps=50)
+    optimizer = run.optimizer(lr=1e-2)
+    for _ in range(3):
+        update(run, optimizer, noise(4, 9), noise(4, 12))
+
+    def state() -> dict[str, Tensor]:
+        found = {name: tensor.clone() for name, tensor in run.state_dict()["tensors"].items()}
+        for i, values in enumerate(optimizer.state.values()):
+            found |= {f"{i}.{key}": value.clone() for key, value in values.items()}
+        return found
+
+    before = state()
+    update(run, optimizer, noise(4, 9) * math.nan, noise(4, 12))
+    after = state()
+    assert run.skipped == 1
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    update(run, optimizer, noise(4, 9), noise(4, 12))
+    assert not torch.equal(before["default/layers.0.pool_A"], state()["default/layers.0.pool_A"])
+
+
+@pytest.mark.parametrize(("together", "ahead"), [(200, 1 << 26), (1 << 25, 0), (1 << 25, 500)])
+def test_in_pieces_and_late_it_is_the_same(together: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few layers at a time, or not made ready before the gradients are known to be finite."""
+
+    def trained() -> dict[str, Tensor]:
+        run = rs.attach(chain(8, 8, 12, 12, 8), method(rho=1.0), total_steps=50)
+        optimizer = run.optimizer(lr=1e-2)
+        for _ in range(12):
+            update(run, optimizer, noise(4, 8), noise(4, 8, seed=1))
+        return run.state_dict()["tensors"]
+
+    want = trained()
+    monkeypatch.setattr("rankshift.methods.switchlora._TOGETHER", together)
+    monkeypatch.setattr("rankshift.methods.switchlora._AHEAD", ahead)
+    got = trained()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-12)
+
+
+def test_the_host_does_its_part_before_it_waits_for_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankshift.core import event
+    from rankshift.methods.switchlora import Exchange
+
+    order: list[str] = []
+    finite, make = event._finite, Exchange.of.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(event, "_finite", lambda gradients: order.append("finite") or finite(gradients))
+    monkeypatch.setattr(Exchange, "of", classmethod(lambda cls, moves: order.append("ready") or make(cls, moves)))
+    monkeypatch.setattr(Exchange, "make_", lambda self: order.append("made"))
+    run = rs.attach(chain(9, 12), method(rho=1.0), total_steps=50)
+    update(run, run.optimizer(lr=1e-2), noise(4, 9), noise(4, 12))
+    assert order == ["ready", "finite", "made"]
 
 
 def test_a_layer_without_a_gradient_does_not_stop_the_others() -> None:

@@ -14,7 +14,7 @@ import enum
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -86,7 +86,9 @@ class Event(Protocol):
     itself, where the optimizer steps beside the weight, says ``steps = True``: it alone may change the function. One
     that takes all adapters faster together has ``apply_all(adapters, tick)`` too, with the result of one after another.
     One that is rare and worth a mark under the loss says what it is, ``landmark = "restart"``.
-    One at GRADS that often finds nothing to do has ``idle(adapters, tick)``: then nobody waits for the gradients.
+    One at GRADS that often finds nothing to do has ``idle(adapters, tick)``: then nobody waits for the gradients. One
+    with much to do that changes nothing yet has ``prepare(adapters, tick)``: it is called before the host waits for the
+    gradients, and ``apply_all(adapters, tick, prepared)`` is given what it returned.
     """
 
     @property
@@ -316,6 +318,7 @@ class Driver:
                 "takes them as soon as a backward pass has made them. Let loss.backward() make all gradients; after "
                 "wrapping or sharding the model make a new optimizer."
             )
+        prepared: dict[int, Any] = {}
         if self.taken:  # the backward pass began this update, and asked by itself
             self._bad = not all(map(math.isfinite, self.taken.values()))
             self._skip = not any(map(math.isfinite, self.taken.values()))
@@ -324,6 +327,7 @@ class Driver:
             if self._may_go_ahead(optimizer, gradients):
                 self._verdict = optimizer.void = 1 - _all_finite(gradients).float()  # type: ignore[attr-defined]
                 return
+            prepared = self._prepare()
             self._bad = self._skip = not _finite(gradients)
         if self._skip:
             for p in tensors:
@@ -331,7 +335,7 @@ class Driver:
             return
         if self.check_gradients and not self._checked:
             self._check()
-        self._apply(Moment.GRADS)
+        self._apply(Moment.GRADS, prepared=prepared)
 
     def _may_go_ahead(self, optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor]) -> bool:
         """Whether the update may be launched before it is known whether its gradients are finite: a GPU that is asked
@@ -412,8 +416,24 @@ class Driver:
             elif "step" in (state := optimizer.state.get(parameter, {})):  # another's: its count would stand at one
                 state["step"] *= 0
 
-    def _apply(self, moment: Moment, steps: bool | None = None) -> None:
-        """Apply the events of a moment; ``steps``: only those that are the update itself, or only the others."""
+    def _prepare(self) -> dict[int, Any]:
+        """What events at GRADS have prepared, by their id."""
+        tick = self._tick()
+        asked = [
+            (e, a) for e, a in self.audience() if e.moment is Moment.GRADS and hasattr(e, "prepare") and e.due(tick)
+        ]
+        for unit in self._units if asked else ():
+            unit.reshard()
+        with torch.no_grad():
+            return {id(event): event.prepare(adapters, tick) for event, adapters in asked}
+
+    def _apply(self, moment: Moment, steps: bool | None = None, prepared: Mapping[int, Any] | None = None) -> None:
+        """Apply the events of a moment.
+
+        Args:
+            steps: only those that are the update itself, or only the others.
+            prepared: what some of them have prepared, by their id.
+        """
         tick = self._tick()
         due = [(event, adapters) for event, adapters in self.audience() if event.moment is moment and event.due(tick)]
         if steps is not None:
@@ -424,7 +444,7 @@ class Driver:
             for event, adapters in due:
                 together = getattr(event, "apply_all", None)
                 if together is not None:
-                    together(adapters, tick)
+                    together(adapters, tick, *([prepared[id(event)]] if prepared and id(event) in prepared else []))
                     continue
                 for adapter in adapters:
                     event.apply(adapter, tick)

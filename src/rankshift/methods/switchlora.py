@@ -50,7 +50,8 @@ from rankshift.optim.rounding import narrow
 from rankshift.optim.vectors import Vectors
 
 _GAIN = 3**-0.5  # g: torch's Linear draws from ±√3·g/√n
-_TOGETHER = 1 << 25  # numbers of A, and of B, that are copied at once
+_TOGETHER = 1 << 25  # numbers of A and B that are copied at once
+_AHEAD = 1 << 26  # and that are held until the gradients are known to be finite
 
 
 class SwitchLayer(LoRALayer):
@@ -83,6 +84,7 @@ class Move:
     before: int  # exchanges so far
     count: int  # of A now, and as many of B
     frozen: int  # vectors of each that are frozen in this update: those of the last N updates
+    clock: list[int]  # after it
 
 
 @dataclass(frozen=True)
@@ -100,20 +102,36 @@ class Switch:
     def apply(self, adapter: Adapter, tick: Tick) -> None:
         self.apply_all([adapter], tick)
 
-    def apply_all(self, adapters: Sequence[Adapter], tick: Tick) -> None:
+    def prepare(self, adapters: Sequence[Adapter], tick: Tick) -> list[Batch]:
+        """All that changes nothing yet, so that it need not wait for the gradients."""
         alike: dict[Any, list[Move]] = {}
         for move in self.moves(adapters, tick):
             A, B = move.A, move.B
             alike.setdefault((A.shape, B.shape, A.dtype, A.device, shard.is_sharded(A)), []).append(move)
-        late: list[Callable[[], None]] = []
+        batches: list[Batch] = []
+        held = 0
         for found in alike.values():
-            size = max(1, _TOGETHER // max(found[0].A.numel(), found[0].B.numel()))
-            for moves in (found[i : i + size] for i in range(0, len(found), size)):
-                if some := [move for move in moves if move.count]:
-                    late += exchange_(some)
-                hold_(moves, tick)
-        for write in late:  # the device has the rest of its work already
-            write()
+            size = found[0].A.numel() + found[0].B.numel()
+            count = max(1, _TOGETHER // size)
+            for moves in (found[i : i + count] for i in range(0, len(found), count)):
+                held += size * len(moves)
+                batches.append(Batch(moves, work_of(moves) if held <= _AHEAD else None))
+        return batches
+
+    def apply_all(self, adapters: Sequence[Adapter], tick: Tick, prepared: Sequence[Batch] | None = None) -> None:
+        batches = self.prepare(adapters, tick) if prepared is None else prepared
+        late: list[Callable[[], None]] = []
+        for batch in batches:
+            exchange, hold = batch.work or work_of(batch.moves)
+            if exchange is not None:
+                exchange.make_()
+                late.append(exchange.put_back_)
+            hold.take_(tick)
+        for put_back_ in late:  # the device has the rest of its work already
+            put_back_()
+        if moves := [move for batch in batches for move in batch.moves]:
+            after = torch.tensor([move.clock for move in moves]).unbind()
+            torch._foreach_copy_([move.layer.clock for move in moves], list(after))
 
     def rate(self, rank: int, tick: Tick) -> float:
         """q(t): exchanges of A, and of B, that an update has on average; t and T are those of the phase."""
@@ -122,10 +140,8 @@ class Switch:
         return rank / self.interval * math.pow(self.rho, (t + 1) / (self.ratio * total))
 
     def moves(self, adapters: Sequence[Adapter], tick: Tick) -> list[Move]:
-        """What layers do in this update, and their clocks after it; layers that do nothing are left out."""
+        """What layers do in this update; those that do nothing are left out."""
         found: list[Move] = []
-        clocks: list[Tensor] = []
-        after: list[list[int]] = []
         key = tick.key("switch")
         for adapter in adapters:
             assert isinstance(adapter, SwitchLayer)
@@ -137,85 +153,119 @@ class Switch:
             # B's pointer is r//2 ahead: A must not reach it, nor what is frozen behind it
             count = min(wish, rank // 2 - still, adapter.pool_A.shape[0] - rank)
             if count or still:
-                found.append(Move(adapter, A, B, before, count, still + count))
-                clocks.append(adapter.clock)
-                after.append([before + count, count, *recent][: len(recent) + 1])
-        if found:
-            torch._foreach_copy_(clocks, list(torch.tensor(after).unbind()))
+                clock = [before + count, count, *recent][: len(recent) + 1]
+                found.append(Move(adapter, A, B, before, count, still + count, clock))
         return found
 
 
-def exchange_(moves: Sequence[Move]) -> list[Callable[[], None]]:
-    """Rows of A and columns of B against candidates, in layers of one shape; W takes the difference.
+@dataclass(frozen=True)
+class Exchange:
+    """Rows of A and columns of B against candidates, in layers of one shape; W takes the difference."""
 
-    Returns:
-        What is left to do once the device has been given its work: the old vectors go into the pools.
-    """
-    As, Bs, layers = [move.A for move in moves], [move.B for move in moves], [move.layer for move in moves]
-    rank, device, most = As[0].shape[0], As[0].device, max(move.count for move in moves)
-    starts, counts = [move.before for move in moves], [move.count for move in moves]
-    # layers with fewer exchanges than the most go along with vectors that are exchanged against themselves
-    first, number = _sent([starts, counts], device)
-    each, places = torch.arange(len(moves), device=device)[:, None], torch.arange(most, device=device)
-    real = (places < number[:, None])[:, :, None]
-    rows = (first[:, None] + places) % rank  # (L, K)
-    columns = (rows + rank // 2) % rank
+    moves: Sequence[Move]
+    A: Tensor  # (L, r, n), as they will be
+    B: Tensor  # (L, m, r)
+    left: Tensor  # (L, m, 2K): W += left @ right
+    right: Tensor  # (L, 2K, n)
+    old: tuple[Callable[[], Tensor], Callable[[], Tensor]]  # (L, K, n), (L, K, m), on the host once they are asked for
 
-    A, B = _stacked(As), _stacked(Bs).mT  # (L, r, n), (L, r, m)
-    old_A, old_B = A[each, rows], B[each, columns]  # (L, K, n), (L, K, m)
-    back_A, back_B = pool.given(old_A), pool.given(old_B)
-    new_A = torch.where(real, pool.taken([layer.pool_A for layer in layers], starts, most, device), old_A)
-    new_B = torch.where(real, pool.taken([layer.pool_B for layer in layers], starts, most, device), old_B)
+    @classmethod
+    def of(cls, moves: Sequence[Move]) -> Exchange:
+        """Under sharding every rank must call this."""
+        layers, rank, device = [move.layer for move in moves], moves[0].A.shape[0], moves[0].A.device
+        starts, counts = [move.before for move in moves], [move.count for move in moves]
+        most = max(counts)
+        # layers with fewer exchanges than the most go along with vectors that are exchanged against themselves
+        first, number = _sent([starts, counts], device)
+        each, places = torch.arange(len(moves), device=device)[:, None], torch.arange(most, device=device)
+        real = (places < number[:, None])[:, :, None]
+        rows = (first[:, None] + places) % rank  # (L, K)
+        columns = (rows + rank // 2) % rank
 
-    # W += s·b (a − a')ᵀ with the B of now, then s·(b − b') aᵀ with the new A: as one product
-    A[each, rows] = new_A
-    left = torch.cat([B[each, rows], old_B - new_B], 1).mul_(layers[0].scale)
-    right = torch.cat([old_A - new_A, A[each, columns]], 1)
-    B[each, columns] = new_B
-    add_products_([layer.base for layer in layers], left.mT, right)
-    torch._foreach_copy_(*_here(As, A))
-    torch._foreach_copy_(*_here(Bs, B.mT))
+        A, B = _stacked([move.A for move in moves]), _stacked([move.B for move in moves]).mT  # (L, r, n), (L, r, m)
+        old_A, old_B = A[each, rows], B[each, columns]  # (L, K, n), (L, K, m)
+        old = pool.given(old_A), pool.given(old_B)
+        new_A = torch.where(real, pool.taken([layer.pool_A for layer in layers], starts, most, device), old_A)
+        new_B = torch.where(real, pool.taken([layer.pool_B for layer in layers], starts, most, device), old_B)
+        # W += s·b (a − a')ᵀ with the B of now, then s·(b − b') aᵀ with the new A: as one product
+        A[each, rows] = new_A
+        left = torch.cat([B[each, rows], old_B - new_B], 1).mul_(layers[0].scale)
+        right = torch.cat([old_A - new_A, A[each, columns]], 1)
+        B[each, columns] = new_B
+        return cls(moves, A, B.mT, left.mT, right, old)
 
-    where = [start - rank for start in starts]  # r exchanges ago they were taken from there
-    return [
-        lambda: pool.put_back([layer.pool_A for layer in layers], where, counts, back_A()),
-        lambda: pool.put_back([layer.pool_B for layer in layers], where, counts, back_B()),
-    ]
+    def make_(self) -> None:
+        """Exchange them. Under sharding every rank must call this."""
+        add_products_([move.layer.base for move in self.moves], self.left, self.right)
+        torch._foreach_copy_(*_here([move.A for move in self.moves], self.A))
+        torch._foreach_copy_(*_here([move.B for move in self.moves], self.B))
+
+    def put_back_(self) -> None:
+        """The old vectors to where they were taken from, r exchanges ago."""
+        where = [move.before - move.A.shape[0] for move in self.moves]
+        counts = [move.count for move in self.moves]
+        pool.put_back([move.layer.pool_A for move in self.moves], where, counts, self.old[0]())
+        pool.put_back([move.layer.pool_B for move in self.moves], where, counts, self.old[1]())
 
 
-def hold_(moves: Sequence[Move], tick: Tick) -> None:
+@dataclass(frozen=True)
+class Hold:
     """Columns of B whose rows of A were exchanged in one of the last N updates get no gradient, and Adam knows nothing
     of them; its count begins anew for those of this update. Likewise rows of A and columns of B."""
-    rank, device = moves[0].A.shape[0], moves[0].A.device
-    numbers = [[m.before + m.count for m in moves], [m.count for m in moves], [m.frozen for m in moves]]
-    end, number, still = _sent(numbers, device)
-    age = (end[:, None] - 1 - torch.arange(rank, device=device)) % rank  # 0: row of A that was exchanged last
-    free, old = age >= still[:, None], age >= number[:, None]  # (L, r)
-    for parameters, free_, old_ in (
-        ([m.A for m in moves], free.roll(rank // 2, 1)[:, :, None], old.roll(rank // 2, 1)[:, :, None]),
-        ([m.B for m in moves], free[:, None, :], old[:, None, :]),
-    ):
-        states = [tick.state(p) for p in parameters]  # empty before the first update
-        _keep([[p.grad for p in parameters], *([s.get(k) for s in states] for k in ("exp_avg", "exp_avg_sq"))], free_)
-        _keep([[s.get("step") for s in states]], old_)
+
+    moves: Sequence[Move]
+    free: tuple[Tensor, Tensor]  # (L, r, n), (L, m, r): 0 at what is frozen, else 1
+    older: tuple[Tensor, Tensor]  # (L, r, 1), (L, 1, r): 0 at what begins anew, else 1
+
+    @classmethod
+    def of(cls, moves: Sequence[Move]) -> Hold:
+        A, B = moves[0].A, moves[0].B
+        rank, device = A.shape[0], A.device
+        ends, counts = [move.before + move.count for move in moves], [move.count for move in moves]
+        end, number, still = _sent([ends, counts, [move.frozen for move in moves]], device)
+        age = (end[:, None] - 1 - torch.arange(rank, device=device)) % rank  # 0: row of A that was exchanged last
+        free, older = (age >= still[:, None]).to(A.dtype), (age >= number[:, None]).float()  # (L, r)
+        ahead = rank // 2  # columns of B
+        return cls(
+            moves,
+            (
+                free.roll(ahead, 1)[:, :, None].expand(-1, *A.shape).contiguous(),
+                free[:, None, :].expand(-1, *B.shape).contiguous(),
+            ),
+            (older.roll(ahead, 1)[:, :, None], older[:, None, :]),
+        )
+
+    def take_(self, tick: Tick) -> None:
+        """Act on gradients and on the optimizer's state, which there is none of before the first update."""
+        factors = [move.A for move in self.moves], [move.B for move in self.moves]
+        for parameters, free, older in zip(factors, self.free, self.older, strict=True):
+            states = [tick.state(p) for p in parameters]
+            _scale_([p.grad for p in parameters], free)
+            for name, keep in (("exp_avg", free), ("exp_avg_sq", free), ("step", older)):
+                _scale_([state.get(name) for state in states], keep)
 
 
-def _keep(kinds: Sequence[Sequence[Tensor | None]], where: Tensor) -> None:
-    """Zero tensors of one shape outside of ``where`` (L, …), which broadcasts. Of each kind there are L, or None."""
-    like = next((t for tensors in kinds for t in tensors if t is not None), None)
-    if like is None:
-        return
-    factors = where.expand(where.shape[0], *like.shape).to(like.dtype, memory_format=torch.contiguous_format)
-    parts: list[Tensor] = []
-    shares: list[Tensor] = []
-    for tensors in kinds:
-        there = [i for i, t in enumerate(tensors) if t is not None]
-        some = factors if len(there) == len(tensors) else factors[there]
-        if there:
-            held, share = _here([t for t in tensors if t is not None], some)
-            parts += held
-            shares += share
-    torch._foreach_mul_(parts, shares)
+@dataclass(frozen=True)
+class Batch:
+    """Layers of one shape, and what they do, if that has been made ready."""
+
+    moves: Sequence[Move]
+    work: tuple[Exchange | None, Hold] | None
+
+
+def work_of(moves: Sequence[Move]) -> tuple[Exchange | None, Hold]:
+    """What these layers do. Under sharding every rank must call this."""
+    some = [move for move in moves if move.count]
+    return Exchange.of(some) if some else None, Hold.of(moves)
+
+
+def _scale_(tensors: Sequence[Tensor | None], factors: Tensor) -> None:
+    """Each tensor times its factors, (L, …); None is left out."""
+    there = [t for t in tensors if t is not None]
+    if len(there) < len(tensors):
+        factors = factors[[i for i, t in enumerate(tensors) if t is not None]]
+    if there:
+        torch._foreach_mul_(*_here(there, factors))
 
 
 def _sent(numbers: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
