@@ -18,7 +18,7 @@ from laws.pulse import Pulse, registered
 from laws.world import Engine, Session, batch, begin, evaluate, gap, loss_of, same, tiny
 from rankshift.core.method import Method
 from rankshift.core.phase import Phase
-from rankshift.methods import AdaRankGrad, Full, GaLore, LoRA, SoRA
+from rankshift.methods import AdaRankGrad, Full, GaLore, LoRA, ReLoRA, SoRA
 
 SORA = SoRA(rank=4, alpha=8, sparsity=(20, 30), gate_init="normal")  # 22 of 28 ranks are left for the second stage
 ROUTES: dict[str, list[Method]] = {
@@ -31,6 +31,7 @@ ROUTES: dict[str, list[Method]] = {
         Full(targets=("head", "up")),
     ],
     "sora-stages-lora": [SORA, replace(SORA, stage=1), LoRA(rank=2)],
+    "full-relora-lora": [Full(), ReLoRA(rank=3, every=1, targets=("q", "up")), LoRA(rank=2)],
     "lora-galore-lora": [LoRA(rank=2), GaLore(rank=3, every=1, rounding="stochastic"), LoRA(rank=2)],
     "galore-adarankgrad-galore": [
         GaLore(rank=4, every=2, rest="freeze"),
