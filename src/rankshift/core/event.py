@@ -150,6 +150,23 @@ class Sentry:
         self._seen = now
 
 
+class _Verdict:
+    """A number on its way from the device to the host, past whatever the device is asked to do after."""
+
+    def __init__(self, value: Tensor):
+        self._value, self._arrived = value, None
+        if value.is_cuda:
+            self._value = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(value.device).record_event()
+
+    def known(self) -> bool:
+        """Whether it is not 0; waits until it is there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._value)
+
+
 @dataclass(eq=False)
 class Driver:
     """Counts updates and applies events, from the step hooks of the optimizer it is bound to.
@@ -181,7 +198,7 @@ class Driver:
     _witness: Witness = field(default_factory=Witness)  # one for life: compiled code keeps the hook it was traced with
     _fresh: list[Tensor] | None = None  # in a rehearsal: tensors whose state it makes
     _bad: bool = False  # a gradient is not finite
-    _verdict: Tensor | None = None  # 1 if so, where the update was launched before that is known
+    _verdict: _Verdict | None = None  # where the update was launched before that is known
     _skip: bool = False  # so no tensor is updated
     _streak: int = 0
     _checked: bool = False
@@ -325,7 +342,8 @@ class Driver:
         else:
             self.permit()
             if self._may_go_ahead(optimizer, gradients):
-                self._verdict = optimizer.void = 1 - _all_finite(gradients).float()  # type: ignore[attr-defined]
+                optimizer.void = 1 - _all_finite(gradients).float()  # type: ignore[attr-defined]
+                self._verdict = _Verdict(optimizer.void)  # type: ignore[attr-defined]
                 return
             prepared = self._prepare()
             self._bad = self._skip = not _finite(gradients)
@@ -375,7 +393,7 @@ class Driver:
             self.taken.clear()
         if self._verdict is not None:
             self._apply(Moment.UPDATED, steps=True)  # of the update itself: before anybody waits
-            self._bad = self._skip = bool(self._verdict)
+            self._bad = self._skip = self._verdict.known()
             if self._bad:
                 optimizer.retract()  # type: ignore[attr-defined]
             optimizer.void = None  # type: ignore[attr-defined]

@@ -84,21 +84,33 @@ class Adam:
         for batch in _batches(parameters):
             ps, ss = [parameters[i] for i, _ in batch], [states[i] for i, _ in batch]
             pieces = [rows for _, rows in batch]
-            wide = [rounding.opened(p, state, rows) for p, state, rows in zip(ps, ss, pieces, strict=True)]
-            gs = [shard.held(gradients[i])[rows].to(w.dtype) for (i, rows), w in zip(batch, wide, strict=True)]
+            wide = rounding.opened_together(ps, ss, pieces)
+            gs = _as(wide, [shard.held(gradients[i])[rows] for i, rows in batch])
             moments = [self._moments(state, rows) for state, rows in zip(ss, pieces, strict=True)]
             for state, rows in zip(ss, pieces, strict=True):
                 state["step"] += offset(rows) == 0  # once a tensor, in its first piece
             taken = [state["step"] - 1 for state in ss]
             _adamw(wide, gs, moments, taken, hyper, fused=hyper.void is not None or all(w.is_cuda for w in wide))
-            for p, w, (m, v), state, rows in zip(ps, wide, moments, ss, pieces, strict=True):
+            for (m, v), state, rows in zip(moments, ss, pieces, strict=True):
                 self._keep(state, m, v, rows)
-                rounding.close(p, w, state, self.rounding, rows)
+            rounding.close_together(ps, wide, ss, self.rounding, pieces)
 
     def adopt(self, p: Tensor, saved: dict[str, Tensor], fresh: dict[str, Tensor]) -> list[str]:
         if "basis" in saved:
             raise ConfigError("it is that of a projected gradient, and here this tensor takes plain AdamW.")
         return adopt(self.store or Wide(), saved, fresh, tuple(p.shape), p, shard.is_sharded(p))
+
+
+def _as(like: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors in the dtype of others; one launch for all that are not."""
+    found = list(tensors)
+    odd = [i for i, (t, other) in enumerate(zip(tensors, like, strict=True)) if t.dtype != other.dtype]
+    if odd:
+        copies = [torch.empty_like(tensors[i], dtype=like[i].dtype) for i in odd]
+        torch._foreach_copy_(copies, [tensors[i] for i in odd])
+        for i, copy in zip(odd, copies, strict=True):
+            found[i] = copy
+    return found
 
 
 def _adamw(

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import EllipsisType
 from typing import Literal
 
@@ -62,6 +63,42 @@ def opened(p: Tensor, state: dict[str, Tensor], rows: Rows = ...) -> Tensor:
     master = shard.held(state["master"])[rows]
     moved = master.to(here.dtype) != here  # by others since the last step: a weight that was loaded is not taken back
     return master.copy_(torch.where(moved, here, master))
+
+
+def opened_together(ps: Sequence[Tensor], states: Sequence[dict[str, Tensor]], pieces: Sequence[Rows]) -> list[Tensor]:
+    """:func:`opened` of several, with one launch for those that are copied."""
+    found: list[Tensor] = []
+    narrowed: list[Tensor] = []
+    copies: list[Tensor] = []
+    for p, state, rows in zip(ps, states, pieces, strict=True):
+        here = shard.held(p)[rows]
+        if narrow(here.dtype) and "master" not in state:
+            narrowed.append(here)
+            copies.append(torch.empty_like(here, dtype=torch.float32))
+            found.append(copies[-1])
+        else:
+            found.append(opened(p, state, rows))
+    if copies:
+        torch._foreach_copy_(copies, narrowed)
+    return found
+
+
+def close_together(
+    ps: Sequence[Tensor],
+    values: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    how: Rounding,
+    pieces: Sequence[Rows],
+) -> None:
+    """:func:`close` of several, with one launch where they are rounded to the nearest."""
+    if how == "stochastic":
+        for p, value, state, rows in zip(ps, values, states, pieces, strict=True):
+            close(p, value, state, how, rows)
+        return
+    pairs = [(shard.held(p)[rows], value) for p, value, rows in zip(ps, values, pieces, strict=True)]
+    copied = [(here, value) for here, value in pairs if here.data_ptr() != value.data_ptr()]
+    if copied:
+        torch._foreach_copy_([here for here, _ in copied], [value for _, value in copied])
 
 
 def word(state: dict[str, Tensor]) -> int:
