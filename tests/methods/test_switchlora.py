@@ -631,12 +631,12 @@ def test_a_skipped_update_exchanges_nothing() -> None:
     assert not torch.equal(before["default/layers.0.pool_A"], state()["default/layers.0.pool_A"])
 
 
-@pytest.mark.parametrize(("together", "ahead"), [(200, 1 << 26), (1 << 25, 0), (1 << 25, 500)])
+@pytest.mark.parametrize(("together", "ahead"), [(130, 1 << 26), (1 << 25, 0), (130, 150)])
 def test_in_pieces_and_late_it_is_the_same(together: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few layers at a time, or not made ready before the gradients are known to be finite."""
 
     def trained() -> dict[str, Tensor]:
-        run = rs.attach(chain(8, 8, 12, 12, 8), method(rho=1.0), total_steps=50)
+        run = rs.attach(chain(8, 8, 8, 8), method(rho=1.0), total_steps=50)
         optimizer = run.optimizer(lr=1e-2)
         for _ in range(12):
             update(run, optimizer, noise(4, 8), noise(4, 8, seed=1))
