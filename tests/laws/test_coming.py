@@ -152,18 +152,27 @@ def test_under_ddp_it_is_the_mean_over_ranks(pool: Pool) -> None:
 THEN = [rs.Then(LORA, loss=100.0, window=3, lr=1e-2), rs.Then(GaLore(rank=2), loss_change=1000.0, windows=2, window=2)]
 
 
+def known(session: Session, steps: int) -> tuple[Session, list[Any]]:
+    """So many updates, and what the run knew after each: the windows too."""
+    seen = []
+    for _ in range(steps):
+        session = go(session, 1)
+        seen.append(session.run.describe())
+    return session, seen
+
+
 def resume(engine: Engine, at: int) -> list[Any]:
     """Steps 0 … 9 with changes after 3 and 7, straight through and by a file after ``at``."""
-    whole = go(begin(engine, THEN), 9)
+    whole, seen = known(begin(engine, THEN), 9)
     first = go(begin(engine, THEN), at)
     saved, losses = first.save(), list(first.losses)
-    # every rank has the whole sum in its file, and the first goes on with it
-    again = go(Session.load(saved, engine, tiny(), losses=losses), 9 - at)
+    again, seen_again = known(Session.load(saved, engine, tiny(), losses=losses), 9 - at)
     same(whole.state(), again.state(), what=f"resumed after {at}")
     assert whole.losses == again.losses
     assert route(whole.run) == route(again.run) == [("full", 0, 3), ("lora", 3, 7), ("galore", 7, None)]
-    assert whole.run.describe() == again.run.describe()
-    return [] if first.run.watch is None else first.run.watch.snapshots
+    assert seen_again == seen[at:]
+    assert [len(now["snapshots"]) for now in seen] == [0, 0, 1, 0, 1, 1, 2, 0, 0]
+    return seen
 
 
 @pytest.mark.parametrize("at", range(1, 9))

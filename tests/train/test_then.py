@@ -1,6 +1,5 @@
 """Phases to come in rs.Trainer: their rates, what is resumed to the bit, what is refused before training, and costs."""
 
-import itertools
 import logging
 
 import pytest
@@ -88,17 +87,19 @@ def test_what_each_phase_costs_is_logged_once_at_its_end(whole):
 
 
 def test_evaluations_and_checkpoints_are_no_time_of_updates(monkeypatch):
-    clock = itertools.count()
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    clock = [5.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     meter = costs.Meter(torch.device("cpu"))
-    meter.begin()  # 0
-    meter.count()  # 1
-    meter.pause()  # 2: an evaluation took the second between
-    meter.count()  # 3
-    meter.count()  # 4
+    meter.begin()
+    for update, evaluation in ((1.0, 0.0), (3.0, 70.0), (2.0, 0.0)):
+        clock[0] += update
+        meter.count()
+        if evaluation:
+            clock[0] += evaluation
+            meter.pause()
     x = torch.zeros(3, 5)
     assert meter.read([x, x], [x, torch.zeros(2)], fused=False) == {
-        "phase_update_seconds": 1.0, "phase_estimated_memory": 60 + 60 + 60 + 8,
+        "phase_update_seconds": 2.0, "phase_estimated_memory": 60 + 60 + 60 + 8,
     }  # fmt: skip
     assert meter.read([x], [x, torch.zeros(2)], fused=True)["phase_estimated_memory"] == 60 + 60
     meter.begin()
