@@ -79,7 +79,13 @@ def settings(method: Method) -> dict[str, str]:
     """Field → ``field=value`` where a configuration is not the default."""
     default = type(method)()
     names = [f.name for f in dataclasses.fields(method) if getattr(method, f.name) != getattr(default, f.name)]
-    return {name: f"{name}={getattr(method, name)!r}".replace("'", '"') for name in names}
+    return {name: f"{name}={_written(getattr(method, name))}" for name in names}
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Method):
+        return f"{type(value).__name__}({', '.join(settings(value).values())})"
+    return repr(value).replace("'", '"')
 
 
 def _about(settings: Mapping[str, str], why: str) -> str:
