@@ -6,7 +6,7 @@ import pytest
 
 import rankshift as rs
 from rankshift.core.errors import ConfigError
-from rankshift.core.phase import Phase, Then, check_reachable, listed
+from rankshift.core.phase import Phase, Then, check_reachable, labels, listed
 from rankshift.core.watch import Snapshot
 
 LORA = rs.LoRA(rank=2)
@@ -135,3 +135,11 @@ def test_files_of_before_know_no_rate_and_no_count():
     old = {"method": rs.to_dict(LORA), "start": 2, "stop": 5}
     assert Phase.from_mapping(old) == Phase(rs.to_dict(LORA), 2, 5)
     assert Phase.from_mapping(old).trainable is None
+
+
+def test_phases_of_one_method_are_called_by_what_is_otherwise():
+    stages = [rs.PreLoRA(stage="full"), rs.PreLoRA(stage="joint", ranks={"a": 4}), rs.PreLoRA(stage="frozen")]
+    methods = [rs.Full(), *stages, rs.LoRA(rank=4, alpha=8), rs.Full(), rs.LoRA(rank=6, alpha=8)]
+    assert labels([Phase(rs.to_dict(m), 0) for m in methods]) == [
+        "Full", "PreLoRA full", "PreLoRA joint", "PreLoRA frozen", "LoRA rank 4", "Full", "LoRA rank 6",
+    ]  # fmt: skip

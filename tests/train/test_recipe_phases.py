@@ -46,8 +46,8 @@ def test_full_then_lora(tmp_path, tiny_llama, caplog):
     assert first["estimated_memory"] > second["estimated_memory"] > 4 * metrics["total"]
     assert first["seconds_per_update"] > 0
     end = screen.split("8 updates in")[1]
-    assert f"1 full: 4 updates, {first['trainable']:,} parameters trained" in end
-    assert f"2 lora: 4 updates, {second['trainable']:,} parameters trained" in end
+    assert f"1 Full: 4 updates, {first['trainable']:,} parameters trained" in end
+    assert f"2 LoRA: 4 updates, {second['trainable']:,} parameters trained" in end
     assert (result.directory / "timeline.png").stat().st_size > 10_000
     assert (result.directory / "model" / "config.json").is_file(), "an adapter alone would lack the first phase"
     assert not (result.directory / "peft").exists()

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from test_trainer import STEPS, Interrupt, arguments, base, ctrl_c, data, losses, same, tensors, trainer
+from test_trainer_distributed import OnCPU, on_two
 from transformers import TrainerCallback
 
 import rankshift as rs
@@ -84,6 +85,21 @@ def test_what_each_phase_costs_is_logged_once_at_its_end(whole):
     assert all(r["seconds_per_update"] > 0 for r in rows)
     assert "2 updates" in costs.words(rows[1])
     assert f"{lora:,} parameters trained" in costs.words(rows[1])
+
+
+def test_on_a_gpu_the_peak_is_measured_of_each_phase(monkeypatch):
+    peaks, reset = {"cuda:1": 700}, []
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: reset.append(str(device)))
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: peaks[str(device)])
+    meter = costs.Meter(torch.device("cuda:1"))
+    meter.begin()
+    assert reset == ["cuda:1"]
+    assert meter.read([torch.zeros(9)], [], fused=False) == {"phase_peak_memory": 700}
+    history = [{"phase": 1, "phase_peak_memory": 700, "phase_update_seconds": 0.5}]
+    phase = rs.core.phase.Phase(rs.to_dict(LORA), 0, None, None, 12)
+    (row,) = costs.table([phase], history, 4)
+    assert (row["peak_memory"], row["estimated_memory"]) == (700, None)
+    assert costs.words(row) == "4 updates, 12 parameters trained, 0.5 s an update, 700 B of GPU memory at the peak"
 
 
 def test_evaluations_and_checkpoints_are_no_time_of_updates(monkeypatch):
@@ -184,6 +200,20 @@ def test_the_window_has_the_mean_of_what_is_logged(tmp_path):
     wanted = [sum(logged[k] for k in steps) / 3 for steps in ((1, 2, 3), (4, 5, 6))]
     assert seen == pytest.approx(wanted, abs=1e-4)  # the log rounds
     assert len(t.run.phases) == 1
+
+
+def windowed(out):
+    then = [rs.Then(LORA, loss_change=1e-9, windows=2, window=3)]
+    t = going(out, then, max_steps=7, save_strategy="no", cls=OnCPU, per_device_train_batch_size=1, ddp_backend="gloo")
+    t.train()
+    return {"logged": losses(t), "seen": [s.loss for s in t.run.watch.snapshots]}
+
+
+def test_on_two_processes_too(tmp_path):
+    one, two = on_two(tmp_path, windowed, tmp_path / "out")
+    assert one == two
+    wanted = [sum(one["logged"][k] for k in steps) / 3 for steps in ((1, 2, 3), (4, 5, 6))]
+    assert one["seen"] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_other_phases_than_the_saved_ones_are_refused_and_none_are_those(tmp_path, whole):

@@ -150,6 +150,19 @@ def listed(then: Sequence[Then]) -> tuple[Then, ...]:
     return tuple(then)
 
 
+def labels(phases: Sequence[Phase]) -> list[str]:
+    """What to call each: its method, and what is otherwise in it than in others of that method, as in "PreLoRA joint"
+    or "LoRA rank 4"."""
+    found = []
+    for phase in phases:
+        alike = [other.method for other in phases if other.method["method"] == phase.method["method"]]
+        plain = {k: v for k, v in phase.method.items() if isinstance(v, (str, int, float))}
+        apart = [(k, v) for k, v in plain.items() if any(other.get(k) != v for other in alike)]
+        own = [v if isinstance(v, str) else f"{k} {v}" for k, v in apart]
+        found.append(" ".join([type(from_dict(phase.method)).__name__, *own]))
+    return found
+
+
 def check_reachable(coming: Sequence[Then], start: int, total: int | None) -> None:
     """Raise ConfigError where a phase would begin when the run is over.
 

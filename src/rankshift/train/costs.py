@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankshift.core import shard
-from rankshift.core.phase import Phase
+from rankshift.core.phase import Phase, labels
 from rankshift.summary import size
 
 MEASURED, ESTIMATED = "phase_peak_memory", "phase_estimated_memory"
@@ -73,11 +73,12 @@ def table(phases: Sequence[Phase], history: Iterable[Mapping[str, Any]], step: i
     """
     logged = {int(entry["phase"]): entry for entry in history if "phase" in entry}  # the last of each
     rows = []
-    for number, phase in enumerate(phases, 1):
+    for number, (phase, label) in enumerate(zip(phases, labels(phases), strict=True), 1):
         entry = logged.get(number, {})
         rows.append(
             {
                 "method": phase.method["method"],
+                "label": label,
                 "start": phase.start,
                 "stop": step if phase.stop is None else phase.stop,
                 "lr": phase.lr,

@@ -449,7 +449,7 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     outcome, commands = _outcome(run, told, said(told)), _next(run, directory)
     if len(rows) > 1:
-        outcome += [("" if k else "phases", f"{k + 1} {r['method']}: {costs.words(r)}") for k, r in enumerate(rows)]
+        outcome += [("" if k else "phases", f"{k + 1} {r['label']}: {costs.words(r)}") for k, r in enumerate(rows)]
     _finish(console, job, directory, base, final, bar, used, before, after, prompt, made, commands, outcome)
     return Result(directory, base, final, seconds)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from rankshift.core.errors import DataError
 from rankshift.core.event import Tick
-from rankshift.core.phase import Phase
+from rankshift.core.phase import Phase, labels
 from rankshift.io.atomic import explain
 from rankshift.methods import from_dict
 from rankshift.run import Run
@@ -47,10 +47,9 @@ class Band:
 def bands(phases: Sequence[Phase], step: int) -> list[Band]:
     """The phases of a run that has taken ``step`` updates; those in which none was are left out."""
     found = []
-    for number, phase in enumerate(phases, 1):
+    for number, (phase, name) in enumerate(zip(phases, labels(phases), strict=True), 1):
         stop = step if phase.stop is None else phase.stop
         if stop > phase.start:
-            name = type(from_dict(phase.method)).__name__
             found.append(Band(number, name, phase.start, stop, phase.trainable))
     return found
 
