@@ -163,7 +163,7 @@ def relay():
         def phase_end(self, start, total):
             return self.until
 
-        def then(self, run):
+        def next(self, run):
             return None if run.step < self.until else rs.LoRA(rank=1) if self.until == 5 else Own(until=5)
 
     yield Own
