@@ -1158,12 +1158,12 @@ def test_every_renewal_draws_anew():
     assert (bases[0].mT @ bases[1]).abs().max() < 0.99
 
 
-def test_renewals_come_in_at_most_twenty_groups():
-    ps = [weight((4, 3), seed) for seed in range(50)]
+def test_renewals_come_in_at_most_ten_groups():
+    ps = [weight((4, 3), seed) for seed in range(25)]
     o = optimizer(ps, Project(2, clock=Clock(200)))
     found = steps_of_renewals(o, ps, 201, lambda step, i: gradient((4, 3), step, i))
     groups = [now for now in found[1:] if now]
-    assert len(groups) == 20
+    assert len(groups) == 10
     assert max(map(len, groups)) == 3
 
 

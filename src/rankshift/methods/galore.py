@@ -61,7 +61,7 @@ class GaLore(Method):
     every: int = 200
     """T: updates between two renewals of a subspace; 0: it is found once."""
     stagger: bool = True
-    """Renew a few layers at a time, at up to twenty moments in T updates, instead of all in one, as the paper does."""
+    """Renew a few layers at a time, at up to ten moments in T updates, instead of all in one, as the paper does."""
     finder: Finder = "range"
     """How a subspace is found: "svd" as in the paper, "eigh" of the Gram matrix (the same subspace, faster), "range"
     (randomised, 99 % of the energy at a fraction of the time), "warm" (one iteration from the last one)."""

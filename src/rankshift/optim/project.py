@@ -34,10 +34,10 @@ from rankshift.optim.rounding import Rounding
 from rankshift.optim.subspace import Finder, Transport
 from rankshift.optim.transform import Hyper
 
-TOGETHER = 1 << 26  # elements of the gradients that are decomposed at once
+TOGETHER = 1 << 27  # elements of the gradients that are decomposed at once
 AT_ONCE = 1 << 24  # numbers of projected gradients that are stepped at once
 _FIRST = 5  # updates after a renewal whose mean gradient is the measure of convergence
-_MOMENTS = 20  # in a period at which tensors are renewed, where that is spread: what is due together is cheaper
+_MOMENTS = 10  # in a period at which tensors are renewed, where that is spread: what is due together is cheaper
 _FADE = 0.9  # of the running mean that is compared with it
 _NEVER = 1 << 62  # updates
 
@@ -57,7 +57,7 @@ class Clock:
     look: int = 10
     """Updates between two looks: one transfer to the host each."""
     stagger: bool = True
-    """Spread the second renewal of all tensors over the first ``every`` updates, at twenty moments at most, so that no
+    """Spread the second renewal of all tensors over the first ``every`` updates, at ten moments at most, so that no
     update has them all; False renews all at once, as GaLore does."""
 
     def wait(self, place: tuple[int, int] | None = None) -> int:
