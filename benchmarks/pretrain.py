@@ -1,14 +1,19 @@
-"""A Llama of 60 M parameters from scratch, one token budget: full AdamW, GaLore, AdaRankGrad, LoRA.
+"""A Llama of 60 M parameters from scratch, one token budget, by every method that is made for that.
 
-    python benchmarks/galore_pretrain.py prepare --data DIR_WITH_books_train_*.jsonl.xz --tokens .lm   # once, on a CPU
-    PYTHONPATH=src python benchmarks/galore_pretrain.py run --tokens .lm --out benchmarks/results/galore_pretrain.json
-    python benchmarks/galore_pretrain.py plot --results benchmarks/results/galore_pretrain.json --out docs/img/…png
+    python benchmarks/pretrain.py prepare --data DIR_WITH_books_train_*.jsonl.xz --tokens .lm   # once, on a CPU
+    PYTHONPATH=src python benchmarks/pretrain.py run --tokens .lm --out benchmarks/results/pretrain.json
+    python benchmarks/pretrain.py plot --results benchmarks/results/pretrain.json --out docs/img/…png
 
 Model: hidden 512, ffn 1376, 8 heads, 8 layers, vocabulary 32,000, untied (58 M parameters). Text: English novels, a
 byte-level BPE of 32,000 trained on them, sequences of 256 tokens, every token seen once. All arms: fp32 weights, bf16
 autocast, 64 sequences an update, 10 % warm-up, cosine to 10 % of the peak, no decay, clipping at 1, betas 0.9, 0.999,
 embeddings, norms and head trained by AdamW. Each arm's rate is the best of its grid after a quarter of the budget (with
 a schedule of that length, seed 0); then the full budget, several seeds. Loss is that of held-out books.
+
+Arms with a warm start train a quarter of the budget in full, at AdamW's rate and on its schedule, then with low rank:
+ReLoRA restarts three times, its control is LoRA on the same schedule without restarts.
+
+What is in --out already is not measured again.
 """
 
 from __future__ import annotations
@@ -30,11 +35,15 @@ import numpy as np
 VOCAB, LENGTH, BATCH, HELD_OUT = 32000, 256, 64, 512  # the last: sequences of the validation books
 
 GRID = {
-    "AdamW": (1e-3, 2e-3, 4e-3),
+    "AdamW": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
     "GaLore": (5e-3, 1e-2, 2e-2),
     "AdaRankGrad": (5e-3, 1e-2, 2e-2),
-    "LoRA": (1e-3, 3e-3, 1e-2),
+    "LoRA": (2.5e-4, 5e-4, 1e-3, 3e-3, 1e-2),
+    "LoRA, warm start": (5e-4, 1e-3, 2e-3),
+    "ReLoRA, warm start": (5e-4, 1e-3, 2e-3),
+    "SwitchLoRA": (2.5e-3, 5e-3, 1e-2, 2e-2),
 }
+WARM_RATE = 1e-3  # AdamW's
 
 
 def books(directory: Path, part: str) -> list[str]:
@@ -77,6 +86,12 @@ def method_of(name: str, steps: int) -> Any:
         return rs.GaLore(rank=128, every=every)
     if name == "AdaRankGrad":
         return rs.AdaRankGrad(rank=128, every=every, earliest=max(1, every // 4))
+    if name == "SwitchLoRA":
+        return rs.SwitchLoRA(rank=128, interval=40, rest_lr_ratio=0.1)
+    if name.endswith("warm start"):
+        cycle = (steps - steps // 4) // 4 + 1  # the last is the shortest
+        every = cycle if name.startswith("ReLoRA") else None
+        return rs.ReLoRA(rank=128, alpha=128, every=every, cycle=cycle, rewarm=max(1, cycle // 10))
     assert name == "LoRA"
     whole = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
     return rs.LoRA(rank=128, alpha=128, modules_to_save=whole)
@@ -105,8 +120,10 @@ def train(name: str, lr: float, seed: int, steps: int, tokens: str) -> dict[str,
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     model.to(device).train()
-    run = rs.attach(model, method_of(name, steps), seed=seed, total_steps=steps)
-    optimizer = run.optimizer(lr=lr)
+    method, warm_start = method_of(name, steps), name.endswith("warm start")
+    then = [rs.Then(method, steps=steps // 4, lr=lr)] if warm_start else []
+    run = rs.attach(model, rs.Full() if warm_start else method, seed=seed, total_steps=steps, then=then)
+    optimizer = run.optimizer(lr=WARM_RATE if warm_start else lr)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -134,6 +151,10 @@ def train(name: str, lr: float, seed: int, steps: int, tokens: str) -> dict[str,
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        if (following := run.due()) is not None:
+            run = run.shift(following)
+            optimizer = run.optimizer()
+            schedule = run.scheduler(optimizer, warmup=max(1, warm // 4))
         seen.append(loss.detach())
         if (step + 1) % max(1, steps // 12) == 0:
             row = {"step": step + 1, "train": torch.stack(seen).mean().item(), "val": evaluate()}
@@ -148,23 +169,27 @@ def train(name: str, lr: float, seed: int, steps: int, tokens: str) -> dict[str,
                 break
     seconds = time.perf_counter() - start
     state = sum(t.untyped_storage().nbytes() for s in optimizer.state.values() for t in s.values())
+    changed = run.metrics()
     return {
         "method": name, "lr": lr, "seed": seed, "steps": steps, "tokens": steps * BATCH * LENGTH,
         "val": curve[-1]["val"], "train": curve[-1]["train"], "state_mib": state / 2**20, "curve": curve,
-        "skipped": run.skipped, "train_seconds": seconds, "seconds": time.perf_counter() - began,
+        "skipped": run.skipped, "metrics": changed, "train_seconds": seconds, "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
 def run_all(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     probe = max(20, options.steps // 4)
-    tuning: list[dict[str, Any]] = []
-    finals: list[dict[str, Any]] = []
+    known = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    tuning: list[dict[str, Any]] = known.get("tuning", [])
+    finals: list[dict[str, Any]] = known.get("runs", [])
     methods = options.methods or list(GRID)
-    best: dict[str, float] = {}
+    best: dict[str, float] = known.get("best_lr", {})
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
 
         def work(jobs: list[tuple[Any, ...]], into: list[dict[str, Any]]) -> None:
+            there = {(row["method"], row["lr"], row["seed"], row["steps"]) for row in into}
+            jobs = [job for job in jobs if job not in there]
             waiting = {pool.submit(train, *job, str(options.tokens)): job for job in jobs}
             for done in as_completed(waiting):
                 if done.cancelled():
@@ -177,7 +202,7 @@ def run_all(options: argparse.Namespace) -> None:
                 if options.out:  # what is measured stays, whatever ends this
                     written(options.out, tuning, finals, best)
                 print(
-                    f"{row['method']:12} lr {row['lr']:.0e} seed {row['seed']} {row['steps']:5} steps "
+                    f"{row['method']:18} lr {row['lr']:.0e} seed {row['seed']} {row['steps']:5} steps "
                     f"val {row['val']:.3f} train {row['train']:.3f} state {row['state_mib']:.0f} MiB "
                     f"{row['train_seconds']:.0f} s, at {time.perf_counter() - began:.0f} s",
                     flush=True,
@@ -188,11 +213,13 @@ def run_all(options: argparse.Namespace) -> None:
 
         work([(name, lr, 0, probe) for name in methods for lr in GRID[name]], tuning)
         for name in methods:
-            rows = [row for row in tuning if row["method"] == name and math.isfinite(row["val"])]
+            rows = [
+                row for row in tuning if (row["method"], row["steps"]) == (name, probe) and math.isfinite(row["val"])
+            ]
             best[name] = min(rows, key=lambda row: row["val"])["lr"] if rows else GRID[name][1]
         work([(name, best[name], seed, options.steps) for seed in range(options.seeds) for name in methods], finals)
     for name in methods:
-        rows = [row["val"] for row in finals if row["method"] == name]
+        rows = [row["val"] for row in finals if (row["method"], row["lr"]) == (name, best[name])]
         if rows:
             print(f"| {name} | {best[name]:.0e} | {statistics.mean(rows):.3f} ± {statistics.pstdev(rows):.3f} |")
     if options.out:
@@ -222,7 +249,8 @@ def plot(results: Path, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    runs = json.loads(results.read_text())["runs"]
+    found = json.loads(results.read_text())
+    runs = [row for row in found["runs"] if row["lr"] == found["best_lr"][row["method"]]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     for index, name in enumerate(GRID):
         for row in (r for r in runs if r["method"] == name):
