@@ -138,3 +138,30 @@ def test_events_see_no_void_update(ahead: list[bool]) -> None:
 def test_who_decides_on_the_host_waits(method: rs.Method, ahead: list[bool]) -> None:
     trained(method, steps=3)
     assert not any(ahead)
+
+
+def test_a_step_that_an_error_ended_leaves_no_verdict_behind(
+    ahead: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(torch.float64)
+    run = rs.attach(model, rs.Full())
+    optimizer = run.optimizer(lr=1e-2)
+
+    def update(spoil: bool = False) -> None:
+        loss_of(model, batch(0)).backward()
+        if spoil:
+            next(p for _, p in run.trainable()).grad.fill_(float("nan"))  # type: ignore[union-attr]
+        optimizer.step()
+
+    update()
+    optimizer.zero_grad()
+    with monkeypatch.context() as broken:
+        broken.setattr(type(optimizer), "_advance", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            update(spoil=True)
+    assert ahead[-1]
+    optimizer.zero_grad()
+    monkeypatch.setattr(event, "_on_one_gpu", lambda gradients: False)
+    before = {name: p.detach().clone() for name, p in run.trainable()}
+    update()
+    assert all(not torch.equal(p, before[name]) for name, p in run.trainable() if p.grad is not None)

@@ -320,6 +320,8 @@ class Driver:
         gradients = [p.grad for p in tensors if p.grad is not None]
         self._fresh, self._skip, self._bad = None, False, False
         self._verdict = None
+        if getattr(optimizer, "void", None) is not None:
+            optimizer.void = None  # type: ignore[attr-defined]  # of a step that an error ended
         if not self._witness.forward and not self.taken:
             # torch.distributed.checkpoint builds optimizer state by a step on zero gradients: not an update
             if any(shard.any_part(shard.held(g).count_nonzero() > 0, g) for g in gradients):
