@@ -485,11 +485,19 @@ class Run:
     def _span(self) -> tuple[int, int]:
         """The first update of a schedule, and how many it has."""
         start, length = self.phases[-1].start, self._length()
-        own = self.method.lr_schedule(1, 0) is not None
-        if own or self.method.phase_end(start, self.total_steps) is not None:
+        if self.method.lr_schedule(1, 0) is not None or self.phase_end is not None:
             return start, length
         assert self.total_steps is not None
         return 0, self.total_steps
+
+    @property
+    def phase_end(self) -> int | None:
+        """The update at which the learning rate of this phase ends, if it has a schedule of its own and that is known
+        to be over before the run is."""
+        end = self.method.phase_end(self.phases[-1].start, self.total_steps)
+        if end is None and self.method.lr_schedule(1, 0) is not None and self.coming and self.coming[0].steps:
+            return self._listed + self.coming[0].steps
+        return end
 
     def _length(self) -> int:
         """Updates of this phase."""
@@ -499,7 +507,7 @@ class Run:
                 f"A schedule of the learning rate for {kind} needs the number of updates, which is not known. Pass "
                 "total_steps= to attach(), or set run.total_steps: the number of optimizer steps."
             )
-        end = self.method.phase_end(start, total)
+        end = self.phase_end
         length = (total if end is None else end) - start
         if length < 1:
             raise ConfigError(

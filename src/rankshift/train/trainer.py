@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import itertools
 import json
 import logging
 import os
@@ -240,7 +241,7 @@ class Trainer(transformers.Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The schedule of this phase where the method has one, or wants one; else transformers' over the training."""
-        end, start, method = self._phase_end(), self.run.phases[-1].start, self.run.method
+        end, start, method = self.run.phase_end, self.run.phases[-1].start, self.run.method
         length = max(1, (num_training_steps if end is None else end) - start)
         if self.lr_scheduler is not None or method.lr_schedule(length, 0) is None:
             scheduler = super().create_scheduler(num_training_steps if end is None else length, optimizer)
@@ -257,31 +258,28 @@ class Trainer(transformers.Trainer):
                 length, warmup,
             )  # fmt: skip
         # another phase is to come: what it cannot be begun with is refused now
-        if end is not None and end < num_training_steps:
-            self._check_phases(f"{method.name} goes through phases, the next from step {end}", scheduler)
-        elif self.run.coming:
+        if self.run.coming:
             self._check_phases(f"{method.name} is to go on as {self.run.coming[0].method.name}", scheduler)
             self._check_schedules(num_training_steps)
+        elif end is not None and end < num_training_steps:
+            self._check_phases(f"{method.name} goes through phases, the next from step {end}", scheduler)
         elif method.watches(self.run.model) is not None:
             self._check_phases(f"{method.name} goes through phases", scheduler)
         return scheduler
 
     def _check_schedules(self, total: int) -> None:
         """Raise ConfigError where the warm-up does not fit into a schedule that a phase to come has of its own."""
-        start = self.run.phases[-1].start
-        for then in self.run.coming:
+        start, coming = self.run.phases[-1].start, self.run.coming
+        for then, following in itertools.zip_longest(coming, coming[1:]):
             start += then.least()
-            length = total - start
+            length = total - start if following is None or following.steps is None else following.steps
             if then.method.lr_schedule(length, 0) is not None:
                 check_warmup(warmup := self.args.get_warmup_steps(length), length)
                 then.method.lr_schedule(length, warmup)
 
     def _own_schedule(self) -> bool:
         """Whether the schedule of the learning rate is this phase's."""
-        return self._phase_end() is not None or self.run.method.lr_schedule(1, 0) is not None
-
-    def _phase_end(self) -> int | None:
-        return self.run.method.phase_end(self.run.phases[-1].start, self.run.total_steps)
+        return self.run.phase_end is not None or self.run.method.lr_schedule(1, 0) is not None
 
     def _decays(self) -> Callable[[str, Tensor], bool]:
         """transformers' rule by name for the model's own tensors; of an adapter, matrices decay and vectors do not."""
