@@ -178,7 +178,8 @@ def another_library() -> Iterator[None]:
         basis = found(*args, **options)
         if rank() == 0:
             return basis
-        return subspace.Basis(-basis.vectors.roll(1, -1), basis.energies * 0.9, basis.total)
+        energies = None if basis.energies is None else basis.energies * 0.9
+        return subspace.Basis(-basis.vectors.roll(1, -1), energies, basis.total)
 
     with mock.patch.object(subspace, "find", find):
         yield
@@ -265,13 +266,13 @@ def test_small_matrices_are_reduced_and_no_gradient_is_gathered(pool: Pool) -> N
     gram = pool.run(sent, method, 4)[0]
     between = {"reduced": [1]}  # whether all gradients are finite
     assert gram[1] == gram[3] == between
-    # up is 18 × 12: its Gram, its norm and whether it is zero; a basis of two directions, their energies, the norm
-    assert gram[2] == {"reduced": [1, 1, 144], "shared": [12 * 2, 2, 1]}
+    # up is 18 × 12: its norm, its Gram and how much of the norm X has; a basis of two directions, energies, the norm
+    assert gram[2] == {"reduced": [1, 1, 144, 1], "shared": [12 * 2, 2, 1]}
     sketch = pool.run(sent, replace(method, finder="range"), 3)[0]
     assert sketch[1] == between
-    assert sketch[0]["reduced"][-3:] == [1, 12 * 10, 10 * 10]
+    assert sketch[0]["reduced"][-4:] == [1, 12 * 10, 10 * 10, 1]
     assert sketch[0]["shared"] == [12 * 10, 10, 1]
-    assert sketch[2] == {"reduced": [1, 1, 12 * 10, 10 * 10, 2], "shared": [12 * 2, 2, 1]}  # along the last two
+    assert sketch[2] == {"reduced": [1, 1, 12 * 10, 10 * 10, 1], "shared": [12 * 2, 1]}  # along the last two
 
 
 def test_a_split_projected_side_sends_what_is_projected(pool: Pool) -> None:

@@ -39,6 +39,12 @@ def found(A: Tensor, width: int, finder: str, seed: int = 5, **settings) -> subs
     return find(A, wide, finder, begin=draw, **settings)
 
 
+def held(A: Tensor, basis: subspace.Basis, rank: int) -> Tensor:
+    """E: the share of ‖A‖² that the leading directions hold."""
+    Q = basis.vectors[..., :rank]
+    return subspace.captured((A @ Q).square().sum((-2, -1)), basis.total)
+
+
 def optimal(A: Tensor, rank: int) -> Tensor:
     sigma = torch.linalg.svdvals(A.to(D)).square()
     return sigma[..., :rank].sum(-1) / sigma.sum(-1)
@@ -69,7 +75,7 @@ def test_energies_are_what_each_direction_holds_and_the_total_is_exact(finder):
     torch.testing.assert_close(basis.total, A.norm() ** 2, rtol=1e-12, atol=0)
     assert bool((basis.energies.diff() <= 1e-15).all())  # falling
     kept = (A @ basis.narrow(9)).norm() ** 2 / A.norm() ** 2
-    torch.testing.assert_close(subspace.captured(basis, 9), kept, rtol=1e-9, atol=0)
+    torch.testing.assert_close(held(A, basis, 9), kept, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("finder", ["range", "warm"])
@@ -77,14 +83,14 @@ def test_cheap_finders_keep_nearly_the_optimal_energy(finder):
     for seed in range(5):
         A = power_law(120, 80, seed)
         basis = found(A, 16, finder, seed + 20)
-        share = subspace.captured(basis, 16) / optimal(A, 16)
+        share = held(A, basis, 16) / optimal(A, 16)
         assert (0.99 if finder == "range" else 0.95) <= share <= 1 + 1e-12
 
 
 def test_more_power_is_nearer_the_optimum():
     g = generator()
     A = torch.randn(120, 80, generator=g, dtype=D)  # no gap anywhere: the hardest case
-    shares = [float(subspace.captured(found(A, 16, "range", power=q), 16)) for q in (0, 1, 2, 8)]
+    shares = [float(held(A, found(A, 16, "range", power=q), 16)) for q in (0, 1, 2, 8)]
     assert shares == sorted(shares)
     assert shares[0] < 0.95 * float(optimal(A, 16))
     assert shares[-1] > 0.99 * float(optimal(A, 16))
@@ -97,7 +103,7 @@ def test_warm_goes_on_from_the_last_basis():
     draw = torch.randn(80, 24, generator=generator(3), dtype=D)
     warm = find(later, 24, "warm", begin=torch.cat([last, draw], -1)[:, :24], power=0)
     cold = find(later, 24, "range", begin=draw, power=0)
-    missing = [1 - float(subspace.captured(b, 16) / optimal(later, 16)) for b in (warm, cold)]
+    missing = [1 - float(held(later, b, 16) / optimal(later, 16)) for b in (warm, cold)]
     assert missing[0] < 0.2 * missing[1]
 
 
@@ -123,7 +129,7 @@ def test_a_basis_along_another_is_what_gram_and_schmidt_make_of_its_projection(m
     torch.testing.assert_close(basis.vectors @ basis.vectors.mT, plain @ plain.mT, rtol=0, atol=close)
     wanted = gram_schmidt(plain @ (plain.mT @ old))
     torch.testing.assert_close(basis.vectors, wanted, rtol=0, atol=close)
-    torch.testing.assert_close(basis.energies, (A @ wanted).square().sum(0), rtol=100 * close, atol=close)
+    assert basis.energies is None
     assert bool(((basis.vectors * old).sum(0) > 0).all())  # no sign is free
 
 
@@ -167,9 +173,9 @@ def test_columns_are_orthonormal_whatever_the_matrix(case, finder, dtype):
     assert bool(torch.isfinite(basis.energies).all())
     assert bool((basis.energies >= 0).all())
     if bool(A.any()) and case != "ill-conditioned":
-        assert subspace.captured(basis, rank) >= 0.95 * optimal(A, rank) - 1e-6
+        assert held(A, basis, rank) >= 0.95 * optimal(A, rank) - 1e-6
     if case == "zeros":
-        assert subspace.captured(basis, rank) == 0
+        assert held(A, basis, rank) == 0
 
 
 @pytest.mark.parametrize("finder", FINDERS)

@@ -271,9 +271,14 @@ class Renew:
                 turns.append(inside.turn(h.gradients, h.bases, Xs, [tick.state(X) for X in Xs], keys))
                 chosen.append((turned, h, [factor for factor in factors if factor is not None]))
         news = inside.enter(turns, hyper_of(tick.group(layers[0].subspace)))
-        for (turned, h, scales), bases in zip(chosen, news, strict=True):
+        for turn, (turned, h, scales), bases in zip(turns, chosen, news, strict=True):
             new = torch.stack([old if basis is None else basis for old, basis in zip(h.bases, bases, strict=True)])
-            gradients = list((h.gradients[:, h.rows] @ new).unbind())
+            formed = h.gradients[:, h.rows] @ new
+            begun = [i for i, basis in enumerate(bases) if basis is not None]
+            if begun:
+                kept, total = formed.square().sum((-2, -1)), turn.found.total
+                inside.tell([turn.states[i] for i in begun], kept[begun], total[begun], turn.ps[0])
+            gradients = list(formed.unbind())
             torch._foreach_mul_(gradients, scales)
             torch._foreach_copy_(h.parts, gradients)
             for layer, basis in zip(turned, new, strict=True):

@@ -80,7 +80,8 @@ class Turn:
 
     def some(self, indices: list[int]) -> Turn:
         """Those at some places."""
-        found = subspace.Basis(*(t[indices] for t in (self.found.vectors, self.found.energies, self.found.total)))
+        told = (self.found.vectors, self.found.energies, self.found.total)
+        found = subspace.Basis(*(None if t is None else t[indices] for t in told))  # type: ignore[arg-type]
         ps, states, olds = (
             [self.ps[i] for i in indices],
             [self.states[i] for i in indices],
@@ -199,8 +200,10 @@ class Project:
         hyper: Hyper,
     ) -> None:
         due = [i for i, state in enumerate(states) if _due(state)]
+        totals: dict[int, Tensor] = {}
         if due:
-            self.renew([parameters[i] for i in due], [gradients[i] for i in due], [states[i] for i in due], hyper)
+            mine, theirs, kept = [parameters[i] for i in due], [gradients[i] for i in due], [states[i] for i in due]
+            totals = {due[i]: total for i, total in self.renew(mine, theirs, kept, hyper).items()}
         seen: list[Tensor] = []
         sizes = [
             p.numel() * state["basis"].shape[-1] // self.face(p)[0][-1]
@@ -210,6 +213,9 @@ class Project:
             ps, ss = [parameters[i] for i in batch], [states[i] for i in batch]
             As = [self.facing(p, shard.held(gradients[i])) for i, p in zip(batch, ps, strict=True)]
             Xs = [self.project(A, p, state) for A, p, state in zip(As, ps, ss, strict=True)]
+            for i, X, p, state in zip(batch, Xs, ps, ss, strict=True):
+                if i in totals:
+                    self.tell([state], X.square().sum((-2, -1))[None], totals[i][None], p)
             for N, X, A, p, state in zip(self.adam(Xs, ss, hyper), Xs, As, ps, ss, strict=True):
                 self.apply(N, X, A, p, state, hyper)
             if self.clock.earliest is not None:
@@ -293,21 +299,44 @@ class Project:
         gradients: Sequence[Tensor],
         states: Sequence[dict[str, Tensor]],
         hyper: Hyper,
-    ) -> None:
-        """A new basis for each, decided once for all ranks; the moments go along. At most one transfer to the host."""
+    ) -> dict[int, Tensor]:
+        """A new basis for each, decided once for all ranks; the moments go along. At most one transfer to the host.
+
+        Returns:
+            ‖A‖² of those that have one now, (…), by index.
+        """
         kinds = [
             (self.face(p)[0], self.split(p), p.dtype, p.device, *self.stage(state))
             for p, state in zip(parameters, states, strict=True)
         ]
-        turns = []
-        for batch in subspace.alike(kinds, [p.numel() for p in parameters], TOGETHER):
+        turns, batches = [], subspace.alike(kinds, [p.numel() for p in parameters], TOGETHER)
+        for batch in batches:
             ps, ss = [parameters[i] for i in batch], [states[i] for i in batch]
             olds = [shard.held(state["basis"]) for state in ss]
             turns.append(Turn(ps, ss, olds, self._find(ps, [gradients[i] for i in batch], ss)))
-        for turn, news in zip(turns, self.enter(turns, hyper), strict=True):
-            for state, new in zip(turn.states, news, strict=True):
+        totals: dict[int, Tensor] = {}
+        for batch, turn, news in zip(batches, turns, self.enter(turns, hyper), strict=True):
+            for i, state, new, total in zip(batch, turn.states, news, turn.found.total, strict=True):
                 if new is not None:
                     shard.held(state["basis"]).copy_(new)
+                    totals[i] = total
+        return totals
+
+    def tell(self, states: Sequence[dict[str, Tensor]], kept: Tensor, total: Tensor, p: Tensor) -> None:
+        """Note the energy E(r) of new bases; of a stack the mean. A gradient of zeros says nothing.
+
+        Args:
+            kept: (n, …), ‖X‖² for the rows of A held here.
+            total: (n, …), ‖A‖².
+            p: one of the tensors.
+        """
+        split = self.split(p)
+        share = subspace.captured(shard.sum_like(kept, p) if split == "rows" else kept, total)
+        share = share[:, None].flatten(1).sum(1)
+        share = shard.sum_like(share, p) if split == "batch" else share
+        share = share / math.prod(self.face(p)[0][:-2])
+        energies = [state["energy"] for state in states]
+        torch._foreach_copy_(energies, list(torch.where(share > 0, share, torch.stack(energies)).unbind()))
 
     def stage(self, state: dict[str, Tensor]) -> tuple[int, ...]:
         """Whether there is a basis that a new one would replace, and of what fixed rank: in a batch they agree."""
@@ -416,11 +445,6 @@ class Project:
             kept = [_widened(old, new) for old, new in zip(turn.olds, vectors, strict=True)]
             vectors = torch.where((found.total > 0)[..., None, None], vectors, torch.stack(kept))
         news = list(vectors.unbind())
-        share = subspace.captured(found, rank)[:, None].flatten(1).sum(1)
-        share = shard.sum_like(share, p) if self.split(p) == "batch" else share
-        share = share / math.prod(self.face(p)[0][:-2])
-        energies = [state["energy"] for state in states]
-        torch._foreach_copy_(energies, list(torch.where(share > 0, share, torch.stack(energies)).unbind()))
         for X, state, old, new in zip(turn.ps, states, turn.olds, news, strict=True):
             self._move(X, state, old, new, rank, hyper)
             sooner = 0 if int(state["renewals"]) else int(state["next"])
@@ -516,7 +540,8 @@ def draw_word(key: int, state: dict[str, Tensor]) -> int:
 def agreed(found: subspace.Basis, p: Tensor, parts: bool) -> subspace.Basis:
     """What the first rank found, on all that hold ``p``; ``parts``: that hold the same part of it."""
     told = (found.vectors, found.energies, found.total)
-    return subspace.Basis(*(shard.from_rank_zero(part, p, parts) for part in told))
+    agreed = [None if part is None else shard.from_rank_zero(part, p, parts) for part in told]
+    return subspace.Basis(*agreed)  # type: ignore[arg-type]
 
 
 def _widened(old: Tensor, new: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Basis:
     """Directions of a matrix, by falling energy or along those of another basis."""
 
     vectors: Tensor  # (…, s, k), orthonormal columns
-    energies: Tensor  # (…, k): ‖A q‖² of each; their sum is exactly what the basis captures
+    energies: Tensor | None  # (…, k): ‖A q‖² of each; None where nothing was decided by them
     total: Tensor  # (…): ‖A‖²_F
 
     def narrow(self, rank: int) -> Tensor:
@@ -83,7 +83,7 @@ def find(
         Z = Z[..., : near.shape[-1]]
     rank = near.shape[-1]
     Q = Z @ orthonormal(Z.mT @ near, begin[..., :rank, :rank])
-    return Basis(Q, reduce((A @ Q).square().sum(-2)), total)
+    return Basis(Q, None, total)  # A Q takes as long as half of all this
 
 
 def orthonormal(Y: Tensor, noise: Tensor) -> Tensor:
@@ -120,15 +120,15 @@ def needed(basis: Basis, energy: float) -> Tensor:
     The number r with E(r) ≥ energy > E(r − 1), E(r) = Σ_{i≤r} σ_i² / ‖A‖²_F; the published rule, read literally, is a
     supremum over a set without one.
     """
+    assert basis.energies is not None
     share = basis.energies.cumsum(-1) / basis.total.clamp(min=torch.finfo(basis.total.dtype).tiny)[..., None]
     # energy = 1 is met when nothing but rounding is missing
     return (share < energy - 4 * torch.finfo(share.dtype).eps).sum(-1) + 1
 
 
-def captured(basis: Basis, rank: int) -> Tensor:
-    """(…): E(rank), the share of ‖A‖² along the leading directions; 0 for a matrix of zeros."""
-    tiny = torch.finfo(basis.total.dtype).tiny
-    return basis.energies[..., :rank].sum(-1) / basis.total.clamp(min=tiny)
+def captured(kept: Tensor, total: Tensor) -> Tensor:
+    """(…): E, the share of ‖A‖² along a basis Q, of ‖A Q‖² and ‖A‖²; 0 for a matrix of zeros."""
+    return kept / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 @dataclass(frozen=True)
