@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
+from rankshift.core.base import Base
 from rankshift.core.errors import AttachError, ConfigError, RankTooLarge, TargetError, UnmatchedTarget, nearest
 from rankshift.core.event import Event, Needs
 from rankshift.core.method import Estate, Method, Shared, Subspace
@@ -64,6 +65,8 @@ class Placement:
         self.projected: Mapping[str, Spec] = {}  # weights whose gradients are projected, by name
         self._audience: tuple[Any, list[tuple[Event, Sequence[Adapter]]]] | None = None
         self.originals: dict[str, Tensor] = {}  # of base tensors that train in place and can be put back
+        self.undo: list[Callable[[], None]] | None = None  # what build did to the base; where it is a list, it is kept
+        self._kept: list[Base] = []
         self.frozen = frozenset(name for name, p, _ in base_parameters(model) if not p.requires_grad)  # before the run
 
     # ---- placing
@@ -137,7 +140,9 @@ class Placement:
         found = method.survey(model, specs, data, seed) if fill else {}
         if shared_weights := perhaps_tied(model, [*specs, *projected.values()]):
             for spec in shared_weights:
-                untie(model, spec)
+                tie = untie(model, spec)
+                if self.undo is not None:
+                    self.undo.append(tie)
             projected = method.projects(model)  # with names of their own
         if method.trains_base:
             if fill and (left := sorted(self.frozen & (self._in_place(method) | projected.keys()))):
@@ -153,6 +158,10 @@ class Placement:
         try:
             for spec in specs:
                 site = self.sites[spec.name] = place(model, spec)
+                if self.undo is not None:
+                    site.base.kept = []
+                    self._kept.append(site.base)
+                    self.undo.append(site.base.revert_)
                 adapter = self._stand(name, site, method, ranks[spec.name], shared)
                 if adapter is None:
                     continue
@@ -171,6 +180,19 @@ class Placement:
             if not site.adapters:
                 self._remove(site)
 
+    def settle(self) -> None:
+        """What was built stays: keep nothing any more to undo it."""
+        self.undo = None
+        for base in self._kept:
+            base.kept = None
+        self._kept = []
+
+    def revert(self) -> None:
+        """Once everything is taken off: the base as it was before it was built on, bits and what was one tensor."""
+        for step in reversed(self.undo or ()):
+            step()
+        self.settle()
+
     def _stand(self, name: str, site: Site, method: Method, rank: int, shared: Shared | None) -> Adapter | None:
         """A new adapter for a site, knowing where it stands and what of it trains."""
         adapter = method.adapt(site.base, site.spec, rank, shared)
@@ -180,8 +202,8 @@ class Placement:
             adapter.train(self.model.training)
         return adapter
 
-    def succeed(self, name: str, method: Method, estates: Mapping[str, Estate]) -> None:
-        """Put adapters of another method in the place of one, with the values they take over. Copies stay."""
+    def heirs(self, name: str, method: Method, estates: Mapping[str, Estate]) -> tuple[dict[str, Adapter], Member]:
+        """Adapters of another method for the places of one, with the values they take over; nothing is placed."""
         for site_name in estates:
             method.fit(self.sites[site_name].spec)
         shared = method.share(
@@ -198,6 +220,11 @@ class Placement:
             )
             for leaf, tensor in places.items():
                 shard.assign_(tensor, estate.tensors[leaf])
+        ranks = {site: estate.rank for site, estate in estates.items()}
+        return heirs, Member(method, ranks, shared, method.projects(self.model))
+
+    def succeed(self, name: str, heirs: Mapping[str, Adapter], member: Member) -> None:
+        """Put them in the place of one. Copies stay."""
         for site_name, site in list(self.sites.items()):
             if name in site.adapters:
                 site.link(other for other in site.active if other != name)
@@ -206,8 +233,7 @@ class Placement:
                 site.adapters[name] = heirs[site_name]
             if not site.adapters:
                 self._remove(site)
-        ranks = {site: estate.rank for site, estate in estates.items()}
-        self.members[name] = Member(method, ranks, shared, method.projects(self.model))
+        self.members[name] = member
 
     def drop(self, name: str) -> None:
         """Take an adapter out of every site, and out of the model what then stands empty."""

@@ -32,6 +32,7 @@ from rankshift.optim import Adam, Optimizer, Transform
 from rankshift.optim.backward import Backward, FusedOptimizer, check_flag, refuse_apart, refuse_method, refuse_settings
 from rankshift.placement import (
     DEFAULT,
+    Member,
     Placement,
     check_dtypes,
     check_foldable,
@@ -46,6 +47,10 @@ _log = logging.getLogger(__name__)
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _WINDOW = "watch/window"
+_HALF_MERGED = (
+    "run.merge() was interrupted: some layers have what was trained in their weights, others beside them. Call "
+    "run.merge() again, or go on from a checkpoint with a fresh model."
+)
 
 
 def attach(
@@ -132,29 +137,31 @@ class Run:
         lr: float | None = None,
     ) -> None:
         """The first adapter; with ``ranks`` its values are not filled, because they will be loaded."""
-        self._on.build(name, method, self.seed, data, ranks, saved)
-        self._changed |= self._on.train_in_place(method)
-        self._on.use(name)
-        if not any(True for _ in self.trainable()):
-            self._on.strip()
-            self._close("an error")
-            raise ConfigError(f"{type(method).__name__} has nothing to train on this model.")
-        if method.events() and not self._on.sites and not self._on.projected:
-            self._on.strip()
-            self._close("an error")
-            raise ConfigError(f"{type(method).__name__} has events but no layer for them to apply to.")
-        self.phases.append(Phase(to_dict(method), self.step, lr=lr, trainable=self._count_trainable()))
-        self._driver.began = self.step
+        known = {name for name, _, _ in base_parameters(self.model)}
+        self._on.undo = []
         try:
+            self._on.build(name, method, self.seed, data, ranks, saved)
+            if self.phases:  # what was one tensor with something that may have been trained
+                self._changed |= {name for name, _, _ in base_parameters(self.model)} - known
+            self._changed |= self._on.train_in_place(method)
+            self._on.use(name)
+            if not any(True for _ in self.trainable()):
+                raise ConfigError(f"{type(method).__name__} has nothing to train on this model.")
+            if method.events() and not self._on.sites and not self._on.projected:
+                raise ConfigError(f"{type(method).__name__} has events but no layer for them to apply to.")
+            self.phases.append(Phase(to_dict(method), self.step, lr=lr, trainable=self._count_trainable()))
+            self._driver.began = self.step
             self._look_out()
-        except BaseException:
-            self._on.link(())
-            self._on.strip()
-            self._close("an error")
+            self._listen()
+            self._driver.open_window()
+            if self._moments:
+                self._keep_moments(self._moments)
+            self._on.settle()
+            _ATTACHED.add(self.model)
+        except BaseException:  # out of memory, Ctrl-C: the model goes back as it came
+            self._take_off("an error")
+            self._on.revert()
             raise
-        _ATTACHED.add(self.model)
-        self._listen()
-        self._driver.open_window()
 
     def _foresee(self, method: Method) -> None:
         """Raise, before the first, where a phase to come does not fit the model or its end could not be seen."""
@@ -796,10 +803,12 @@ class Run:
 
         The sum is taken in fp32 (float64 on a float64 base) and rounded once.
         """
-        self._open()
+        self._open("merge()")
         check_foldable(self.sites.values())
         if idle := [name for name in self._on.members if name not in self._on.active]:
             warnings.warn(f"Not active, so not merged and gone now: {', '.join(idle)}.", stacklevel=2)
+        self._suspended = "merge()"  # who interrupts this can only call it again, or shift()
+        self._driver.refusal = _HALF_MERGED
         for site in self.sites.values():
             if site.active:
                 site.leave()
@@ -808,7 +817,9 @@ class Run:
         self._on.strip()
         if embeddings_untied(self.model):  # an embedding was trained as a copy: loading must not tie the two again
             self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        self._suspended = ""
         self._close("merge()")
+        self.model.zero_grad()
         return self.model
 
     def compress(self) -> nn.Module:
@@ -835,6 +846,7 @@ class Run:
         if embeddings_untied(self.model):
             self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         self._close("compress()")
+        self.model.zero_grad()
         return self.model
 
     def detach(self) -> nn.Module:
@@ -844,9 +856,8 @@ class Run:
             raise AttachError(f"{type(self.method).__name__} trains the base itself: nothing can be taken off it.")
         for name, tensor in self._on.movable():
             shard.assign_(tensor, self._on.originals[name])
-        self._on.link(())
-        self._on.strip()
-        self._close("detach()")
+        self._take_off("detach()")
+        self.model.zero_grad()
         return self.model
 
     def shift(self, method: Method, *, data: Iterable[Any] | None = None) -> Run:
@@ -856,17 +867,40 @@ class Run:
         :meth:`Method.inherit`). Adam's moments of a tensor that goes on training as itself go along, all others begin
         anew; the new optimizer says which.
 
-        Make a new optimizer from the run that is returned; this one and its optimizer are closed.
+        Make a new optimizer from the run that is returned; this one and its optimizer are closed. Where something
+        fails after the method was found to fit (out of memory, Ctrl-C), what is left is the plain model with all that
+        was trained in its weights.
         """
         self._open()
         if not isinstance(method, Method):
             raise ConfigError(f"shift needs a method such as rs.LoRA(rank=16); got {type(method).__name__}.")
         refuse_sharded(self.model, "shift()")
         estates = self._inherited(method)
-        if estates is not None:
-            return self._succeed(method, estates)
-        with self._on.bare():
-            self._on.plan(method, data)  # what cannot begin must not end this phase
+        if estates is None:
+            with self._on.bare():
+                self._on.plan(method, data)  # what cannot begin must not end this phase
+            heirs = None
+        else:
+            heirs = self._on.heirs(self._on.active[0], method, estates)
+        try:
+            if estates is None or heirs is None:
+                return self._anew(method, data)
+            return self._succeed(method, estates, *heirs)
+        except BaseException as error:
+            if not self._closed:
+                if heirs is not None:  # before and after them the function is the same
+                    self._on.link(self._on.active)
+                self.merge()
+            self._closed = "shift(), which failed half way"
+            error.add_note(
+                f"run.shift({type(method).__name__}(…)) had ended the phase before when this happened. The model is a "
+                "plain one now, with what was trained merged into its weights: go on with rs.attach() and a new "
+                "optimizer, or from the last checkpoint with a fresh model."
+            )
+            raise
+
+    def _anew(self, method: Method, data: Iterable[Any] | None) -> Run:
+        """The next phase on the merged model."""
         changed = self.changed
         for name, site in self.sites.items():
             if site.active:
@@ -884,9 +918,8 @@ class Run:
         self._closed, self._moments = "shift()", {}  # who keeps this run keeps no moments with it
         names = {name for name, _, _ in base_parameters(model)}
         run._changed = changed | (names - before)  # tied to what was trained as a copy
+        run._moments = {name: state for name, state in states.items() if name in names}
         run._begin(method, data, lr=lr)
-        run._changed |= {name for name, _, _ in base_parameters(model)} - before  # a copy of what had been trained
-        run._keep_moments({name: state for name, state in states.items() if name in names})
         return run
 
     def _keep_moments(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -914,7 +947,9 @@ class Run:
             return None
         return method.inherit(self.method, self.adapter(self._on.active[0]))
 
-    def _succeed(self, method: Method, estates: Mapping[str, Estate]) -> Run:
+    def _succeed(
+        self, method: Method, estates: Mapping[str, Estate], heirs: Mapping[str, Adapter], member: Member
+    ) -> Run:
         """The next phase with adapters that take over this one's values; the base is not touched."""
         changed, states = self.changed, self._driver.states()  # what a site that goes now knows of its base too
         name = self._on.active[0]
@@ -922,37 +957,45 @@ class Run:
         before = {
             f"{prefix}{site}.{leaf}": p for site, a in self.adapter(name).items() for leaf, p in a.named_parameters()
         }
-        self._on.succeed(name, method, estates)
         run = Run(self.model, seed=self.seed, total_steps=self.total_steps, start=self.step)
         run._on, run._frozen = self._on, self._frozen
-        run._changed = changed | self._on.train_in_place(method)
-        run._driver.audience, run._driver.trainable = self._on.audience, self._on.required
-        run._driver.skips, run._driver.began = self.skipped, self.step
-        lr = self._hand_on(run, method)
-        moments: dict[str, Mapping[str, Tensor]] = {k: state for k, state in states.items() if k not in before}
-        for site, heir in self.adapter(name).items():
-            for leaf, now in heir.named_parameters():
-                other = f"{prefix}{site}.{leaf}"
-                if other in before and other in states:
-                    moved = _moved(states[other], before[other], now, heir.slots.get(leaf), estates[site].slots)
-                    moments |= {} if moved is None else {other: moved}
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        self._driver.close()
-        self._deafen()
+        try:
+            self._on.succeed(name, heirs, member)
+            run._changed = changed | self._on.train_in_place(method)
+            run._driver.audience, run._driver.trainable = self._on.audience, self._on.required
+            run._driver.skips, run._driver.began = self.skipped, self.step
+            lr = self._hand_on(run, method)
+            moments: dict[str, Mapping[str, Tensor]] = {k: state for k, state in states.items() if k not in before}
+            for site, heir in self.adapter(name).items():
+                for leaf, now in heir.named_parameters():
+                    other = f"{prefix}{site}.{leaf}"
+                    if other in before and other in states:
+                        moved = _moved(states[other], before[other], now, heir.slots.get(leaf), estates[site].slots)
+                        moments |= {} if moved is None else {other: moved}
+            self.model.zero_grad()
+            self._driver.close()
+            self._deafen()
+            run._on.use(*run._on.active)
+            run.phases.append(Phase(to_dict(method), self.step, lr=lr, trainable=run._count_trainable()))
+            run._keep_moments(moments)
+            run._look_out()
+            run._driver.open_window()
+            run._listen()
+        except BaseException:
+            run._deafen()
+            raise
         self._closed, self._moments = "shift()", {}  # who keeps this run keeps no moments with it
-        run._on.use(*run._on.active)
-        run.phases.append(Phase(to_dict(method), self.step, lr=lr, trainable=run._count_trainable()))
-        run._keep_moments(moments)
-        run._look_out()
-        run._listen()
-        run._driver.open_window()
         return run
+
+    def _take_off(self, how: str) -> None:
+        """End the run without merging."""
+        self._on.link(())
+        self._on.strip()
+        self._close(how)
 
     def _close(self, how: str) -> None:
         for name, parameter, _ in base_parameters(self.model):
             parameter.requires_grad_(self._frozen.get(name, True))
-            parameter.grad = None
         self._driver.close()
         self._deafen()
         self._closed = how
@@ -964,6 +1007,8 @@ class Run:
         shard.settle(self.model)
 
     def _check_open(self, within: str = "") -> None:
+        if self._suspended == "merge()" != within:
+            raise AttachError(_HALF_MERGED)
         if self._suspended and self._suspended != within:
             raise AttachError(f"This cannot be done inside run.{self._suspended}. Leave the with block first.")
         if self._closed:
@@ -1226,9 +1271,7 @@ def restore(model: nn.Module, state: Mapping[str, Any]) -> Run:
     try:
         run.load_state_dict(state)
     except BaseException:  # the model goes back as it came
-        run._on.link(())
-        run._on.strip()
-        run._close("an error")
+        run._take_off("an error")
         raise
     if method.trains_base:
         run._frozen |= dict.fromkeys(run._on.frozen, False)

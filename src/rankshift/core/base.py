@@ -58,6 +58,8 @@ class Base(nn.Module):
     """True once ``add_`` was called: the weight no longer is what it came as, so a run must save it."""
     tenant: Tenant | None = None
     """Whose columns stand in the stored weight now. ``rows`` and ``add_`` mean the weight without them."""
+    kept: list[Tensor] | None = None
+    """While this is a list, :meth:`add_` puts the weight there before it first changes it: see :meth:`revert_`."""
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
@@ -106,6 +108,7 @@ class Base(nn.Module):
         tenant = self.tenant
         if tenant is not None:
             tenant.leave()
+        self.keep()
         with exactly(self.weight.device):
             self._add(delta)
         if tenant is not None:
@@ -118,6 +121,17 @@ class Base(nn.Module):
     def rewrite_(self, how: Callable[[Tensor], None]) -> None:
         """Let ``how`` write into the weight as it is stored and sharded: an update, which rounds in its own way."""
         raise NotImplementedError
+
+    def keep(self) -> None:
+        """Put the weight aside where that is asked for and was not done yet."""
+        if self.kept is not None and not self.kept:
+            self.kept.append(shard.local(self.weight)[0].clone())
+
+    @torch.no_grad()
+    def revert_(self) -> None:
+        """Undo what was added since ``kept`` is a list, bit for bit."""
+        for before in self.kept or ():
+            shard.local(self.weight)[0].copy_(before)
 
     def house(self, tenant: Tenant | None) -> None:
         """Say whose columns stand in the stored weight from now on; None: nobody's."""

@@ -558,18 +558,26 @@ def check_tied(model: nn.Module, spec: Spec) -> None:
             )
 
 
-def untie(model: nn.Module, spec: Spec) -> None:
-    """Give a site's layer a weight of its own where it shares one."""
+def untie(model: nn.Module, spec: Spec) -> Callable[[], None]:
+    """Give a site's layer a weight of its own where it shares one; what ties it again, once it is a plain layer."""
     if spec.form.stacked or isinstance(model.get_submodule(spec.name), Site) or not _shared_with(model, spec):
-        return
+        return lambda: None
     module, (parent, _, leaf) = model.get_submodule(spec.name), spec.name.rpartition(".")
     own = copy.copy(module)  # the layer may itself stand under two names
     own._parameters = dict(module._parameters)
     assert isinstance(module.weight, nn.Parameter)
     own.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     setattr(model.get_submodule(parent), leaf, own)
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+    said = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    if said:
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+    def tie() -> None:
+        setattr(model.get_submodule(parent), leaf, module)
+        if said:
+            model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+
+    return tie
 
 
 def separate(model: nn.Module, names: Iterable[str]) -> None:
@@ -623,7 +631,8 @@ def remove(model: nn.Module, site: Site) -> None:
     parent_name, _, leaf = site.spec.name.rpartition(".")
     if site.spec.form.stacked:
         stack = model.get_submodule(parent_name)
-        assert isinstance(stack, Stack)
+        if not isinstance(stack, Stack) or leaf not in stack.sites:
+            return  # it was put back already
         del stack.sites[leaf]
         if not stack.sites:
             grand_name, _, parent_leaf = parent_name.rpartition(".")

@@ -1,0 +1,173 @@
+"""From any method to any other in mid-run: the function stays, training goes on, and it resumes bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rankshift as rs
+from laws.cases import CASES, Case
+from laws.world import Session, begin, evaluate, gap, same, scramble, tiny
+from rankshift.core import shard
+from rankshift.core.method import Method
+from rankshift.core.site import base_parameters
+from rankshift.methods import LoRA, SoRA
+from rankshift.methods.sora import SoRALayer
+from rankshift.optim.transform import Optimizer
+
+TOTAL, BEFORE, AFTER = 8, 2, 2  # updates that a run says it will take; that are taken on each side of the shift
+# W x + B (A x) against (W + B A) x in float64, numbers of order one, one block deep. One number for all: what a shift
+# moves is one product and one sum a weight, in PC-LoRA's fold, (λ − 1) W + B A, and SwitchLoRA's start, W − s·BA, too
+TOLERANCE = 1e-12
+ADAM = {"exp_avg", "exp_avg_sq", "step"}
+
+FIRST = {name: cases[0] for name, cases in CASES.items()}
+EXTRAS = Case("extras", LoRA(rank=2, bias="lora_only", modules_to_save=("head", "norm2"), targets=("q", "up")))
+STAGED = SoRA(rank=4, alpha=8, sparsity=(12, 20), gate_init="normal")
+PAIRS = [
+    *itertools.product(FIRST.values(), repeat=2),
+    # biases and whole modules that go on, and what a method of stages hands to its next
+    *((EXTRAS, FIRST[to]) for to in ("full", "relora", "switchlora", "galore")),
+    *((FIRST[of], EXTRAS) for of in ("full", "relora", "switchlora", "galore")),
+    (Case("sora-first", STAGED), Case("sora-second", replace(STAGED, stage=1))),
+    (CASES["prelora"][0], CASES["prelora"][1]),
+    (CASES["prelora"][1], CASES["prelora"][2]),
+]
+
+
+def shift(before: Case, after: Case) -> None:
+    """Two updates, a shift, two more."""
+    straight = begin("one", before.method, torch.float64, total=TOTAL)
+    saved: dict[str, bytes] = {}
+    for _ in range(BEFORE - 1):
+        straight.step()
+    saved["before the last update"] = straight.save()
+    straight.step()
+    saved["before the shift"] = straight.save()
+    was, trained = states(straight), evaluate(straight.model)
+    heirs = open_ranks(straight.run)
+
+    straight, told = shifted(straight, after.method)
+    moved = gap(evaluate(straight.model), trained)
+    assert moved <= TOLERANCE, f"shift() changes the function by {moved:.3g}"
+    saved["after the shift"] = straight.save()
+    go_along(straight, was, heirs, told)
+
+    values = {name: p.detach().clone() for name, p in straight.run.trainable()}
+    take_first(straight)
+    saved["after the first update"] = straight.save()
+    for _ in range(AFTER - 1):
+        straight.step()
+    assert all(map(torch.isfinite, map(torch.tensor, straight.losses))), straight.losses
+    passing = {f"{site}.{leaf}" for site, a in straight.run.adapter().items() for leaf in a.derived & a.trains}
+    still = [n for n, p in straight.run.trainable() if n not in passing and torch.equal(p, values[n])]
+    assert not still, f"{still[:3]} did not move"
+
+    for when, state in saved.items():
+        scramble()
+        again = Session.load(state, "one", tiny(torch.float64))
+        if again.run.step < BEFORE:
+            again.step()
+        if len(again.run.phases) == 1:
+            again, _ = shifted(again, after.method)
+        again.steps(BEFORE + AFTER - again.run.step)
+        same(straight.state(), again.state(), what=f"resumed from {when}")
+        assert history(straight.run) == history(again.run), when
+        assert straight.losses[-1:] == again.losses[-1:], when
+
+
+def shifted(session: Session, method: Method) -> tuple[Session, str]:
+    """The next phase with an optimizer of its own, and what that said."""
+    said: list[str] = []
+    ear = logging.Handler()
+    ear.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("rankshift.optim.transform")
+    log.addHandler(ear)
+    try:
+        return Session("one", session.run.shift(method)), " ".join(said)
+    finally:
+        log.removeHandler(ear)
+
+
+def history(run: rs.Run) -> dict[str, Any]:
+    """What a run says of itself, but for the clock on the wall."""
+    return {key: value for key, value in run.describe().items() if key != "listed"}
+
+
+# ---- moments
+
+
+def states(session: Session) -> dict[str, dict[str, Tensor]]:
+    """A copy of the optimizer's state of every tensor that has one, by name."""
+    held = {name: session.optimizer.state.get(p, {}) for name, p in session.run.trainable()}
+    return {name: {k: t.clone() for k, t in state.items()} for name, state in held.items() if state}
+
+
+def open_ranks(run: rs.Run) -> dict[str, Tensor]:
+    """Of SoRA's layers, which ranks the next stage takes over."""
+    return {s: a.g.detach().nonzero().flatten() for s, a in run.adapter().items() if isinstance(a, SoRALayer)}
+
+
+def go_along(session: Session, was: dict[str, dict[str, Tensor]], ranks: dict[str, Tensor], told: str) -> None:
+    """What goes on training as itself has its moments, exactly; what does not begins without; the log counts them."""
+    run, found, on = session.run, states(session), 0
+    base = {name for name, _, _ in base_parameters(run.model)}
+    inherited = _inherits(run)
+    optimizer = session.optimizer
+    assert isinstance(optimizer, Optimizer)
+    for name, p in run.trainable():
+        old = was.get(name, {}) if name in base or inherited else {}
+        fresh = optimizer.initial(p)
+        if old and ADAM == old.keys() == fresh.keys() and old["step"].shape == fresh["step"].shape:
+            site, _, leaf = name.rpartition(".")
+            if name not in base and site in ranks:  # the ranks that stayed open
+                old = {k: _slots(v, leaf, ranks[site]) for k, v in old.items()}
+            same(old, found.get(name, {}), what=f"moments of {name}")
+        elif "basis" in old and "basis" in found.get(name, {}):
+            for key in ("basis", "exp_avg", "exp_avg_sq", "step"):
+                assert torch.equal(old[key], found[name][key]), f"{key} of {name}"
+        else:
+            assert name not in found, f"{name} has a state from nowhere"
+        on += name in found
+    count, total = map(int, re.findall(r"go on for (\d+) of (\d+) tensors", told)[0])
+    assert (count, total) == (on, len(list(run.trainable()))), told
+
+
+def _inherits(run: rs.Run) -> bool:
+    before, now = (rs.from_dict(phase.method) for phase in run.phases[-2:])
+    return type(before) is type(now) and now.inherit(before, run.adapter()) is not None
+
+
+def _slots(t: Tensor, leaf: str, ranks: Tensor) -> Tensor:
+    return t if t.dim() == 0 else t.index_select(1 if leaf == "B" else 0, ranks)
+
+
+def take_first(session: Session) -> None:
+    """The first update: moments go on by Adam's equations from those that were carried, all others from zero."""
+    was, gradients = states(session), {}
+
+    def look(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        gradients.update({name: p.grad.clone() for name, p in session.run.trainable() if p.grad is not None})
+
+    handle = session.optimizer.register_step_pre_hook(look)
+    session.step()
+    handle.remove()
+    for name, now in states(session).items():
+        if now.keys() == ADAM and now["step"].dim() == 0 and name in gradients:
+            m, v, step = (was[name][k] if name in was else 0.0 for k in ("exp_avg", "exp_avg_sq", "step"))
+            g = shard.whole(gradients[name])
+            assert gap(now["exp_avg"], 0.9 * m + 0.1 * g) <= 1e-15, f"m of {name}"
+            assert gap(now["exp_avg_sq"], 0.999 * v + 0.001 * g * g) <= 1e-15, f"v of {name}"
+            assert int(now["step"]) == int(step) + 1, f"step of {name}"
+
+
+@pytest.mark.parametrize(("before", "after"), [pytest.param(a, b, id=f"{a.label}-{b.label}") for a, b in PAIRS])
+def test_from_any_method_to_any_other(before: Case, after: Case) -> None:
+    shift(before, after)
