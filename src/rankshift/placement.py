@@ -503,13 +503,28 @@ def weights(site: Site) -> list[Tensor]:
 
 
 def fold(site: Site) -> None:
-    """W += Σ ΔW of the active adapters, in the adapters' dtype, rounded once; the bias likewise."""
-    biases = [b for b in (a.delta_bias() for a in site.acting()) if b is not None]
-    site.base.add_(site.change())
-    with torch.no_grad():
-        for bias in biases:
-            assert site.base.bias is not None
-            site.base.bias.copy_(site.base.bias.to(bias.dtype) + bias)
+    """W += Σ ΔW of the active adapters, in the adapters' dtype, rounded once; the bias likewise; then none acts.
+
+    Where something interrupts it, the site is as it was.
+    """
+    site.leave()
+    active, changed = site.active, site.base.changed
+    kept = [shard.local(p)[0].clone() for p in weights(site)]
+    try:
+        biases = [b for b in (a.delta_bias() for a in site.acting()) if b is not None]
+        site.base.add_(site.change())
+        with torch.no_grad():
+            for bias in biases:
+                assert site.base.bias is not None
+                site.base.bias.copy_(site.base.bias.to(bias.dtype) + bias)
+        site.link(())
+    except BaseException:
+        with torch.no_grad():
+            for tensor, before in zip(weights(site), kept, strict=True):
+                shard.local(tensor)[0].copy_(before)
+        site.base.changed = changed
+        site.link(active)
+        raise
 
 
 def check_foldable(sites: Iterable[Site]) -> None:

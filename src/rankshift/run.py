@@ -775,7 +775,6 @@ class Run:
                         site.leave()
                         kept[name] = site.base.changed, [shard.local(p)[0].clone() for p in weights(site)]
                         fold(site)
-                        site.link(())
                 yield self.model
             finally:
                 shard.settle(self.model)
@@ -811,9 +810,7 @@ class Run:
         self._driver.refusal = _HALF_MERGED
         for site in self.sites.values():
             if site.active:
-                site.leave()
-                fold(site)
-                site.link(())  # folded once, whatever interrupts the rest
+                fold(site)  # once, whatever interrupts the rest
         self._on.strip()
         if embeddings_untied(self.model):  # an embedding was trained as a copy: loading must not tie the two again
             self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
