@@ -806,7 +806,7 @@ class Run:
         check_foldable(self.sites.values())
         if idle := [name for name in self._on.members if name not in self._on.active]:
             warnings.warn(f"Not active, so not merged and gone now: {', '.join(idle)}.", stacklevel=2)
-        self._suspended = "merge()"  # who interrupts this can only call it again, or shift()
+        self._suspended = "merge()"  # who interrupts this can only call it again
         self._driver.refusal = _HALF_MERGED
         for site in self.sites.values():
             if site.active:

@@ -3,11 +3,13 @@ half-done."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
 import inspect
 import io
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -220,7 +222,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 @functools.cache
 def straight(label: str) -> tuple[Path, Case, dict[str, Tensor]]:
-    """A checkpoint, and where an uninterrupted run that left it there ended."""
+    """A checkpoint, and where the uninterrupted run that wrote it ended."""
     (case,) = [case for case in rows() if case.label == label]
     folder = Path(tempfile.mkdtemp(prefix="rankshift-killed-"))
     session = begin("one", case.method, total=TOTAL, noisy=case.noisy).steps(SAVED)
@@ -235,7 +237,11 @@ VICTIMS = [case for case in rows() if case in FIRST or not case.alone]
     ("label", "point"), [pytest.param(case.label, p, id=f"{case.label}-{p}") for case in VICTIMS for p in points(case)]
 )
 def test_killed_at_any_point_it_goes_on_bit_for_bit(label: str, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, case, end = straight(label)
+    killed(*straight(label), point, monkeypatch)
+
+
+def killed(folder: Path, case: Case, end: dict[str, Tensor], point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law."""
     before = digest(folder)
     with monkeypatch.context() as patch:
         doomed = go_on(folder, case)
@@ -249,6 +255,10 @@ def test_killed_at_any_point_it_goes_on_bit_for_bit(label: str, point: str, monk
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in FIRST])
 def test_a_state_that_was_loaded_can_be_loaded_again(case: Case) -> None:
+    loaded_again(case)
+
+
+def loaded_again(case: Case) -> None:
     """What is restored shares no memory with what it was restored from."""
     session = begin("one", case.method, total=TOTAL, noisy=case.noisy).steps(SAVED)
     state = torch.load(io.BytesIO(session.save()), weights_only=True)
@@ -305,6 +315,11 @@ def looked_at(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in rows() if not case.alone])
 def test_an_attach_that_fails_anywhere_leaves_the_model_as_it_was(case: Case) -> None:
+    undone(case)
+
+
+def undone(case: Case) -> None:
+    """The law."""
     counted, model = tiny(), tiny()
     for one in (counted, model):
         one.head.weight.requires_grad_(False)
@@ -380,3 +395,103 @@ def test_a_shift_that_fails_anywhere_leaves_the_run_or_a_plain_merged_model(befo
             session.optimizer.step()
         Session("one", rs.attach(model, NEXT)).steps(1)
     assert seen == {"", "shift(), which failed half way"}, seen
+
+
+def test_a_merge_that_was_interrupted_can_only_be_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = begin("one", CASES["pc-lora"][0].method, total=TOTAL).steps(2)
+    run, trained = session.run, evaluate(session.model)
+    with monkeypatch.context() as patch:
+        half_folded(session, patch)
+        with pytest.raises(Killed):
+            run.merge()
+    assert gap(evaluate(run.model), trained) <= 2e-5
+    for verb in (run.state_dict, run.optimizer, run.detach, lambda: run.shift(NEXT)):
+        with pytest.raises(rs.errors.AttachError, match=r"merge\(\) was interrupted"):
+            verb()
+    with pytest.raises(rs.errors.AttachError, match=r"merge\(\) was interrupted"):
+        session.step()
+    assert gap(evaluate(run.merge()), trained) <= 2e-5
+    assert plain(run.model)
+
+
+def test_weights_that_were_one_are_one_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    model.head.weight = model.embed.weight
+    before = looked_at(model)
+    monkeypatch.setattr(rs.Run, "_listen", die)
+    with pytest.raises(Killed):
+        rs.attach(model, LoRA(rank=2, targets=("embed", "q"), tied="untie"))
+    assert looked_at(model) == before
+    assert model.head.weight is model.embed.weight
+
+
+def test_switchlora_gives_back_what_it_took_from_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, real, seen = tiny(), Dense._add, []
+    before = looked_at(model)
+
+    def torn(self: Dense, delta: Any) -> None:
+        real(self, delta)
+        seen.append(self.weight)
+        if len(seen) == 4:
+            raise MemoryError
+
+    monkeypatch.setattr(Dense, "_add", torn)
+    with pytest.raises(MemoryError):
+        rs.attach(model, CASES["switchlora"][0].method, total_steps=TOTAL)
+    assert looked_at(model) == before
+    assert len({id(weight) for weight in seen}) == 4
+
+
+# ---- the laws bite
+
+
+@contextlib.contextmanager
+def in_place(directory: Path, kind: object) -> Iterator[Path]:
+    yield directory
+
+
+def aliased(tensor: Tensor, value: Tensor) -> None:
+    tensor.data = value
+
+
+def test_a_checkpoint_that_is_written_where_the_last_one_is_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, case, end = straight("lora")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(checkpoint, "replacing", in_place)
+    with pytest.raises(AssertionError, match="the checkpoint was touched"):
+        killed(tmp_path, case, end, "in_file", monkeypatch)
+
+
+def test_a_checkpoint_that_lacks_a_moment_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, case, end = straight("relora")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    state = torch.load(tmp_path / "optimizer.pt")
+    state["optimizer"]["state"][0]["exp_avg"] *= 0
+    torch.save(state, tmp_path / "optimizer.pt")
+    with pytest.raises(AssertionError, match="killed before_update"):
+        killed(tmp_path, case, end, "before_update", monkeypatch)
+
+
+def test_a_run_that_shares_memory_with_its_checkpoint_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "assign_", aliased)
+    with pytest.raises(AssertionError, match="loaded again"):
+        loaded_again(CASES["lora"][0])
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "what", "label"),
+    [
+        (Placement, "revert", "bits", "switchlora"),
+        (rs.Run, "_close", "parameters", "lora"),
+        (Placement, "strip", "modules", "galore-projected"),
+    ],
+)
+def test_an_attach_that_leaves_something_behind_is_found(
+    owner: type, name: str, what: str, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, lambda self, *rest: None)
+    (case,) = [case for case in rows() if case.label == label]
+    with pytest.raises((AssertionError, rs.errors.AttachError), match=f"{what}|has a method attached"):
+        undone(case)

@@ -17,7 +17,7 @@ from laws.cases import CASES, Case
 from laws.world import Session, begin, evaluate, gap, same, scramble, tiny
 from rankshift.core import shard
 from rankshift.core.method import Method
-from rankshift.core.site import base_parameters
+from rankshift.core.site import Site, base_parameters
 from rankshift.methods import LoRA, SoRA
 from rankshift.methods.sora import SoRALayer
 from rankshift.optim.transform import Optimizer
@@ -171,3 +171,45 @@ def take_first(session: Session) -> None:
 @pytest.mark.parametrize(("before", "after"), [pytest.param(a, b, id=f"{a.label}-{b.label}") for a, b in PAIRS])
 def test_from_any_method_to_any_other(before: Case, after: Case) -> None:
     shift(before, after)
+
+
+# ---- the law bites
+
+
+_change, _take_over = Site.change, Optimizer.take_over
+
+
+def half(site: Site) -> Any:
+    change = _change(site)
+    return lambda rows: 0.5 * change(rows)
+
+
+def everything(self: Optimizer, states: Any) -> None:
+    named = [pair for g in self.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
+    others = {n: {"exp_avg": p.clone(), "exp_avg_sq": p.square(), "step": torch.tensor(2.0)} for n, p in named}
+    _take_over(self, {**others, **states})
+
+
+def nothing(self: Optimizer, states: Any) -> None:
+    _take_over(self, {})
+
+
+def older(self: Optimizer, states: Any) -> None:
+    _take_over(self, {name: {**state, "step": state["step"] + 1} for name, state in states.items()})
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fault", "pair", "says"),
+    [
+        (Site, "change", half, ("lora", "full"), "changes the function"),
+        (Optimizer, "take_over", everything, ("lora", "vera"), "has a state from nowhere"),
+        (Optimizer, "take_over", nothing, ("full", "relora"), "moments of .* only in one"),
+        (Optimizer, "take_over", older, ("relora", "full"), "moments of .* step differs"),
+    ],
+)
+def test_a_fault_is_found(
+    owner: type, name: str, fault: Any, pair: tuple[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, fault)
+    with pytest.raises(AssertionError, match=says):
+        shift(FIRST[pair[0]], FIRST[pair[1]])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from torch import nn
@@ -316,10 +317,16 @@ def _written(method: Method, names: Sequence[str]) -> str:
 
 def methods() -> dict[str, type[Method]]:
     """All known methods by name: those imported and those that other packages register as entry points."""
-    for entry in entry_points(group="rankshift.methods"):
+    for entry in _announced():
         if entry.name not in _REGISTRY:
             entry.load()
     return dict(sorted(_REGISTRY.items()))
+
+
+@functools.cache
+def _announced() -> tuple[EntryPoint, ...]:
+    """What other packages register; finding that reads the metadata of every package that is installed."""
+    return tuple(entry_points(group="rankshift.methods"))
 
 
 def spelled(name: Any) -> Any:
