@@ -51,7 +51,7 @@ def test_resume_across_phases_under_ddp(pool: Pool) -> None:
     pool.run(laws.resume_phases, ROUTES["full-lora-full"], "ddp", each=1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # float64: test_shift.py
 @pytest.mark.parametrize("to", [Full(), LoRA(rank=2), GaLore(rank=2)], ids=["full", "lora", "galore"])
 def test_shift_preserves_the_function(to: Method, dtype: torch.dtype) -> None:
     every = (

@@ -35,6 +35,7 @@ PAIRS = [
     *itertools.product(FIRST.values(), repeat=2),
     # biases and whole modules that go on, and what a method of stages hands to its next
     *((EXTRAS, FIRST[to]) for to in ("full", "relora", "switchlora", "galore")),
+    *((CASES["lora"][-1], FIRST[to]) for to in ("full", "lora", "paca")),  # DoRA
     *((FIRST[of], EXTRAS) for of in ("full", "relora", "switchlora", "galore")),
     (Case("sora-first", STAGED), Case("sora-second", replace(STAGED, stage=1))),
     (CASES["prelora"][0], CASES["prelora"][1]),
