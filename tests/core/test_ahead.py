@@ -165,3 +165,14 @@ def test_a_step_that_an_error_ended_leaves_no_verdict_behind(
     before = {name: p.detach().clone() for name, p in run.trainable()}
     update()
     assert all(not torch.equal(p, before[name]) for name, p in run.trainable() if p.grad is not None)
+
+
+def test_a_void_update_without_a_gradient_inside_is_skipped_like_any_other(ahead: list[bool]) -> None:
+    run, optimizer, _ = trained(METHODS[4].__class__(rank=3, every=0, gradient="projected"), steps=3)
+    for name, p in run.trainable():
+        p.grad = None if name.endswith(".subspace") else torch.full_like(p, float("nan"))
+    run._driver._witness.forward = True
+    optimizer.step()
+    assert ahead[-1]
+    assert (run.skipped, run.step) == (1, 3)
+    assert all(p.grad is None for _, p in run.trainable())

@@ -10,6 +10,7 @@ from torch import nn
 
 from rankshift.core.errors import ConfigError
 from rankshift.optim import Adam, Hyper, Optimizer
+from rankshift.optim.moments import Wide
 
 SHAPES = [(7, 5), (3,), (), (0, 4), (2, 3, 4)]
 
@@ -235,3 +236,40 @@ def test_layers_of_one_role_stand_in_a_row() -> None:
     order = sorted(names, key=lambda name: optimizer.place(ps[name]))
     assert order == [f"layers.{block}.{role}.weight" for role in ("q", "up") for block in (0, 1, 10)]
     assert [optimizer.place(ps[name]) for name in order] == [(i, 6) for i in range(1, 7)]
+
+
+def test_many_tensors_are_found_by_one_list_of_them(monkeypatch):
+    """Thousands of layers: what is asked of every tensor must not walk over all of them."""
+    ps = [(f"blocks.{i}.w", nn.Parameter(torch.zeros(2, 2))) for i in range(300)]
+    o = Optimizer([{"params": ps[:200]}, {"params": ps[200:]}], [Adam(), Adam()], lr=0.1)
+    asked, listed = [], Optimizer._listed
+    monkeypatch.setattr(Optimizer, "_listed", lambda self: asked.append(1) or listed(self))
+    for _, p in ps:
+        p.grad = torch.ones_like(p)
+    o.step()
+    state = o.state_dict()
+    o.load_state_dict(state)
+    assert len(asked) == 1
+    assert [o.place(p)[0] for _, p in ps] == list(range(1, 301))
+    again = copy.deepcopy(o)
+    new = nn.Parameter(torch.zeros(3))
+    again.initial(again.param_groups[0]["params"][3])
+    with pytest.raises(ConfigError, match="not one that this optimizer steps"):
+        o.initial(new)
+
+
+def test_counts_are_made_on_the_device_of_each_parameter():
+    from rankshift.optim.adam import _counts
+
+    meta, cpu = torch.device("meta"), torch.device("cpu")
+    found = _counts([3.0, 3.0, 5.0, 3.0], [cpu, meta, cpu, meta])
+    assert [t.device for t in found] == [cpu, meta, cpu, meta]
+    assert [float(found[0]), float(found[2])] == [3.0, 5.0]
+    assert found[0].data_ptr() != found[2].data_ptr()
+
+
+def test_moments_of_a_weight_with_channels_last_lie_as_it_does():
+    p = nn.Parameter(torch.randn(8, 4, 3, 3).bfloat16().to(memory_format=torch.channels_last))
+    state = Adam(Wide(), "nearest").init(p)
+    assert state["exp_avg"].stride() == p.stride()
+    assert state["exp_avg"].dtype == torch.float32

@@ -398,6 +398,8 @@ class Driver:
             self._bad = self._skip = self._verdict.known()
             if self._bad:
                 optimizer.retract()  # type: ignore[attr-defined]
+                for p in (p for group in optimizer.param_groups for p in group["params"]):
+                    p.grad = None  # as where the update waits
             optimizer.void = None  # type: ignore[attr-defined]
         group = optimizer.param_groups[0]
         if self._bad:

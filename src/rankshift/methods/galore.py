@@ -15,6 +15,7 @@ destroy the averages, they are temporaries here, as in the authors' code.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -64,7 +65,8 @@ class GaLore(Method):
     """Renew a few layers at a time, at up to ten moments in T updates, instead of all in one, as the paper does."""
     finder: Finder = "range"
     """How a subspace is found: "svd" as in the paper, "eigh" of the Gram matrix (the same subspace, faster), "range"
-    (randomised, 99 % of the energy at a fraction of the time), "warm" (one iteration from the last one)."""
+    (randomised: nearly all of the energy where some directions stand out, four fifths where none does, at a fraction of
+    the time), "warm" (one iteration from the last one)."""
     transport: Transport = "none"
     """What happens to Adam's moments at a renewal: "none" as in the paper, "reset", "square" or "centred"."""
     residual: Literal["none", "fira"] = "none"
@@ -115,7 +117,7 @@ class GaLore(Method):
             raise ConfigError(f"{kind}(rank={self.rank}): it must be at least 1.")
         if self.every < 0:
             raise ConfigError(f"{kind}(every={self.every}): updates between two renewals, or 0 for never.")
-        if not self.scale > 0:
+        if not 0 < self.scale < math.inf:
             raise ConfigError(f"{kind}(scale={self.scale}): a factor on the step, above 0.")
         if self.modules_to_save:
             raise ConfigError(f"{kind} trains modules where they are, without copies: leave modules_to_save out.")

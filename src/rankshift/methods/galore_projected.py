@@ -65,7 +65,7 @@ class ProjectedLayer(Adapter):
         self.basis = nn.Parameter(torch.zeros(s, rank, dtype=spec.master, device=spec.device), requires_grad=False)
         self.listener = Listener()
         self.put_off = 0  # renewals in a row
-        self._narrow: tuple[Any, Tensor] | None = None  # Q in the weight's dtype, and what it was made from
+        self._narrow: tuple[Tensor, Any, Tensor] | None = None  # Q, its state then, and Q in the weight's dtype
 
     @property
     def rank(self) -> int:
@@ -126,9 +126,9 @@ class ProjectedLayer(Adapter):
         if shard.is_sharded(Q) or dtype == Q.dtype:
             return shard.whole(Q).to(dtype)
         made_from = Q._version, Q.device, dtype
-        if self._narrow is None or self._narrow[0] != made_from:
-            self._narrow = made_from, Q.detach().to(dtype)
-        return self._narrow[1]
+        if self._narrow is None or self._narrow[0] is not Q or self._narrow[1] != made_from:
+            self._narrow = Q, made_from, Q.detach().to(dtype)
+        return self._narrow[2]
 
     @property
     def gradient(self) -> Tensor:

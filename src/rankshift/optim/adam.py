@@ -125,12 +125,12 @@ def _adamw(
     leaves ``steps`` to the caller."""
     if not parameters:
         return
-    if fused:  # it counts on the device: copies do
-        ages, device = [float(step) for step in steps], parameters[0].device
-        one = len(set(ages)) == 1
-        steps = (
-            torch.full((len(ages),), ages[0], device=device) if one else torch.tensor(ages, device=device)
-        ).unbind()
+    if fused:  # it counts on the device: copies do; and it goes by the order in memory
+        steps = _counts([float(step) for step in steps], [p.device for p in parameters])
+        gradients = [
+            g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
     adam(
         list(parameters),
         list(gradients),
@@ -149,6 +149,22 @@ def _adamw(
         eps=hyper.eps,
         maximize=False,
     )
+
+
+def _counts(ages: Sequence[float], devices: Sequence[torch.device]) -> list[Tensor]:
+    """Numbers () fp32, each on its device."""
+    counts: dict[int, Tensor] = {}
+    for device in dict.fromkeys(devices):
+        here = [i for i, other in enumerate(devices) if other == device]
+        first = ages[here[0]]
+        alike = all(ages[i] == first for i in here)  # then nothing is copied from the host
+        some = (
+            torch.full((len(here),), first, device=device)
+            if alike
+            else torch.tensor([ages[i] for i in here], device=device)
+        )
+        counts |= dict(zip(here, some.unbind(), strict=True))
+    return [counts[i] for i in range(len(ages))]
 
 
 def _batches(parameters: Sequence[Tensor]) -> Iterator[list[tuple[int, Rows]]]:

@@ -57,6 +57,8 @@ class Wide:
 
     def init(self, name: str, shape: tuple[int, ...], like: Tensor, split: bool) -> dict[str, Tensor]:
         dtype = torch.promote_types(like.dtype, torch.float32)
+        if shape == like.shape and not shard.is_sharded(like):  # in its order in memory, which fused kernels go by
+            return {name: torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format)}
         return {name: shard.zeros(shape, like, dtype, split)}
 
     def check(self, shape: tuple[int, ...], like: Tensor) -> None:

@@ -149,6 +149,7 @@ class Project:
         wide, device = torch.promote_types(p.dtype, torch.float32), p.device
         counters = ("step", "born", "renewed", "renewals", "next")
         state = {name: torch.zeros((), dtype=torch.int64) for name in counters}
+        state["even"] = torch.ones((), dtype=torch.int64)  # whether all directions were seen as often: c = 1 − β2ᵗ
         state["next"].fill_(self.clock.wait(place) - self.clock.wait())  # ≤ 0: how much sooner the second renewal is
         state["key"] = torch.tensor(signed((Key(0) if key is None else key / "basis").word), dtype=torch.int64)
         state |= self._sized(p, rank) | rounding.init(p, self.rounding)
@@ -242,7 +243,7 @@ class Project:
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, Xs, Xs, value=1 - beta2)
         ages = [int(state["step"]) - int(state["born"]) for state in states]
-        if self.transport in ("none", "reset"):  # there every direction of a tensor has been seen as often
+        if self.transport in ("none", "reset") and all(_even(state) for state in states):
             below = list(torch._foreach_div(v, [1 - beta2**age for age in ages]))
         else:
             below = [average / mass[..., None, :] for average, mass in zip(v, masses, strict=True)]
@@ -472,12 +473,14 @@ class Project:
             self.store.write(state, "exp_avg", moments.first)
             self.store.write(state, "exp_avg_sq", moments.second)
             shard.held(state["mass"]).copy_(moments.mass)
+            state["even"].fill_(self.transport == "reset")
             if self.transport == "reset":
                 state["born"].copy_(state["step"])
         elif first or resized:  # there is nothing to bring along, or it has no place there
             if resized:
                 self.resize(p, state, rank)
             shard.held(state["mass"]).zero_()
+            state["even"].fill_(1)
             state["born"].copy_(state["step"])
 
     def resize(self, p: Tensor, state: dict[str, Tensor], rank: int) -> None:
@@ -526,6 +529,10 @@ class Project:
             for state, converged in zip(asked, done.tolist(), strict=True):
                 if converged:
                     state["next"].copy_(state["step"])
+
+
+def _even(state: dict[str, Tensor]) -> bool:
+    return bool(state["even"])
 
 
 def _due(state: dict[str, Tensor]) -> bool:

@@ -113,6 +113,7 @@ class Optimizer(torch.optim.Optimizer):
         self.seed = seed
         self.ranks = {} if ranks is None else ranks  # no copy: a run that is loaded later says what they are
         self.void: Tensor | None = None  # of the step to come, see Hyper
+        self._table: dict[int, tuple[Tensor, Transform, str, tuple[int, int]]] = {}
         self.told: Sequence[str] = ()  # what a run has said of how its method differs from that of a loaded state
         if len(self.transforms) != len(self.param_groups):
             raise ConfigError(f"{len(self.transforms)} transforms for {len(self.param_groups)} parameter groups.")
@@ -133,18 +134,30 @@ class Optimizer(torch.optim.Optimizer):
 
     def _where(self, p: Tensor) -> tuple[Transform, str, tuple[int, int]]:
         """A parameter's transform, its name, and its place."""
-        found = None
-        roles: dict[tuple[type, str], list[Tensor]] = {}  # in the order in which each comes first
-        for group, transform in zip(self.param_groups, self.transforms, strict=True):
-            for index, other in enumerate(group["params"]):
-                name = group["param_names"][index] if "param_names" in group else str(index)
-                roles.setdefault((type(transform), re.sub(r"\d+", "", name)), []).append(other)
-                if p is other:
-                    found = transform, name
-        if found is None:
+        count = sum(len(group["params"]) for group in self.param_groups)
+        entry = self._table.get(id(p))
+        if entry is None or entry[0] is not p or len(self._table) != count:  # a group was added, or this is a copy
+            self._table = self._listed()
+            entry = self._table.get(id(p))
+        if entry is None:
             raise ConfigError(f"A tensor of shape {tuple(p.shape)} is not one that this optimizer steps.")
-        order = [other for (kind, _), tensors in roles.items() if kind is type(found[0]) for other in tensors]
-        return *found, (1 + next(i for i, other in enumerate(order) if other is p), len(order))
+        return entry[1:]
+
+    def _listed(self) -> dict[int, tuple[Tensor, Transform, str, tuple[int, int]]]:
+        """What :meth:`_where` says of every parameter, by its id."""
+        roles: dict[tuple[type, str], list[tuple[Tensor, Transform, str]]] = {}  # in the order of their first ones
+        for group, transform in zip(self.param_groups, self.transforms, strict=True):
+            for index, p in enumerate(group["params"]):
+                name = group["param_names"][index] if "param_names" in group else str(index)
+                roles.setdefault((type(transform), re.sub(r"\d+", "", name)), []).append((p, transform, name))
+        kinds: dict[type, list[tuple[Tensor, Transform, str]]] = {}
+        for (kind, _), entries in roles.items():
+            kinds.setdefault(kind, []).extend(entries)
+        return {
+            id(entry[0]): (*entry, (place, len(entries)))
+            for entries in kinds.values()
+            for place, entry in enumerate(entries, 1)
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -169,8 +182,8 @@ class Optimizer(torch.optim.Optimizer):
     def retract(self) -> None:
         """Count back the step that was just taken, because it was :attr:`void`; the device changed nothing."""
         for group, transform in zip(self.param_groups, self.transforms, strict=True):
-            states = [self.state[p] for p in group["params"] if p.grad is not None]
-            transform.retract(states, hyper_of(group))  # type: ignore[attr-defined]
+            if states := [self.state[p] for p in group["params"] if p.grad is not None]:
+                transform.retract(states, hyper_of(group))  # type: ignore[attr-defined]
 
     def _refuse(self, parameters: Iterable[Tensor]) -> None:
         """Raise ConfigError for a gradient that no transform knows what to do with."""
@@ -306,6 +319,7 @@ class Optimizer(torch.optim.Optimizer):
             "ranks": self.ranks,
             "told": self.told,
             "void": None,
+            "_table": {},
         }  # torch's own names what is copied
 
 
