@@ -956,31 +956,27 @@ class Run:
         }
         run = Run(self.model, seed=self.seed, total_steps=self.total_steps, start=self.step)
         run._on, run._frozen = self._on, self._frozen
-        try:
-            self._on.succeed(name, heirs, member)
-            run._changed = changed | self._on.train_in_place(method)
-            run._driver.audience, run._driver.trainable = self._on.audience, self._on.required
-            run._driver.skips, run._driver.began = self.skipped, self.step
-            lr = self._hand_on(run, method)
-            moments: dict[str, Mapping[str, Tensor]] = {k: state for k, state in states.items() if k not in before}
-            for site, heir in self.adapter(name).items():
-                for leaf, now in heir.named_parameters():
-                    other = f"{prefix}{site}.{leaf}"
-                    if other in before and other in states:
-                        moved = _moved(states[other], before[other], now, heir.slots.get(leaf), estates[site].slots)
-                        moments |= {} if moved is None else {other: moved}
-            self.model.zero_grad()
-            self._driver.close()
-            self._deafen()
-            run._on.use(*run._on.active)
-            run.phases.append(Phase(to_dict(method), self.step, lr=lr, trainable=run._count_trainable()))
-            run._keep_moments(moments)
-            run._look_out()
-            run._driver.open_window()
-            run._listen()
-        except BaseException:
-            run._deafen()
-            raise
+        self._on.succeed(name, heirs, member)
+        run._changed = changed | self._on.train_in_place(method)
+        run._driver.audience, run._driver.trainable = self._on.audience, self._on.required
+        run._driver.skips, run._driver.began = self.skipped, self.step
+        lr = self._hand_on(run, method)
+        moments: dict[str, Mapping[str, Tensor]] = {k: state for k, state in states.items() if k not in before}
+        for site, heir in self.adapter(name).items():
+            for leaf, now in heir.named_parameters():
+                other = f"{prefix}{site}.{leaf}"
+                if other in before and other in states:
+                    moved = _moved(states[other], before[other], now, heir.slots.get(leaf), estates[site].slots)
+                    moments |= {} if moved is None else {other: moved}
+        self.model.zero_grad()
+        self._driver.close()
+        self._deafen()
+        run._on.use(*run._on.active)
+        run.phases.append(Phase(to_dict(method), self.step, lr=lr, trainable=run._count_trainable()))
+        run._keep_moments(moments)
+        run._look_out()
+        run._driver.open_window()
+        run._listen()
         self._closed, self._moments = "shift()", {}  # who keeps this run keeps no moments with it
         return run
 
