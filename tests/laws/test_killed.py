@@ -3,6 +3,7 @@ half-done."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -225,6 +226,7 @@ def straight(label: str) -> tuple[Path, Case, dict[str, Tensor]]:
     """A checkpoint, and where the uninterrupted run that wrote it ended."""
     (case,) = [case for case in rows() if case.label == label]
     folder = Path(tempfile.mkdtemp(prefix="rankshift-killed-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     session = begin("one", case.method, total=TOTAL, noisy=case.noisy).steps(SAVED)
     write(session, folder)
     return folder, case, finish(session, case).state()
