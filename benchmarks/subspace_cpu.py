@@ -3,11 +3,11 @@
     python benchmarks/subspace_cpu.py [--threads 1 2] [--rounds 5] [--json benchmarks/results/subspace_cpu.json]
 
 A gradient of 1024 × 2736 (an MLP of the 350M Llama of GaLore's paper), r = 256, fp32. "svd" is what galore-torch calls,
-torch.linalg.svd of G as it is stored; the rest are the finders of rankshift.optim.subspace, of the shorter side. "range"
-is a renewal of GaLore's: no power iteration, directions along those of the last basis. "range, the first" has none to go
-by: 8 directions more, and eigenvectors. "warm" and "range, power 1" are along the last basis, too. Two spectra: σ_i = 1/i with 1 % of its energy in white noise, which is like those
-of gradients, and white noise alone, which has no subspace. Rounds are interleaved; times are medians. Each thread count
-runs in a process of its own.
+torch.linalg.svd of G as it is stored; the rest are the finders of rankshift.optim.subspace, of the shorter side.
+"range" is a renewal of GaLore's: no power iteration, directions along those of the last basis. "range, the first" has
+none to go by: 8 directions more, and eigenvectors. "warm" and "range, power 1" are along the last basis, too. Two
+spectra: σ_i = 1/i with 1 % of its energy in white noise, which is like those of gradients, and white noise alone, which
+has no subspace. Rounds are interleaved; times are medians. Each thread count runs in a process of its own.
 """
 
 from __future__ import annotations
