@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from galore_gpu import once
 from lora_gpu import Step, compiled
 from torch import nn
 
@@ -55,15 +56,6 @@ def stepper(method: rs.Method, ids: torch.Tensor, compile_blocks: bool, total: i
     for _ in range(5):
         step()
     return step, run
-
-
-def once(step: Step) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    step()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop)
 
 
 def spread(times: list[float]) -> dict[str, float]:

@@ -649,8 +649,11 @@ class Run:
     def _counted(self) -> None:
         """An update was taken."""
         if self.watch is not None:
-            weights = {n: p for n, p, _ in base_parameters(self.model) if n in self.watch.wish.weights}
-            self.watch.look(self.step - self.phases[-1].start, weights)
+            wanted = self.watch.wish.weights
+            self.watch.look(
+                self.step - self.phases[-1].start,
+                lambda: {name: p for name, p, _ in base_parameters(self.model) if name in wanted},
+            )
         if self.coming and self.coming[0].minutes is not None:
             now = time.monotonic()
             self._seconds, self._since = shard.from_first(self._seconds + now - self._since), now

@@ -1,9 +1,11 @@
 """The watch over a phase: window means, norms, and the partial-convergence test of PreLoRA, by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from rankshift.core.watch import Snapshot, Watch, Wish, by_family, change, changes, converged, family, norms
 
@@ -89,7 +91,7 @@ def test_a_window_is_the_mean_of_its_batches():
         for value in batches:
             watch.hear(torch.tensor(value))
         assert watch.heard
-        watch.look(step, weights)
+        watch.look(step, lambda: weights)
         assert not watch.heard
     assert [(s.step, s.loss) for s in watch.snapshots] == [(4, 6.0), (6, 0.5)]  # the last two; the first had mean 3
     assert watch.snapshots[0].norms == {"w": 5.0}
@@ -111,15 +113,15 @@ def test_going_on_in_the_middle_of_a_window():
     values = torch.rand(9, generator=torch.Generator().manual_seed(1))
     for step in range(1, 10):
         whole.hear(values[step - 1])
-        whole.look(step, {})
+        whole.look(step, dict)
     for step in range(1, 6):
         first.hear(values[step - 1])
-        first.look(step, {})
+        first.look(step, dict)
     second = Watch(Wish(3, keep=5))
     second.load([s.to_mapping() for s in first.snapshots], first.open())
     for step in range(6, 10):
         second.hear(values[step - 1])
-        second.look(step, {})
+        second.look(step, dict)
     assert second.snapshots == whole.snapshots
     assert len(whole.snapshots) == 3
 
@@ -128,3 +130,24 @@ def test_norms_are_of_float64():
     w = torch.full((300, 7), 0.1, dtype=torch.bfloat16)
     assert norms({"w": w})["w"] == pytest.approx(float(w[0, 0]) * math.sqrt(2100), rel=1e-12)
     assert norms({}) == {}
+
+
+def test_weights_are_asked_for_at_the_end_of_a_window_only():
+    asked, watch = [], Watch(Wish(3))
+    for step in range(1, 7):
+        watch.hear(torch.tensor(1.0))
+        watch.look(step, lambda step=step: asked.append(step) or {})
+    assert asked == [3, 6]
+
+
+def test_numbers_meet_on_the_device_that_the_backend_knows(monkeypatch):
+    """Also where no loss was heard yet, as in a save at the end of a window: NCCL knows no CPU."""
+    sent = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "all_reduce", lambda t: sent.append(t.device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, device, copy: SimpleNamespace(device=device, cpu=lambda: t))
+    Watch(Wish(3)).open()
+    assert sent == [torch.device("cuda", 0)]

@@ -178,15 +178,12 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(vote.item() > 0)
 
 
-def total(values: Tensor, device: torch.device) -> Tensor:
-    """The sum over ranks of plain numbers, which each rank has its own of; on the CPU. Every rank must call this.
-
-    Args:
-        device: of this rank, for a backend that knows no CPU.
-    """
+def total(values: Tensor) -> Tensor:
+    """The sum over ranks of plain numbers on the CPU, which each rank has its own of. Every rank must call this."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return values
-    sent = values.to(device if dist.get_backend() == "nccl" else "cpu", copy=True)
+    nccl = dist.get_backend() == "nccl"  # which knows no CPU
+    sent = values.to(torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu", copy=True)
     dist.all_reduce(sent)
     return sent.cpu()
 

@@ -7,7 +7,7 @@ has moved much (the partial-convergence test of PreLoRA, Krishuthapa et al. 2025
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,7 @@ class Watch:
     wish: Wish
     snapshots: list[Snapshot] = field(default_factory=list)  # the last ones, oldest first
     heard: bool = False  # a loss since the last update
-    _sum: Tensor | float = 0.0  # on the device of the losses, in float64
+    _sum: Tensor | float = 0.0  # in float64
     _count: int = 0
 
     def hear(self, loss: Tensor) -> None:
@@ -63,24 +63,23 @@ class Watch:
         self._count += 1
         self.heard = True
 
-    def look(self, step: int, weights: Mapping[str, Tensor]) -> None:
+    def look(self, step: int, weights: Callable[[], Mapping[str, Tensor]]) -> None:
         """An update was taken, ``step`` of the phase; at the end of a window every rank must be here.
 
         Args:
-            weights: what :attr:`Wish.weights` names.
+            weights: gives what :attr:`Wish.weights` names; asked at the end of a window.
         """
         self.heard = False
         if step % self.wish.window:
             return
         loss, count = self.open().tolist()
         self._sum, self._count = 0.0, 0
-        self.snapshots.append(Snapshot(step, loss / max(count, 1), norms(weights)))
+        self.snapshots.append(Snapshot(step, loss / max(count, 1), norms(weights())))
         del self.snapshots[: -self.wish.keep]
 
     def open(self) -> Tensor:
         """(2,), sum and count of the window that is not over, of all ranks; every rank must call this."""
-        device = self._sum.device if isinstance(self._sum, Tensor) else torch.device("cpu")
-        return shard.total(torch.tensor([float(self._sum), float(self._count)], dtype=torch.float64), device)
+        return shard.total(torch.tensor([float(self._sum), float(self._count)], dtype=torch.float64))
 
     def load(self, snapshots: Sequence[Mapping[str, Any]], window: Tensor) -> None:
         """Go on from what was saved. The first rank goes on with the sum of all."""

@@ -22,7 +22,7 @@ from rankshift.core.form import Form
 from rankshift.core.random import Key, signed
 from rankshift.optim import subspace
 from rankshift.optim.moments import Wide
-from rankshift.optim.project import AT_ONCE, Project, Turn, _even, agreed, draw_word
+from rankshift.optim.project import AT_ONCE, Project, Turn, agreed, draw_word, even
 from rankshift.optim.transform import Hyper
 
 
@@ -61,7 +61,7 @@ class Inside(Project):
         if not parameters:
             return
         parts = [shard.held(p) if shard.is_sharded(p) else p for p in parameters]  # all of them: no views are needed
-        if self._plain and all(_even(state) for state in states):
+        if self._plain and all(even(state) for state in states):
             self._whole(parts, [shard.held(g) for g in gradients], states, hyper)
         elif hyper.void is not None and bool(hyper.void):
             torch._foreach_add_([state["step"] for state in states], 1)  # is counted back
@@ -87,7 +87,7 @@ class Inside(Project):
 
     def retract(self, states: Sequence[dict[str, Tensor]], hyper: Hyper) -> None:
         torch._foreach_sub_([state["step"] for state in states], 1)
-        if all(_even(state) for state in states):
+        if all(even(state) for state in states):
             self._weigh(states, [int(state["step"]) - int(state["born"]) for state in states], hyper)
 
     def _whole(

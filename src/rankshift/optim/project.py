@@ -243,7 +243,7 @@ class Project:
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, Xs, Xs, value=1 - beta2)
         ages = [int(state["step"]) - int(state["born"]) for state in states]
-        if self.transport in ("none", "reset") and all(_even(state) for state in states):
+        if self.transport in ("none", "reset") and all(even(state) for state in states):
             below = list(torch._foreach_div(v, [1 - beta2**age for age in ages]))
         else:
             below = [average / mass[..., None, :] for average, mass in zip(v, masses, strict=True)]
@@ -531,7 +531,8 @@ class Project:
                     state["next"].copy_(state["step"])
 
 
-def _even(state: dict[str, Tensor]) -> bool:
+def even(state: dict[str, Tensor]) -> bool:
+    """Whether all directions were seen as often, so that c = 1 − β2ᵗ."""
     return bool(state["even"])
 
 
