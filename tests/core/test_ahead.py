@@ -21,6 +21,7 @@ METHODS = [
     rs.GaLore(rank=3, every=20, gradient="projected", rounding="stochastic", transport="reset", begin=2),
     rs.GaLore(rank=3, every=0, gradient="projected", rest="freeze"),
     rs.VeRA(rank=4),
+    rs.SwitchLoRA(rank=4, interval=6.0, freeze=2),
 ]
 names = [f"{m.name}-{i}" for i, m in enumerate(METHODS)]
 

@@ -14,7 +14,7 @@ import enum
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -86,9 +86,9 @@ class Event(Protocol):
     itself, where the optimizer steps beside the weight, says ``steps = True``: it alone may change the function. One
     that takes all adapters faster together has ``apply_all(adapters, tick)`` too, with the result of one after another.
     One that is rare and worth a mark under the loss says what it is, ``landmark = "restart"``.
-    One at GRADS that often finds nothing to do has ``idle(adapters, tick)``: then nobody waits for the gradients. One
-    with much to do that changes nothing yet has ``prepare(adapters, tick)``: it is called before the host waits for the
-    gradients, and ``apply_all(adapters, tick, prepared)`` is given what it returned.
+    One at GRADS that often finds nothing to do has ``idle(adapters, tick)``: then nobody waits for the gradients. Nor
+    for one with ``launch(adapters, tick, void)``: on the device it changes nothing where ``void``, (), is 1; what it
+    returns is called once the update is known to be taken, and does what is left for the host.
     """
 
     @property
@@ -199,6 +199,7 @@ class Driver:
     _fresh: list[Tensor] | None = None  # in a rehearsal: tensors whose state it makes
     _bad: bool = False  # a gradient is not finite
     _verdict: _Verdict | None = None  # where the update was launched before that is known
+    _late: list[Callable[[], None]] = field(default_factory=list)  # then: what events do once it is taken
     _skip: bool = False  # so no tensor is updated
     _streak: int = 0
     _checked: bool = False
@@ -319,7 +320,7 @@ class Driver:
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in tensors if p.grad is not None]
         self._fresh, self._skip, self._bad = None, False, False
-        self._verdict = None
+        self._verdict, self._late = None, []
         if getattr(optimizer, "void", None) is not None:
             optimizer.void = None  # type: ignore[attr-defined]  # of a step that an error ended
         if not self._witness.forward and not self.taken:
@@ -337,17 +338,17 @@ class Driver:
                 "takes them as soon as a backward pass has made them. Let loss.backward() make all gradients; after "
                 "wrapping or sharding the model make a new optimizer."
             )
-        prepared: dict[int, Any] = {}
         if self.taken:  # the backward pass began this update, and asked by itself
             self._bad = not all(map(math.isfinite, self.taken.values()))
             self._skip = not any(map(math.isfinite, self.taken.values()))
         else:
             self.permit()
             if self._may_go_ahead(optimizer, gradients):
-                optimizer.void = 1 - _all_finite(gradients).float()  # type: ignore[attr-defined]
-                self._verdict = _Verdict(optimizer.void)  # type: ignore[attr-defined]
+                void = 1 - _all_finite(gradients).float()
+                optimizer.void = void  # type: ignore[attr-defined]
+                self._verdict = _Verdict(void)
+                self._launch(void)
                 return
-            prepared = self._prepare()
             self._bad = self._skip = not _finite(gradients)
         if self._skip:
             for p in tensors:
@@ -355,7 +356,7 @@ class Driver:
             return
         if self.check_gradients and not self._checked:
             self._check()
-        self._apply(Moment.GRADS, prepared=prepared)
+        self._apply(Moment.GRADS)
 
     def _may_go_ahead(self, optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor]) -> bool:
         """Whether the update may be launched before it is known whether its gradients are finite: a GPU that is asked
@@ -367,7 +368,20 @@ class Driver:
             return False
         tick = self._tick()
         waiting = [(e, adapters) for e, adapters in self.audience() if e.moment is Moment.GRADS and e.due(tick)]
-        return all(hasattr(event, "idle") and event.idle(adapters, tick) for event, adapters in waiting)
+        return all(
+            hasattr(event, "launch") or (hasattr(event, "idle") and event.idle(adapters, tick))
+            for event, adapters in waiting
+        )
+
+    def _launch(self, void: Tensor) -> None:
+        """Events at GRADS, as far as they can act before it is known whether the update is taken."""
+        tick = self._tick()
+        with torch.no_grad():
+            self._late = [
+                event.launch(adapters, tick, void)
+                for event, adapters in self.audience()
+                if event.moment is Moment.GRADS and event.due(tick) and hasattr(event, "launch")
+            ]
 
     def _tick(self) -> Tick:
         return Tick(self.step, self.total, self.seed, self._optimizer, self.began)
@@ -400,7 +414,10 @@ class Driver:
                 optimizer.retract()  # type: ignore[attr-defined]
                 for p in (p for group in optimizer.param_groups for p in group["params"]):
                     p.grad = None  # as where the update waits
-            optimizer.void = None  # type: ignore[attr-defined]
+            else:
+                for keep in self._late:
+                    keep()
+            self._late, optimizer.void = [], None  # type: ignore[attr-defined]
         group = optimizer.param_groups[0]
         if self._bad:
             group["skipped"] += 1
@@ -438,24 +455,8 @@ class Driver:
             elif "step" in (state := optimizer.state.get(parameter, {})):  # another's: its count would stand at one
                 state["step"] *= 0
 
-    def _prepare(self) -> dict[int, Any]:
-        """What events at GRADS have prepared, by their id."""
-        tick = self._tick()
-        asked = [
-            (e, a) for e, a in self.audience() if e.moment is Moment.GRADS and hasattr(e, "prepare") and e.due(tick)
-        ]
-        for unit in self._units if asked else ():
-            unit.reshard()
-        with torch.no_grad():
-            return {id(event): event.prepare(adapters, tick) for event, adapters in asked}
-
-    def _apply(self, moment: Moment, steps: bool | None = None, prepared: Mapping[int, Any] | None = None) -> None:
-        """Apply the events of a moment.
-
-        Args:
-            steps: only those that are the update itself, or only the others.
-            prepared: what some of them have prepared, by their id.
-        """
+    def _apply(self, moment: Moment, steps: bool | None = None) -> None:
+        """Apply the events of a moment; ``steps``: only those that are the update itself, or only the others."""
         tick = self._tick()
         due = [(event, adapters) for event, adapters in self.audience() if event.moment is moment and event.due(tick)]
         if steps is not None:
@@ -466,7 +467,7 @@ class Driver:
             for event, adapters in due:
                 together = getattr(event, "apply_all", None)
                 if together is not None:
-                    together(adapters, tick, *([prepared[id(event)]] if prepared and id(event) in prepared else []))
+                    together(adapters, tick)
                     continue
                 for adapter in adapters:
                     event.apply(adapter, tick)

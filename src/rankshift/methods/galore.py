@@ -62,7 +62,7 @@ class GaLore(Method):
     every: int = 200
     """T: updates between two renewals of a subspace; 0: it is found once."""
     stagger: bool = True
-    """Renew a few layers at a time, at up to ten moments in T updates, instead of all in one, as the paper does."""
+    """Renew a few layers at a time, at up to five moments in T updates, instead of all in one, as the paper does."""
     finder: Finder = "range"
     """How a subspace is found: "svd" as in the paper, "eigh" of the Gram matrix (the same subspace, faster), "range"
     (randomised: nearly all of the energy where some directions stand out, four fifths where none does, at a fraction of

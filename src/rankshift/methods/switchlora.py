@@ -51,7 +51,6 @@ from rankshift.optim.vectors import Vectors
 
 _GAIN = 3**-0.5  # g: torch's Linear draws from ±√3·g/√n
 _TOGETHER = 1 << 25  # numbers of A and B that are copied at once
-_AHEAD = 1 << 26  # and that are held until the gradients are known to be finite
 
 
 class SwitchLayer(LoRALayer):
@@ -102,36 +101,31 @@ class Switch:
     def apply(self, adapter: Adapter, tick: Tick) -> None:
         self.apply_all([adapter], tick)
 
-    def prepare(self, adapters: Sequence[Adapter], tick: Tick) -> list[Batch]:
-        """All that changes nothing yet, so that it need not wait for the gradients."""
+    def apply_all(self, adapters: Sequence[Adapter], tick: Tick) -> None:
+        self.launch(adapters, tick)()
+
+    def launch(self, adapters: Sequence[Adapter], tick: Tick, void: Tensor | None = None) -> Callable[[], None]:
+        moves = self.moves(adapters, tick)
         alike: dict[Any, list[Move]] = {}
-        for move in self.moves(adapters, tick):
+        for move in moves:
             A, B = move.A, move.B
             alike.setdefault((A.shape, B.shape, A.dtype, A.device, shard.is_sharded(A)), []).append(move)
-        batches: list[Batch] = []
-        held = 0
+        exchanges: list[Exchange] = []
         for found in alike.values():
-            size = found[0].A.numel() + found[0].B.numel()
-            count = max(1, _TOGETHER // size)
-            for moves in (found[i : i + count] for i in range(0, len(found), count)):
-                held += size * len(moves)
-                batches.append(Batch(moves, work_of(moves) if held <= _AHEAD else None))
-        return batches
+            count = max(1, _TOGETHER // (found[0].A.numel() + found[0].B.numel()))
+            for together in (found[i : i + count] for i in range(0, len(found), count)):
+                if some := [move for move in together if move.count]:
+                    exchanges.append(exchange(some, void))
+                hold(together, tick, void)
 
-    def apply_all(self, adapters: Sequence[Adapter], tick: Tick, prepared: Sequence[Batch] | None = None) -> None:
-        batches = self.prepare(adapters, tick) if prepared is None else prepared
-        late: list[Callable[[], None]] = []
-        for batch in batches:
-            exchange, hold = batch.work or work_of(batch.moves)
-            if exchange is not None:
-                exchange.make_()
-                late.append(exchange.put_back_)
-            hold.take_(tick)
-        for put_back_ in late:  # the device has the rest of its work already
-            put_back_()
-        if moves := [move for batch in batches for move in batch.moves]:
-            after = torch.tensor([move.clock for move in moves]).unbind()
-            torch._foreach_copy_([move.layer.clock for move in moves], list(after))
+        def keep() -> None:
+            for done in exchanges:
+                done.put_back_()
+            if moves:
+                after = torch.tensor([move.clock for move in moves]).unbind()
+                torch._foreach_copy_([move.layer.clock for move in moves], list(after))
+
+        return keep
 
     def rate(self, rank: int, tick: Tick) -> float:
         """q(t): exchanges of A, and of B, that an update has on average; t and T are those of the phase."""
@@ -160,45 +154,10 @@ class Switch:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Rows of A and columns of B against candidates, in layers of one shape; W takes the difference."""
+    """What was taken out of layers of one shape, on its way back to their pools."""
 
     moves: Sequence[Move]
-    A: Tensor  # (L, r, n), as they will be
-    B: Tensor  # (L, m, r)
-    left: Tensor  # (L, m, 2K): W += left @ right
-    right: Tensor  # (L, 2K, n)
     old: tuple[Callable[[], Tensor], Callable[[], Tensor]]  # (L, K, n), (L, K, m), on the host once they are asked for
-
-    @classmethod
-    def of(cls, moves: Sequence[Move]) -> Exchange:
-        """Under sharding every rank must call this."""
-        layers, rank, device = [move.layer for move in moves], moves[0].A.shape[0], moves[0].A.device
-        starts, counts = [move.before for move in moves], [move.count for move in moves]
-        most = max(counts)
-        # layers with fewer exchanges than the most go along with vectors that are exchanged against themselves
-        first, number = _sent([starts, counts], device)
-        each, places = torch.arange(len(moves), device=device)[:, None], torch.arange(most, device=device)
-        real = (places < number[:, None])[:, :, None]
-        rows = (first[:, None] + places) % rank  # (L, K)
-        columns = (rows + rank // 2) % rank
-
-        A, B = _stacked([move.A for move in moves]), _stacked([move.B for move in moves]).mT  # (L, r, n), (L, r, m)
-        old_A, old_B = A[each, rows], B[each, columns]  # (L, K, n), (L, K, m)
-        old = pool.given(old_A), pool.given(old_B)
-        new_A = torch.where(real, pool.taken([layer.pool_A for layer in layers], starts, most, device), old_A)
-        new_B = torch.where(real, pool.taken([layer.pool_B for layer in layers], starts, most, device), old_B)
-        # W += s·b (a − a')ᵀ with the B of now, then s·(b − b') aᵀ with the new A: as one product
-        A[each, rows] = new_A
-        left = torch.cat([B[each, rows], old_B - new_B], 1).mul_(layers[0].scale)
-        right = torch.cat([old_A - new_A, A[each, columns]], 1)
-        B[each, columns] = new_B
-        return cls(moves, A, B.mT, left.mT, right, old)
-
-    def make_(self) -> None:
-        """Exchange them. Under sharding every rank must call this."""
-        add_products_([move.layer.base for move in self.moves], self.left, self.right)
-        torch._foreach_copy_(*_here([move.A for move in self.moves], self.A))
-        torch._foreach_copy_(*_here([move.B for move in self.moves], self.B))
 
     def put_back_(self) -> None:
         """The old vectors to where they were taken from, r exchanges ago."""
@@ -208,55 +167,64 @@ class Exchange:
         pool.put_back([move.layer.pool_B for move in self.moves], where, counts, self.old[1]())
 
 
-@dataclass(frozen=True)
-class Hold:
+def exchange(moves: Sequence[Move], void: Tensor | None) -> Exchange:
+    """Rows of A and columns of B against candidates, in layers of one shape; W takes the difference.
+
+    Under sharding every rank must call this. Where ``void`` is 1 all are exchanged against themselves.
+    """
+    layers, rank, device = [move.layer for move in moves], moves[0].A.shape[0], moves[0].A.device
+    starts, counts = [move.before for move in moves], [move.count for move in moves]
+    most = max(counts)
+    # layers with fewer exchanges than the most go along with vectors that are exchanged against themselves
+    first, number = _sent([starts, counts], device)
+    if void is not None:
+        number = number * (1 - void)
+    each, places = torch.arange(len(moves), device=device)[:, None], torch.arange(most, device=device)
+    real = (places < number[:, None])[:, :, None]
+    rows = (first[:, None] + places) % rank  # (L, K)
+    columns = (rows + rank // 2) % rank
+
+    A, B = _stacked([move.A for move in moves]), _stacked([move.B for move in moves]).mT  # (L, r, n), (L, r, m)
+    old_A, old_B = A[each, rows], B[each, columns]  # (L, K, n), (L, K, m)
+    old = pool.given(old_A), pool.given(old_B)
+    new_A = torch.where(real, pool.taken([layer.pool_A for layer in layers], starts, most, device), old_A)
+    new_B = torch.where(real, pool.taken([layer.pool_B for layer in layers], starts, most, device), old_B)
+    # W += s·b (a − a')ᵀ with the B of now, then s·(b − b') aᵀ with the new A: as one product
+    A[each, rows] = new_A
+    left = torch.cat([B[each, rows], old_B - new_B], 1).mul_(layers[0].scale)  # (L, 2K, m)
+    right = torch.cat([old_A - new_A, A[each, columns]], 1)  # (L, 2K, n)
+    B[each, columns] = new_B
+    add_products_([layer.base for layer in layers], left.mT, right)
+    torch._foreach_copy_(*_here([move.A for move in moves], A))
+    torch._foreach_copy_(*_here([move.B for move in moves], B.mT))
+    return Exchange(moves, old)
+
+
+def hold(moves: Sequence[Move], tick: Tick, void: Tensor | None) -> None:
     """Columns of B whose rows of A were exchanged in one of the last N updates get no gradient, and Adam knows nothing
-    of them; its count begins anew for those of this update. Likewise rows of A and columns of B."""
+    of them; its count begins anew for those of this update. Likewise rows of A and columns of B.
 
-    moves: Sequence[Move]
-    free: tuple[Tensor, Tensor]  # (L, r, n), (L, m, r): 0 at what is frozen, else 1
-    older: tuple[Tensor, Tensor]  # (L, r, 1), (L, 1, r): 0 at what begins anew, else 1
-
-    @classmethod
-    def of(cls, moves: Sequence[Move]) -> Hold:
-        A, B = moves[0].A, moves[0].B
-        rank, device = A.shape[0], A.device
-        ends, counts = [move.before + move.count for move in moves], [move.count for move in moves]
-        end, number, still = _sent([ends, counts, [move.frozen for move in moves]], device)
-        age = (end[:, None] - 1 - torch.arange(rank, device=device)) % rank  # 0: row of A that was exchanged last
-        free, older = (age >= still[:, None]).to(A.dtype), (age >= number[:, None]).float()  # (L, r)
-        ahead = rank // 2  # columns of B
-        return cls(
-            moves,
-            (
-                free.roll(ahead, 1)[:, :, None].expand(-1, *A.shape).contiguous(),
-                free[:, None, :].expand(-1, *B.shape).contiguous(),
-            ),
-            (older.roll(ahead, 1)[:, :, None], older[:, None, :]),
-        )
-
-    def take_(self, tick: Tick) -> None:
-        """Act on gradients and on the optimizer's state, which there is none of before the first update."""
-        factors = [move.A for move in self.moves], [move.B for move in self.moves]
-        for parameters, free, older in zip(factors, self.free, self.older, strict=True):
-            states = [tick.state(p) for p in parameters]
-            _scale_([p.grad for p in parameters], free)
-            for name, keep in (("exp_avg", free), ("exp_avg_sq", free), ("step", older)):
-                _scale_([state.get(name) for state in states], keep)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Layers of one shape, and what they do, if that has been made ready."""
-
-    moves: Sequence[Move]
-    work: tuple[Exchange | None, Hold] | None
-
-
-def work_of(moves: Sequence[Move]) -> tuple[Exchange | None, Hold]:
-    """What these layers do. Under sharding every rank must call this."""
-    some = [move for move in moves if move.count]
-    return Exchange.of(some) if some else None, Hold.of(moves)
+    Layers of one shape; the optimizer has no state before the first update. Where ``void`` is 1 nothing changes.
+    """
+    A, B = moves[0].A, moves[0].B
+    rank, device = A.shape[0], A.device
+    ends, counts = [move.before + move.count for move in moves], [move.count for move in moves]
+    end, number, still = _sent([ends, counts, [move.frozen for move in moves]], device)
+    age = (end[:, None] - 1 - torch.arange(rank, device=device)) % rank  # (L, r), 0: row of A that was exchanged last
+    free, older = (age >= still[:, None]).to(A.dtype), (age >= number[:, None]).float()  # 0: is held, begins anew
+    if void is not None:
+        free, older = torch.maximum(free, void.to(free.dtype)), torch.maximum(older, void)
+    ahead = rank // 2  # columns of B
+    free_A, older_A = (x.roll(ahead, 1)[:, :, None] for x in (free, older))
+    free_B, older_B = (x[:, None, :] for x in (free, older))
+    for parameters, kept, counted in (
+        ([move.A for move in moves], free_A.expand(-1, *A.shape).contiguous(), older_A),
+        ([move.B for move in moves], free_B.expand(-1, *B.shape).contiguous(), older_B),
+    ):
+        states = [tick.state(p) for p in parameters]
+        _scale_([p.grad for p in parameters], kept)
+        for name, factors in (("exp_avg", kept), ("exp_avg_sq", kept), ("step", counted)):
+            _scale_([state.get(name) for state in states], factors)
 
 
 def _scale_(tensors: Sequence[Tensor | None], factors: Tensor) -> None:

@@ -37,7 +37,7 @@ from rankshift.optim.transform import Hyper
 TOGETHER = 1 << 27  # elements of the gradients that are decomposed at once
 AT_ONCE = 1 << 24  # numbers of projected gradients that are stepped at once
 _FIRST = 5  # updates after a renewal whose mean gradient is the measure of convergence
-_MOMENTS = 10  # in a period at which tensors are renewed, where that is spread: what is due together is cheaper
+_MOMENTS = 5  # in a period at which tensors are renewed, where that is spread: what is due together is cheaper
 _FADE = 0.9  # of the running mean that is compared with it
 _NEVER = 1 << 62  # updates
 
@@ -57,7 +57,7 @@ class Clock:
     look: int = 10
     """Updates between two looks: one transfer to the host each."""
     stagger: bool = True
-    """Spread the second renewal of all tensors over the first ``every`` updates, at ten moments at most, so that no
+    """Spread the second renewal of all tensors over the first ``every`` updates, at five moments at most, so that no
     update has them all; False renews all at once, as GaLore does."""
 
     def wait(self, place: tuple[int, int] | None = None) -> int:
@@ -65,7 +65,7 @@ class Clock:
         if not self.every:
             return _NEVER
         index, count = place if place is not None and self.stagger else (1, 1)
-        moments = min(count, _MOMENTS)
+        moments = min(count, self.every, _MOMENTS)
         return -(-self.every * -(-index * moments // count) // moments)
 
 

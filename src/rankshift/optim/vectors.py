@@ -3,7 +3,7 @@
     m ← β1 m + (1−β1) g      v ← β2 v + (1−β2) g²      tᵢ ← tᵢ + 1
     d = (m / (1−β1^tᵢ)) / (√(v / (1−β2^tᵢ)) + ε)       p ← (1 − lr·wd) p − lr·d       i: the row, or the column
 
-With equal counts it is ``torch.optim.AdamW``, in the order of its operations. Whoever lets a vector begin anew zeroes
+With equal counts it is ``torch.optim.AdamW``, up to rounding. Whoever lets a vector begin anew zeroes
 its m, v and t together: with t left as it was, its first steps would be several times too long.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ _TOGETHER = 1 << 24  # numbers of parameters that are stepped at once: two more 
 @dataclass(frozen=True)
 class Vectors:
     """AdamW with ``step`` of (rows, 1) or (1, columns); parameters of one shape are stepped together."""
+
+    defers: ClassVar[bool] = True
 
     axis: int = 0  # vectors are the rows (0), whose counts are sharded with them, or the columns (1)
 
@@ -54,6 +57,9 @@ class Vectors:
             ms, vs, steps = ([shard.held(states[i][name]) for i in batch] for name in ("exp_avg", "exp_avg_sq", "step"))
             _step(ps, gs, ms, vs, steps, hyper)
 
+    def retract(self, states: Sequence[dict[str, Tensor]], hyper: Hyper) -> None:
+        """Nothing: it counts on the device, which did not."""
+
     def adopt(self, p: Tensor, saved: dict[str, Tensor], fresh: dict[str, Tensor]) -> list[str]:
         if "basis" in saved:
             raise ConfigError("it is that of a projected gradient, and here this tensor takes plain AdamW.")
@@ -79,14 +85,30 @@ def _step(
     ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], vs: list[Tensor], steps: list[Tensor], hyper: Hyper
 ) -> None:
     """One update of tensors of one shape, (…); their counts broadcast."""
-    (beta1, beta2), dtype = hyper.betas, ps[0].dtype
-    torch._foreach_add_(steps, 1)
-    if hyper.weight_decay:
-        torch._foreach_mul_(ps, 1 - hyper.lr * hyper.weight_decay)
-    torch._foreach_lerp_(ms, gs, 1 - beta1)
-    torch._foreach_mul_(vs, beta2)
-    torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
-    t = torch.stack(steps).to(torch.float64)  # 1 − β^t in double, as torch has it, then rounded once
-    length = (-hyper.lr / (1 - beta1**t)).to(dtype)
+    (beta1, beta2), dtype, void = hyper.betas, ps[0].dtype, hyper.void
+    taken = 1.0 if void is None else 1 - void.double()  # 0: nothing may change after all
+    torch._foreach_add_(steps, taken if isinstance(taken, float) else taken.to(steps[0].dtype))
+    # torch's kernel makes the moments and passes over those of a void update; at lr = 0 it leaves p, and needs no count
+    torch._fused_adamw_(
+        ps,
+        [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(gs, ps, strict=True)],
+        ms,
+        vs,
+        [],
+        [torch.ones((), device=ps[0].device)] * len(ps),
+        lr=0.0,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=0.0,
+        eps=1.0,
+        amsgrad=False,
+        maximize=False,
+        found_inf=void,
+    )
+    t = torch.stack(steps).to(torch.float64).clamp_(min=1)  # 1 − β^t in double, as torch has it, then rounded once
+    length = (-hyper.lr * taken / (1 - beta1**t)).to(dtype)
     spread = torch.stack(vs).sqrt_().div_((1 - beta2**t).sqrt_().to(dtype)).add_(hyper.eps)
+    if hyper.weight_decay:
+        keep = 1 - hyper.lr * hyper.weight_decay * taken
+        torch._foreach_mul_(ps, keep if isinstance(keep, float) else keep.to(dtype))
     torch._foreach_add_(ps, list(torch.stack(ms).mul_(length).div_(spread)))
