@@ -18,7 +18,7 @@ METHODS = [
     rs.Full(),
     rs.LoRA(rank=2, modules_to_save=("head",)),
     rs.GaLore(rank=3, every=5, stagger=False, gradient="projected"),
-    rs.GaLore(rank=3, every=20, gradient="projected", rounding="stochastic", transport="reset", begin=2),
+    rs.GaLore(rank=3, every=15, gradient="projected", rounding="stochastic", transport="reset", begin=2),
     rs.GaLore(rank=3, every=0, gradient="projected", rest="freeze"),
     rs.VeRA(rank=4),
     rs.SwitchLoRA(rank=4, interval=6.0, freeze=2),
@@ -92,7 +92,7 @@ def test_it_is_the_update_that_waits(method: rs.Method, ahead: list[bool], monke
 
 @pytest.mark.parametrize("method", METHODS, ids=names)
 def test_a_void_update_changes_nothing_but_the_count(method: rs.Method, ahead: list[bool]) -> None:
-    spoilt = 4  # nothing is renewed there
+    spoilt = 4  # nothing is renewed there: a period of 15 has its moments at 0, 3, 6, …
     run, optimizer, states = trained(method, (spoilt,))
     assert ahead[spoilt], "else this shows nothing"
     before, after = states[spoilt - 1], states[spoilt]
