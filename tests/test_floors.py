@@ -23,12 +23,13 @@ FLOORS = {
     "lower": 3,
     "placement": 3,
     "summary": 3,
-    "run": 4,
-    "capability": 5,
-    "train": 5,
-    "serve": 5,
-    "cli": 6,
-    "__main__": 7,
+    "handover": 4,
+    "run": 5,
+    "capability": 6,
+    "train": 6,
+    "serve": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 _KIN = ("adarankgrad", "galore")  # three changes to it
 _DOWN = ("optim", "ops")  # on one floor, and optim calls ops

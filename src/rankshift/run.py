@@ -17,12 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rankshift import handover
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.errors import AttachError, ConfigError, ExportError, TiedWeights, TrainingError, WrongBase
+from rankshift.core.errors import AttachError, ConfigError, ExportError, TrainingError, WrongBase
 from rankshift.core.event import Driver
 from rankshift.core.lesson import Ear, Lesson
-from rankshift.core.method import Estate, Method, compare
+from rankshift.core.method import Method, compare
 from rankshift.core.phase import Phase, Then, check_reachable, listed
 from rankshift.core.schedule import check_warmup, cosine
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, form_of, separate
@@ -32,12 +33,10 @@ from rankshift.optim import Adam, Optimizer, Transform
 from rankshift.optim.backward import Backward, FusedOptimizer, check_flag, refuse_apart, refuse_method, refuse_settings
 from rankshift.placement import (
     DEFAULT,
-    Member,
     Placement,
     check_dtypes,
     check_foldable,
     fold,
-    refuse_sharded,
     weight_name,
     weights,
 )
@@ -95,7 +94,7 @@ def attach(
     run = Run(model, seed=seed, total_steps=total_steps)
     run.coming = listed(then)
     check_reachable(run.coming, 0, run.total_steps)
-    run._foresee(method)
+    handover.foresee(run, method)
     run._begin(method, data)
     return run
 
@@ -162,18 +161,6 @@ class Run:
             self._take_off("an error")
             self._on.revert()
             raise
-
-    def _foresee(self, method: Method) -> None:
-        """Raise, before the first, where a phase to come does not fit the model or its end could not be seen."""
-        for then, after in itertools.zip_longest(self.coming, self.coming[1:]):
-            before, method = method, then.method
-            if type(method) is type(before):
-                continue  # what takes over tensors of its own kind is known only then
-            with contextlib.suppress(TiedWeights):  # likewise what the phases before untie
-                sites = {spec.name for spec in self._on.plan(method, ())[0]}
-                if after is not None:
-                    trained = {n for n, _, _ in base_parameters(self.model) if method.in_place(n, _layer(n) in sites)}
-                    self._wish(method, after, trained | method.projects(self.model).keys())
 
     def _count_trainable(self) -> int:
         return sum(p.numel() for _, p in self.trainable())
@@ -871,117 +858,12 @@ class Run:
         fails after the method was found to fit (out of memory, Ctrl-C), what is left is the plain model with all that
         was trained in its weights.
         """
-        self._open()
-        if not isinstance(method, Method):
-            raise ConfigError(f"shift needs a method such as rs.LoRA(rank=16); got {type(method).__name__}.")
-        refuse_sharded(self.model, "shift()")
-        estates = self._inherited(method)
-        if estates is None:
-            with self._on.bare():
-                self._on.plan(method, data)  # what cannot begin must not end this phase
-            heirs = None
-        else:
-            heirs = self._on.heirs(self._on.active[0], method, estates)
-        try:
-            if estates is None or heirs is None:
-                return self._anew(method, data)
-            return self._succeed(method, estates, *heirs)
-        except BaseException as error:
-            if not self._closed:
-                if heirs is not None:  # before and after them the function is the same
-                    self._on.link(self._on.active)
-                self.merge()
-            self._closed = "shift(), which failed half way"
-            error.add_note(
-                f"run.shift({type(method).__name__}(…)) had ended the phase before when this happened. The model is a "
-                "plain one now, with what was trained merged into its weights: go on with rs.attach() and a new "
-                "optimizer, or from the last checkpoint with a fresh model."
-            )
-            raise
-
-    def _anew(self, method: Method, data: Iterable[Any] | None) -> Run:
-        """The next phase on the merged model."""
-        changed = self.changed
-        for name, site in self.sites.items():
-            if site.active:
-                changed.add(weight_name(name, site))
-                if any(adapter.delta_bias() is not None for adapter in site.acting()):
-                    changed.add(f"{name}.bias")
-        for name, replica in self._on.replicas().items():
-            changed.update(f"{name}.{leaf}" for leaf, _ in replica.base.named_parameters())
-        before, states = {name for name, _, _ in base_parameters(self.model)}, self._driver.states()
-        run = Run(self.model, seed=self.seed, total_steps=self.total_steps, start=self.step)
-        run._frozen, run._on.frozen = self._frozen, self._on.frozen  # the base is not as it came now
-        lr = self._hand_on(run, method)
-        run._driver.skips = self.skipped
-        model = self.merge()
-        self._closed, self._moments = "shift()", {}  # who keeps this run keeps no moments with it
-        names = {name for name, _, _ in base_parameters(model)}
-        run._changed = changed | (names - before)  # tied to what was trained as a copy
-        run._moments = {name: state for name, state in states.items() if name in names}
-        run._begin(method, data, lr=lr)
-        return run
+        return handover.shift(self, method, data)
 
     def _keep_moments(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Of what goes on training; the memory of all others is free once the last optimizer is."""
         train = {name for name, _ in self.trainable()}
         self._moments = {name: state for name, state in states.items() if name in train}
-
-    def _hand_on(self, run: Run, method: Method) -> float | None:
-        """Let the run of the next phase know what was and what is to come; the learning rate that was said for it."""
-        run.phases = [*self.phases[:-1], self.phases[-1].ended(self.step)]
-        run.coming, run._listed, run._seconds = self.coming, self._listed, self._seconds
-        if not self.coming or self.coming[0].method != method:
-            return self.phases[-1].lr
-        run.coming, run._listed, run._seconds = self.coming[1:], self.step, 0.0
-        return self.coming[0].lr or self.phases[-1].lr
-
-    def _inherited(self, method: Method) -> Mapping[str, Estate] | None:
-        """What the next method takes over, where it takes over anything."""
-        if len(self._on.members) > 1 or not self._on.active or method.copies() != self.method.copies():
-            return None
-        base = list(base_parameters(self.model))
-        if (self.method.reversible or method.reversible) and any(  # what stood there before is known of what trains now
-            method.in_place(name, adapted) != self.method.in_place(name, adapted) for name, _, adapted in base
-        ):
-            return None
-        return method.inherit(self.method, self.adapter(self._on.active[0]))
-
-    def _succeed(
-        self, method: Method, estates: Mapping[str, Estate], heirs: Mapping[str, Adapter], member: Member
-    ) -> Run:
-        """The next phase with adapters that take over this one's values; the base is not touched."""
-        changed, states = self.changed, self._driver.states()  # what a site that goes now knows of its base too
-        name = self._on.active[0]
-        prefix = "" if name == DEFAULT else f"{name}:"
-        before = {
-            f"{prefix}{site}.{leaf}": p for site, a in self.adapter(name).items() for leaf, p in a.named_parameters()
-        }
-        run = Run(self.model, seed=self.seed, total_steps=self.total_steps, start=self.step)
-        run._on, run._frozen = self._on, self._frozen
-        self._on.succeed(name, heirs, member)
-        run._changed = changed | self._on.train_in_place(method)
-        run._driver.audience, run._driver.trainable = self._on.audience, self._on.required
-        run._driver.skips, run._driver.began = self.skipped, self.step
-        lr = self._hand_on(run, method)
-        moments: dict[str, Mapping[str, Tensor]] = {k: state for k, state in states.items() if k not in before}
-        for site, heir in self.adapter(name).items():
-            for leaf, now in heir.named_parameters():
-                other = f"{prefix}{site}.{leaf}"
-                if other in before and other in states:
-                    moved = _moved(states[other], before[other], now, heir.slots.get(leaf), estates[site].slots)
-                    moments |= {} if moved is None else {other: moved}
-        self.model.zero_grad()
-        self._driver.close()
-        self._deafen()
-        run._on.use(*run._on.active)
-        run.phases.append(Phase(to_dict(method), self.step, lr=lr, trainable=run._count_trainable()))
-        run._keep_moments(moments)
-        run._look_out()
-        run._driver.open_window()
-        run._listen()
-        self._closed, self._moments = "shift()", {}  # who keeps this run keeps no moments with it
-        return run
 
     def _take_off(self, how: str) -> None:
         """End the run without merging."""
@@ -1210,20 +1092,6 @@ def _count(total: int | None) -> int | None:
             f"total_steps = {total!r} is no number of updates. Pass a whole number of at least 1, or None."
         )
     return total
-
-
-def _layer(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
-
-
-def _moved(
-    state: Mapping[str, Tensor], old: Tensor, now: Tensor, axis: int | None, slots: Tensor | None
-) -> Mapping[str, Tensor] | None:
-    """The optimizer's state of a tensor that took over another's rank ``slots``; None if it is not that tensor's."""
-    if slots is not None and axis is not None:
-        state = {k: v.index_select(axis, slots.to(v.device)) if v.shape == old.shape else v for k, v in state.items()}
-        old = old.detach().index_select(axis, slots.to(old.device))
-    return state if old.shape == now.shape and torch.equal(old, now) else None
 
 
 def load(
