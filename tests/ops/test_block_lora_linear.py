@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rankshift as rs
+from rankshift.core.base import Plain
 from rankshift.ops.block_lora_linear import block_diagonal, block_lora_linear, reference
 from rankshift.ops.lora_linear import lora_linear
-
-
-def dense(weight: Tensor) -> Tensor:
-    return weight
 
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:
@@ -49,7 +46,7 @@ def check(x: Tensor, n: int, i: int, o: int, r: int, flags: tuple[bool, bool, bo
     A, B = seeded(n * r, i, seed=2, grad=need_a), seeded(n * o, r, seed=3, grad=need_b)
     bias = seeded(n * o, seed=4, grad=True) if has_bias else None
     x = x.detach().requires_grad_(need_x)
-    y = block_lora_linear(x, A, B, n, 0.7, bias, dense, (W,))
+    y = block_lora_linear(x, A, B, n, 0.7, bias, Plain(), (W,))
     dy = seeded(*y.shape, seed=5)
     want = by_hand(x.detach(), W, A.detach(), B.detach(), n, 0.7, dy)
     value = want["y"] if bias is None else want["y"] + bias.detach()
@@ -89,7 +86,7 @@ def test_any_shape(b: int, n: int, i: int, o: int, r: int, flags: tuple[bool, bo
 
 def test_an_incoming_gradient_that_is_not_contiguous():
     x, W, A, B = seeded(4, 6, grad=True), seeded(8, 6), seeded(4, 3, grad=True), seeded(8, 2, grad=True)
-    block_lora_linear(x, A, B, 2, 1.0, None, dense, (W,)).sum().backward()  # an expanded scalar
+    block_lora_linear(x, A, B, 2, 1.0, None, Plain(), (W,)).sum().backward()  # an expanded scalar
     want = by_hand(x.detach(), W, A.detach(), B.detach(), 2, 1.0, torch.ones(4, 8, dtype=torch.float64))
     for leaf, name in ((x, "x"), (A, "A"), (B, "B")):
         torch.testing.assert_close(leaf.grad, want[name], rtol=1e-10, atol=1e-10)
@@ -106,8 +103,8 @@ def test_one_block_is_the_lora_op_bit_for_bit(tokens: int):
     leaves = [seeded(tokens, 10, grad=True), seeded(2, 10, seed=1, grad=True), seeded(8, 2, seed=2, grad=True)]
     W, bias = seeded(8, 10, seed=3), seeded(8, seed=4)
     ys = [
-        block_lora_linear(leaves[0], leaves[1], leaves[2], 1, 0.3, bias, dense, (W,)),
-        lora_linear(leaves[0], leaves[1], leaves[2], 0.3, bias, dense, (W,)),
+        block_lora_linear(leaves[0], leaves[1], leaves[2], 1, 0.3, bias, Plain(), (W,)),
+        lora_linear(leaves[0], leaves[1], leaves[2], 0.3, bias, Plain(), (W,)),
     ]
     assert torch.equal(*ys)
     grads = [torch.autograd.grad(y.square().sum(), leaves) for y in ys]
@@ -124,7 +121,7 @@ def test_operations_do_not_grow_with_blocks(n: int):
     x, W = seeded(b, into, grad=True), seeded(out, into)
     A, B = seeded(n * r, into // n, grad=True), seeded(out, r, grad=True)
     with FlopCounterMode(display=False) as counter:
-        y = block_lora_linear(x, A, B, n, 0.5, None, dense, (W,))
+        y = block_lora_linear(x, A, B, n, 0.5, None, Plain(), (W,))
     assert counter.get_total_flops() == 2 * b * into * out + 2 * b * r * (into + out)
     with FlopCounterMode(display=False) as counter:
         y.backward(torch.ones_like(y))
@@ -165,7 +162,7 @@ def test_wide_factors_of_a_narrow_layer(how: str):
     x, W = seeded(b, n * i, dtype=narrow, grad=True), seeded(n * o, n * i, seed=1, dtype=narrow)
     A, B = seeded(n * r, i, seed=2, dtype=wide, grad=True), seeded(n * o, r, seed=3, dtype=wide, grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        y = block_lora_linear(x, A, B, n, 0.5, None, dense, (W,))
+        y = block_lora_linear(x, A, B, n, 0.5, None, Plain(), (W,))
     assert y.dtype == dtype
     dy = seeded(b, n * o, seed=5, dtype=dtype)
     y.backward(dy)
@@ -185,13 +182,13 @@ def test_bf16_keeps_a_small_update():
     B *= 1e-3
     dense_A, dense_B = torch.block_diag(A[:4], A[4:]).double(), torch.block_diag(B[:16], B[16:]).double()
     exact = x.double() @ (dense_B @ dense_A).t()
-    y = block_lora_linear(x, A, B, 2, 1.0, None, dense, (W,))
+    y = block_lora_linear(x, A, B, 2, 1.0, None, Plain(), (W,))
     assert (y.double() - exact).norm() / exact.norm() < 0.02
 
 
 def test_second_derivatives_are_refused():
     x, W, A, B = seeded(4, 6, grad=True), seeded(4, 6), seeded(2, 3, grad=True), seeded(4, 1, grad=True)
-    y = block_lora_linear(x, A, B, 2, 1.0, None, dense, (W,))
+    y = block_lora_linear(x, A, B, 2, 1.0, None, Plain(), (W,))
     (gx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable"):
         gx.sum().backward()

@@ -13,15 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rankshift as rs
+from rankshift.core.base import Plain
 from rankshift.ops.lora_linear import lora_linear
 from rankshift.ops.lora_linear.order import backward_flops, forward_flops
 
 FORWARDS, BACKWARDS = ("f1", "f2"), ("b1", "b1s", "b4", "b5", "b5s")
 SHAPES = [(0, 5), (1, 5), (7, 5), (2, 3, 5), (2, 1, 4, 5), (5,)]
-
-
-def dense(weight: Tensor) -> Tensor:
-    return weight
 
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:
@@ -48,7 +45,7 @@ def check(x: Tensor, n: int, m: int, r: int, forward: str, backward: str, flags:
     W, A, B = seeded(m, n, seed=1), seeded(r, n, seed=2, grad=need_a), seeded(m, r, seed=3, grad=need_b)
     bias = seeded(m, seed=4, grad=True) if has_bias else None
     x = x.detach().requires_grad_(need_x)
-    y = lora_linear(x, A, B, 0.7, bias, dense, (W,), forward, backward)  # type: ignore[arg-type]
+    y = lora_linear(x, A, B, 0.7, bias, Plain(), (W,), forward, backward)  # type: ignore[arg-type]
     dy = seeded(*y.shape, seed=5)
     want = by_hand(x.detach(), W, A.detach(), B.detach(), 0.7, None if bias is None else bias.detach(), dy)
     torch.testing.assert_close(y.detach(), want["y"], rtol=1e-10, atol=1e-10)
@@ -91,7 +88,7 @@ def test_any_shape(b: int, n: int, m: int, r: int, forward: str, backward: str, 
 
 def test_incoming_gradient_that_is_not_contiguous():
     x, W, A, B = seeded(4, 5, grad=True), seeded(3, 5), seeded(2, 5, grad=True), seeded(3, 2, grad=True)
-    y = lora_linear(x, A, B, 1.0, None, dense, (W,))
+    y = lora_linear(x, A, B, 1.0, None, Plain(), (W,))
     y.sum().backward()  # the gradient of a sum is an expanded scalar
     want = by_hand(x.detach(), W, A.detach(), B.detach(), 1.0, None, torch.ones(4, 3, dtype=torch.float64))
     for leaf, name in ((x, "x"), (A, "A"), (B, "B")):
@@ -109,7 +106,7 @@ def test_operations_are_those_of_the_table(forward: str, backward: str, flags: t
     x, W = seeded(b, n, grad=need_x), seeded(m, n)
     A, B = seeded(r, n, grad=need_a), seeded(m, r, grad=need_b)
     with FlopCounterMode(display=False) as counter:
-        y = lora_linear(x, A, B, 0.5, None, dense, (W,), forward, backward)  # type: ignore[arg-type]
+        y = lora_linear(x, A, B, 0.5, None, Plain(), (W,), forward, backward)  # type: ignore[arg-type]
     keeps_z = need_b and backward in ("b1s", "b5s")
     assert counter.get_total_flops() == forward_flops(forward, b, n, m, r, keeps_z)  # type: ignore[arg-type]
     with FlopCounterMode(display=False) as counter:
@@ -178,12 +175,12 @@ def test_bf16_keeps_a_small_update():
     def error(y: Tensor) -> float:
         return float((y.double() - exact).norm() / exact.norm())
 
-    assert error(lora_linear(x, A, B, 1.0, None, dense, (W,))) < 0.02
+    assert error(lora_linear(x, A, B, 1.0, None, Plain(), (W,))) < 0.02
     naive = x @ (W + (B @ A).to(W.dtype)).t()  # what the merged orders would do
     assert error(naive) > 0.3
     for order in ({"forward": "f2"}, {"backward": "b5"}):
         with pytest.raises(rs.errors.ConfigError, match=r"loses most of a small update"):
-            lora_linear(x, A, B, 1.0, None, dense, (W,), **order)
+            lora_linear(x, A, B, 1.0, None, Plain(), (W,), **order)
 
 
 @pytest.mark.parametrize("how", ["autocast", "bf16 base", "fp16 base"])
@@ -198,7 +195,7 @@ def test_wide_factors_of_a_narrow_layer(how: str):
         seeded(m, r, seed=3, dtype=torch.float32, grad=True),
     )
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        y = lora_linear(x, A, B, 0.5, bias, dense, (W,))
+        y = lora_linear(x, A, B, 0.5, bias, Plain(), (W,))
     assert y.dtype == dtype
     dy = seeded(b, m, seed=5, dtype=dtype)
     y.backward(dy)
@@ -216,7 +213,7 @@ def test_autocast_equals_the_plain_composition():
     x = seeded(6, 8, dtype=torch.float32, grad=True)
     W, A, B = (seeded(*s, seed=i, dtype=torch.float32) for i, s in enumerate([(4, 8), (2, 8), (4, 2)], 1))
     with torch.autocast("cpu", torch.bfloat16):
-        fused = lora_linear(x, A, B, 1.0, None, dense, (W,))
+        fused = lora_linear(x, A, B, 1.0, None, Plain(), (W,))
         plain = nn.functional.linear(x, W) + nn.functional.linear(nn.functional.linear(x, A), B)
     assert fused.dtype == plain.dtype == torch.bfloat16
     torch.testing.assert_close(fused, plain, rtol=2**-6, atol=2**-5)
@@ -224,7 +221,7 @@ def test_autocast_equals_the_plain_composition():
 
 def test_second_derivatives_are_refused():
     x, W, A, B = seeded(4, 5, grad=True), seeded(3, 5), seeded(2, 5, grad=True), seeded(3, 2, grad=True)
-    y = lora_linear(x, A, B, 1.0, None, dense, (W,))
+    y = lora_linear(x, A, B, 1.0, None, Plain(), (W,))
     (gx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable"):
         gx.sum().backward()

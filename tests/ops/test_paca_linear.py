@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rankshift.core.base import Plain
 from rankshift.core.form import ConvForm
 from rankshift.core.site import form_of
 from rankshift.ops.paca_linear import paca_conv, paca_linear, reference
@@ -47,7 +48,7 @@ def test_gradients_are_those_of_the_dense_weight(shape: tuple[int, ...], bias: b
     x = noise(*shape, dtype=dtype, grad=True)
     now = W.clone()
     now[:, CHANNELS] += s * D.detach()
-    y = paca_linear(x, D, s, CHANNELS, now, b)
+    y = paca_linear(x, D, s, CHANNELS, b, Plain(), (now,))
     dense = now.clone().requires_grad_()
     want = F.linear(x.detach().requires_grad_(), dense, b)
     assert torch.equal(y, want) or torch.allclose(y, want, rtol=1e-6)
@@ -71,7 +72,7 @@ def test_inputs_that_are_not_contiguous():
     x = noise(6, 5, 2).permute(2, 1, 0).requires_grad_()
     W, D = noise(4, 6, seed=1), noise(4, 3, seed=2, grad=True)
     dy = noise(2, 5, 4, seed=3).transpose(0, 1).contiguous().transpose(0, 1)
-    got = torch.autograd.grad(paca_linear(x, D, 1.0, CHANNELS, W), [x, D], dy)
+    got = torch.autograd.grad(paca_linear(x, D, 1.0, CHANNELS, None, Plain(), (W,)), [x, D], dy)
     torch.testing.assert_close(got[0], dy @ W)
     torch.testing.assert_close(got[1], torch.einsum("...o,...i->oi", dy, x)[:, CHANNELS])
 
@@ -81,7 +82,7 @@ def test_each_gradient_comes_by_itself(trains: bool, biased: bool):
     """A trained bias does not hang on trained columns, nor they on it; what does not train keeps nothing."""
     x, W = noise(5, 6), noise(4, 6, seed=1)
     D, b = noise(4, 3, seed=2, grad=trains), noise(4, seed=3, grad=biased)
-    y, bytes_kept = kept(lambda: paca_linear(x, D, 1.0, CHANNELS, W, b), [W])
+    y, bytes_kept = kept(lambda: paca_linear(x, D, 1.0, CHANNELS, b, Plain(), (W,)), [W])
     assert y.requires_grad == (trains or biased)
     assert sum(bytes_kept.values()) == (5 * 3 * 8 if trains else 0)
     if y.requires_grad:
@@ -95,11 +96,11 @@ def test_bytes_kept_are_b_times_r(shape: tuple[int, ...]):
     """Exactly: a view would keep all of x alive, and so would saving x and picking in backward."""
     W, D = noise(4, 6, seed=1, dtype=torch.float32), noise(4, 3, seed=2, dtype=torch.float32, grad=True)
     x = noise(*shape, dtype=torch.float32, grad=True)
-    y, found = kept(lambda: paca_linear(x, D, 1.0, CHANNELS, W), [W])
+    y, found = kept(lambda: paca_linear(x, D, 1.0, CHANNELS, None, Plain(), (W,)), [W])
     assert sorted(found.values()) == [50 * 3 * 4]
     assert x.untyped_storage().data_ptr() not in found
     with torch.no_grad():
-        _, found = kept(lambda: paca_linear(x, D, 1.0, CHANNELS, W), [W])
+        _, found = kept(lambda: paca_linear(x, D, 1.0, CHANNELS, None, Plain(), (W,)), [W])
     assert not found
     del y
 
@@ -109,7 +110,7 @@ def test_operations():
     b, n, m, r = 50, 6, 4, 3
     W, D, x = noise(m, n, seed=1), noise(m, r, seed=2, grad=True), noise(b, n, grad=True)
     with FlopCounterMode(display=False) as forward:
-        y = paca_linear(x, D, 1.0, CHANNELS, W)
+        y = paca_linear(x, D, 1.0, CHANNELS, None, Plain(), (W,))
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
     assert forward.get_total_flops() == 2 * b * n * m
@@ -118,7 +119,7 @@ def test_operations():
 
 def test_a_write_between_forward_and_backward_raises():
     W, D, x = noise(4, 6, seed=1), noise(4, 3, seed=2, grad=True), noise(5, 6, grad=True)
-    y = paca_linear(x, D, 1.0, CHANNELS, W)
+    y = paca_linear(x, D, 1.0, CHANNELS, None, Plain(), (W,))
     W[:, 0] = 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -132,7 +133,7 @@ def test_autocast_gathers_after_the_cast(wide: bool):
     bias = noise(4, seed=3, dtype=W.dtype)
     x = noise(50, 6, dtype=torch.float32, grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y, found = kept(lambda: paca_linear(x, D, 1.0, CHANNELS, W, bias), [W])
+        y, found = kept(lambda: paca_linear(x, D, 1.0, CHANNELS, bias, Plain(), (W,)), [W])
         assert torch.equal(y, F.linear(x, W, bias))
     assert y.dtype is torch.bfloat16
     assert sorted(found.values()) == [50 * 3 * 2]
@@ -147,7 +148,7 @@ def test_autocast_gathers_after_the_cast(wide: bool):
 
 def test_the_output_can_be_changed_in_place():
     W, D, x = noise(4, 6, seed=1), noise(4, 3, seed=2, grad=True), noise(2, 5, 6, grad=True)
-    y = paca_linear(x, D, 1.0, CHANNELS, W)
+    y = paca_linear(x, D, 1.0, CHANNELS, None, Plain(), (W,))
     y += 1
     y *= 2
     y.sum().backward()
@@ -157,7 +158,7 @@ def test_the_output_can_be_changed_in_place():
 def test_meta():
     x = torch.empty(2, 6, device="meta", requires_grad=True)
     D = torch.empty(4, 3, device="meta", requires_grad=True)
-    y = paca_linear(x, D, 1.0, CHANNELS.to("meta"), torch.empty(4, 6, device="meta"))
+    y = paca_linear(x, D, 1.0, CHANNELS.to("meta"), None, Plain(), (torch.empty(4, 6, device="meta"),))
     y.sum().backward()
     assert D.grad is not None
     assert D.grad.shape == (4, 3)

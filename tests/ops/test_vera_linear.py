@@ -13,14 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rankshift as rs
+from rankshift.core.base import Plain
 from rankshift.ops.vera_linear import reference, vera_linear
 
 SHAPES = [(0, 5), (1, 5), (7, 5), (2, 3, 5), (2, 1, 4, 5), (5,)]
 F64 = torch.float64
-
-
-def dense(weight: Tensor) -> Tensor:
-    return weight
 
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = F64, grad: bool = False) -> Tensor:
@@ -49,7 +46,7 @@ def check(x: Tensor, m: int, r: int, flags: tuple[bool, bool, bool, bool], wider
     d, b = seeded(r, seed=4, grad=need_d), seeded(m, seed=5, grad=need_b)
     bias = seeded(m, seed=6, grad=True) if has_bias else None
     x = x.detach().requires_grad_(need_x)
-    y = vera_linear(x, A, B, d, b, bias, dense, (W,))
+    y = vera_linear(x, A, B, d, b, bias, Plain(), (W,))
     dy = seeded(*y.shape, seed=7)
     want = by_hand(x, W, A, B, d, b, dy)
     torch.testing.assert_close(y.detach(), want["y"] if bias is None else want["y"] + bias.detach())
@@ -96,12 +93,12 @@ def test_the_reference_is_the_paper():
     want = torch.autograd.grad(y, (x, d, b), dy)
     for got, grad in zip(reference.gradients(x, W, A, B, d, b, dy), want, strict=True):
         torch.testing.assert_close(got, grad)
-    torch.testing.assert_close(vera_linear(x, A, B, d, b, None, dense, (W,)), y)
+    torch.testing.assert_close(vera_linear(x, A, B, d, b, None, Plain(), (W,)), y)
 
 
 def test_second_derivatives_are_refused():
     x, W, A, B = seeded(4, 5, grad=True), seeded(3, 5), seeded(2, 5), seeded(3, 2)
-    y = vera_linear(x, A, B, seeded(2, grad=True), seeded(3, grad=True), None, dense, (W,))
+    y = vera_linear(x, A, B, seeded(2, grad=True), seeded(3, grad=True), None, Plain(), (W,))
     (gx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable"):
         gx.sum().backward()
@@ -134,7 +131,7 @@ def test_one_product_gives_both_gradients(need_x: int, need_d: int, need_b: int)
     x, W, A, B = seeded(t, n, grad=bool(need_x)), seeded(m, n), seeded(r, n), seeded(m, r)
     d, b = seeded(r, grad=bool(need_d)), seeded(m, grad=bool(need_b))
     with FlopCounterMode(display=False) as flops, Products() as forward:
-        y = vera_linear(x, A, B, d, b, None, dense, (W,))
+        y = vera_linear(x, A, B, d, b, None, Plain(), (W,))
     assert flops.get_total_flops() == 2 * t * n * m + 2 * t * r * (n + m)
     assert sorted(forward.shapes) == sorted([(t, r), (t, m), (t, m)])
     dy = torch.ones_like(y)
@@ -160,7 +157,7 @@ def test_wide_vectors_of_a_narrow_layer(how: str):
     A, B = seeded(r, n, seed=2, dtype=torch.float32) / 4, seeded(m, r, seed=3, dtype=torch.float32) / 5
     d, b = seeded(r, seed=4, dtype=torch.float32, grad=True), seeded(m, seed=5, dtype=torch.float32, grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        y = vera_linear(x, A, B, d, b, bias, dense, (W,))
+        y = vera_linear(x, A, B, d, b, bias, Plain(), (W,))
     assert y.dtype == dtype
     dy = seeded(t, m, seed=6, dtype=dtype)
     y.backward(dy)
@@ -178,7 +175,7 @@ def test_a_tiny_start_learns_in_half_precision():
     x, W = seeded(t, n, dtype=torch.float16), seeded(m, n, seed=1, dtype=torch.float16)
     A, B = seeded(r, n, seed=2, dtype=torch.float32), seeded(m, r, seed=3, dtype=torch.float32)
     d, b = torch.full((r,), 1e-7), torch.zeros(m, requires_grad=True)
-    y = vera_linear(x, A, B, d, b, None, dense, (W,))
+    y = vera_linear(x, A, B, d, b, None, Plain(), (W,))
     dy = seeded(t, m, seed=6, dtype=torch.float16)
     y.backward(dy)
     want = by_hand(x, W, A, B, d, b, dy)["b"]
@@ -193,7 +190,7 @@ def test_bf16_keeps_a_small_update():
     d, b = seeded(16, seed=4, dtype=torch.float32), seeded(32, seed=5, dtype=torch.float32)
     b *= 7e-4 * W.float().norm() / (b[:, None] * (B * d) @ A).norm()
     exact = x.double() @ (b[:, None] * (B * d) @ A).double().t()
-    got = vera_linear(x, A, B, d, b, None, dense, (W,)).double()
+    got = vera_linear(x, A, B, d, b, None, Plain(), (W,)).double()
     assert (got - exact).norm() < 0.02 * exact.norm()
 
 
@@ -202,7 +199,7 @@ def test_autocast_equals_the_plain_composition():
     W, A, B = (seeded(*s, seed=i, dtype=torch.float32) for i, s in enumerate([(4, 8), (16, 8), (4, 16)], 1))
     d, b = seeded(16, seed=4, dtype=torch.float32), seeded(4, seed=5, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        fused = vera_linear(x, A, B, d, b, None, dense, (W,))
+        fused = vera_linear(x, A, B, d, b, None, Plain(), (W,))
         linear = nn.functional.linear
         plain = linear(x, W) + b * linear(d * linear(x, A), B)
     assert fused.dtype == torch.bfloat16
@@ -274,7 +271,7 @@ def test_gradients_of_narrow_vectors_are_summed_as_wide_as_the_pair(dtype: torch
     W, A, B = seeded(m, n, seed=1, dtype=dtype), seeded(r, n, seed=2).float(), seeded(m, r, seed=3).float()
     d, b = (seeded(k, seed=4 + k, dtype=torch.bfloat16, grad=True) for k in (r, m))
     x = seeded(tokens, n, seed=5, dtype=dtype)
-    y = vera_linear(x, A, B, d, b, None, dense, (W,))
+    y = vera_linear(x, A, B, d, b, None, Plain(), (W,))
     assert y.dtype == dtype
     dy = seeded(*y.shape, seed=6, dtype=dtype)
     dd, db = torch.autograd.grad(y, (d, b), dy)

@@ -33,23 +33,52 @@ class Tenant(Protocol):
     def leave(self) -> None: ...
 
 
-class Base(nn.Module):
-    """A weight of shape (out, in) and the layer it acts as.
+class Format:
+    """How the tensors that hold an (out, in) weight stand for it, and how it multiplies.
 
-    Three static functions say how the storage multiplies; they see only the tensors in ``packed``, so a fused autograd
-    node can save those and nothing else.
+    A value without tensors: a fused autograd node keeps it, and saves the tensors it is called with and nothing else.
+    Another storage overrides ``dense``; one that multiplies by itself ``times`` and ``back`` too.
     """
+
+    def dense(self, *packed: Tensor) -> Tensor:
+        """(out, in) in the compute dtype."""
+        raise NotImplementedError
+
+    def times(self, x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
+        """x Wᵀ + bias in the dtype of x: (b, in) → (b, out)."""
+        W = self.dense(*packed).to(x.dtype)
+        return x @ W.t() if bias is None else torch.addmm(bias.to(x.dtype), x, W.t())
+
+    def back(self, dY: Tensor, *packed: Tensor) -> Tensor:
+        """dY W in the dtype of dY: (b, out) → (b, in)."""
+        return dY @ self.dense(*packed).to(dY.dtype)
+
+
+class Plain(Format):
+    """The weight itself."""
+
+    def dense(self, *packed: Tensor) -> Tensor:
+        return packed[0]
+
+
+class Base(nn.Module):
+    """A weight of shape (out, in) and the layer it acts as."""
 
     exact: ClassVar[bool] = True
     """False if ``add_`` re-rounds more than the weight's dtype does; what must preserve the function refuses it."""
 
     storage: ClassVar[bool] = True
-    """True if the weight is held here; False for an adapter that stands on another base."""
+    """True if the weight is held here, as ``packed`` in a ``format``; False for an adapter that stands on another base,
+    and for a layer that keeps its weight to itself."""
+
+    kind: ClassVar[str] = "dense"
+    """The storage's name in tables and saved runs."""
 
     hosts: ClassVar[bool] = False
     """True if an adapter's columns may stand in the stored weight: ``columns`` and ``put_`` are served."""
 
     form: Form
+    format: Format = Plain()
     out_features: int
     in_features: int
     weight: Tensor  # as stored: model code may ask for its dtype or device
@@ -66,10 +95,14 @@ class Base(nn.Module):
         """The tensors that hold the weight."""
         raise NotImplementedError
 
-    @staticmethod
-    def dense(*packed: Tensor) -> Tensor:
-        """(out, in) in the compute dtype, from the packed tensors."""
-        raise NotImplementedError
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """The parameters that hold the weight, by their names here."""
+        return {"weight": self.weight}
+
+    def dense(self) -> Tensor:
+        """The weight (out, in) in the compute dtype; of a plain one, itself."""
+        return self.format.dense(*self.packed)
 
     @property
     def layer(self) -> nn.Module | None:
@@ -87,7 +120,7 @@ class Base(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """The layer without its bias."""
-        return self.form.apply(x, self.dense(*self.packed))
+        return self.form.apply(x, self.dense())
 
     @property
     def total_bias(self) -> Tensor | None:
@@ -125,13 +158,13 @@ class Base(nn.Module):
     def keep(self) -> None:
         """Put the weight aside where that is asked for and was not done yet."""
         if self.kept is not None and not self.kept:
-            self.kept.append(shard.local(self.weight)[0].clone())
+            self.kept.extend(shard.local(tensor)[0].clone() for tensor in self.stored.values())
 
     @torch.no_grad()
     def revert_(self) -> None:
         """Undo what was added since ``kept`` is a list, bit for bit."""
-        for before in self.kept or ():
-            shard.local(self.weight)[0].copy_(before)
+        for before, tensor in zip(self.kept or (), self.stored.values(), strict=False):
+            shard.local(tensor)[0].copy_(before)
 
     def house(self, tenant: Tenant | None) -> None:
         """Say whose columns stand in the stored weight from now on; None: nobody's."""
@@ -178,10 +211,6 @@ class Dense(Base):
     @property
     def packed(self) -> tuple[Tensor, ...]:
         return (self.form.matrix(self.weight),)
-
-    @staticmethod
-    def dense(*packed: Tensor) -> Tensor:
-        return packed[0]
 
     def linear(self, x: Tensor) -> Tensor:
         return self.form.run(x, self.weight, self.bias)
@@ -261,10 +290,6 @@ class Slab(Base):
     @property
     def packed(self) -> tuple[Tensor, ...]:
         return (self.form.matrix(self.weight),)
-
-    @staticmethod
-    def dense(*packed: Tensor) -> Tensor:
-        return packed[0]
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
         return self.form.matrix(shard.whole(self.weight))[:, rows, :].clone()

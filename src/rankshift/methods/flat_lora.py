@@ -76,7 +76,7 @@ class Noisy(LoRALayer):
         """‖W'‖ of each row, whole, a new tensor."""
         A, B = self.whole_factors()
         base = self.base
-        W = base.dense(*map(shard.whole, base.packed)) if base.storage else base.rows()
+        W = base.format.dense(*map(shard.whole, base.packed)) if base.storage else base.rows()
         return row_norm(W, self.scale * A, B)
 
     def perturb(self, y: Tensor, x: Tensor) -> Tensor:

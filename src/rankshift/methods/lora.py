@@ -87,7 +87,7 @@ class LoRALayer(Adapter):
         p = config.dropout if self.training and not isinstance(form, EmbeddingForm) else 0.0
         if base.storage and form.pointwise and p == 0 and not base.weight.requires_grad:
             return lora_linear(
-                x, A, B, self.scale, base.bias if bias else None, base.dense, base.packed,
+                x, A, B, self.scale, base.bias if bias else None, base.format, base.packed,
                 config.forward_order, config.backward_order,
             )  # fmt: skip
         y = base.linear(x) if bias else base.product(x)
@@ -136,7 +136,7 @@ class DoRALayer(LoRALayer):
     def row_norm(self) -> Tensor:
         """‖W + s·BA‖ of each row, (out,), detached."""
         A, B = self.factors()
-        W = self.base.dense(*self.base.packed) if self.base.storage else self.base.rows()
+        W = self.base.dense() if self.base.storage else self.base.rows()
         return row_norm(W, self.scale * A, B)
 
     def forward(self, x: Tensor) -> Tensor:

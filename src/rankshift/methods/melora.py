@@ -67,7 +67,7 @@ class MELoRALayer(Adapter):
         p = self.dropout if self.training else 0.0
         if base.storage and form.pointwise and p == 0 and not base.weight.requires_grad:
             return block_lora_linear(
-                x, self.A, self.B, n, self.scale, base.bias if bias else None, base.dense, base.packed
+                x, self.A, self.B, n, self.scale, base.bias if bias else None, base.format, base.packed
             )
         y = base.linear(x) if bias else base.product(x)
         x = F.dropout(x, p) if p else x  # drawn over all features: every block has a mask of its own

@@ -140,7 +140,7 @@ class PaCALayer(Adapter):
         base, form = self.base, self.form
         if isinstance(form, ConvForm):
             return paca_conv(x, self.D, self.scale, self.channels, base.weight, bias, form)
-        return paca_linear(x, self.D, self.scale, self.channels, form.matrix(base.weight), bias)
+        return paca_linear(x, self.D, self.scale, self.channels, bias, base.format, base.packed)
 
     def _beside(self, y: Tensor, x: Tensor) -> Tensor:
         D = (self.scale * self.D).to(y.dtype)

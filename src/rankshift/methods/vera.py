@@ -192,7 +192,7 @@ class VeRALayer(Adapter):
         base, form, d, b = self.base, self.form, self.lambda_d, self.lambda_b
         p = self.config.dropout if self.training else 0.0
         if base.storage and form.pointwise and p == 0 and not base.weight.requires_grad:
-            return vera_linear(x, self.A, self.B, d, b, base.bias if bias else None, base.dense, base.packed)
+            return vera_linear(x, self.A, self.B, d, b, base.bias if bias else None, base.format, base.packed)
         y = base.linear(x) if bias else base.product(x)
         z = form.apply(F.dropout(x, p) if p else x, self.A.to(y.dtype))
         return y + form.expand(z, factor(self.B, d, b).to(y.dtype))

@@ -12,13 +12,13 @@ with more of them W + BA is never formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankshift.core.base import Format
 from rankshift.ops.lora_linear import lora_linear
 from rankshift.ops.products import compute_dtype
 
@@ -30,22 +30,21 @@ def block_lora_linear(
     blocks: int,
     scale: float,
     bias: Tensor | None,
-    dense: Callable[..., Tensor],
+    format: Format,
     packed: tuple[Tensor, ...],
 ) -> Tensor:
     """x (…, in), A (n·r, in/n), B (out, r), bias (out,) → (…, out).
 
-    ``dense(*packed)`` gives the frozen (out, in) weight; ``packed`` is saved, what it unpacks to is not.
+    ``packed`` holds the frozen (out, in) weight in some ``format``: it is saved, what it unpacks to is not.
     """
     if blocks == 1:
-        return lora_linear(x, A, B, scale, bias, dense, packed)
+        return lora_linear(x, A, B, scale, bias, format, packed)
     dtype, uncast = compute_dtype(x)
     graph, m, (r, i) = torch.is_grad_enabled(), B.shape[0], (B.shape[1], A.shape[1])
-    cast = dtype != x.dtype or dtype != packed[0].dtype
     with uncast:
         y: Tensor = _BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, blocks * i).to(dtype), A.view(blocks, r, i), B.view(blocks, -1, r), bias, scale,
-            graph and A.requires_grad, graph and B.requires_grad, cast, dense, *packed,
+            graph and A.requires_grad, graph and B.requires_grad, format, *packed,
         )  # fmt: skip
     return y.view(*x.shape[:-1], m)  # outside the node: a view that it returned could not be changed in place
 
@@ -61,19 +60,14 @@ class _BlockLoRALinear(torch.autograd.Function):
         scale: float,
         train_a: bool,
         train_b: bool,
-        cast: bool,
-        dense: Callable[..., Tensor],
+        format: Format,
         *packed: Tensor,
     ) -> Tensor:
-        W = dense(*packed)
-        if cast:  # autocast: the layer computes in another dtype than it is stored in
-            W = W.to(x.dtype)
-            bias = None if bias is None else bias.to(x.dtype)
         z = torch.bmm(_split(x, len(A)), (scale * A).to(x.dtype).mT)  # (n, b, r)
-        y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
+        y = format.times(x, bias, *packed)
         y = _accumulate(y, z, B.to(x.dtype).mT)
         ctx.save_for_backward(x if train_a else None, z if train_b else None, A, B, *packed)
-        ctx.scale, ctx.dense, ctx.cast = scale, dense, cast
+        ctx.scale, ctx.format = scale, format
         return y
 
     @staticmethod
@@ -92,8 +86,7 @@ class _BlockLoRALinear(torch.autograd.Function):
             dB = _into(D.mT, z, B.dtype)
         if need_x:
             assert S is not None
-            W = ctx.dense(*packed)
-            dX = _accumulate(dY @ (W.to(dY.dtype) if ctx.cast else W), S, (ctx.scale * A).to(dY.dtype))
+            dX = _accumulate(ctx.format.back(dY, *packed), S, (ctx.scale * A).to(dY.dtype))
         dbias = dY.sum(0) if need_bias else None
         return (dX, dA, dB, dbias, *(None,) * (len(ctx.needs_input_grad) - 4))
 

@@ -10,13 +10,13 @@ gradients come back in their own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankshift.core.base import Format
 from rankshift.ops.lora_linear.order import SAVES_Z, Backward, Forward, choose
 from rankshift.ops.products import accumulate, compute_dtype, into
 
@@ -27,14 +27,14 @@ def lora_linear(
     B: Tensor,
     scale: float,
     bias: Tensor | None,
-    dense: Callable[..., Tensor],
+    format: Format,
     packed: tuple[Tensor, ...],
     forward: Forward | None = None,
     backward: Backward | None = None,
 ) -> Tensor:
     """x (…, in), A (r, in), B (out, r), bias (out,) → (…, out).
 
-    ``dense(*packed)`` gives the frozen (out, in) weight; ``packed`` is saved, what it unpacks to is not. ``forward``
+    ``packed`` holds the frozen (out, in) weight in some ``format``: it is saved, what it unpacks to is not. ``forward``
     and ``backward`` name an order of multiplication (see :mod:`.order`); None chooses the cheapest that is safe.
     """
     dtype, uncast = compute_dtype(x)
@@ -42,10 +42,9 @@ def lora_linear(
     graph = torch.is_grad_enabled()
     needs = (graph and x.requires_grad, graph and A.requires_grad, graph and B.requires_grad)
     forward, backward = choose(b, n, m, r, dtype, *needs, forward, backward)
-    cast = dtype != x.dtype or dtype != packed[0].dtype
     with uncast:
         y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-            x.reshape(-1, n).to(dtype), A, B, bias, scale, forward, backward, needs[1], needs[2], cast, dense, *packed
+            x.reshape(-1, n).to(dtype), A, B, bias, scale, forward, backward, needs[1], needs[2], format, *packed
         )
     # the node knows (b, in) and (b, out) only: a view that it returned could not be changed in place, and models do
     return y.view(*x.shape[:-1], m)
@@ -64,26 +63,22 @@ class _LoRALinear(torch.autograd.Function):
         backward: Backward,
         train_a: bool,
         train_b: bool,
-        cast: bool,
-        dense: Callable[..., Tensor],
+        format: Format,
         *packed: Tensor,
     ) -> Tensor:
-        W = dense(*packed)
-        if cast:  # autocast: the layer computes in another dtype than it is stored in
-            W = W.to(x.dtype)
-            bias = None if bias is None else bias.to(x.dtype)
         sA, Bc = (scale * A).to(x.dtype), B.to(x.dtype)
         keep_z = train_b and backward in SAVES_Z
         z = x @ sA.t() if forward == "f1" or keep_z else None  # (b, r)
         if forward == "f1":
-            y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
+            y = format.times(x, bias, *packed)
             assert z is not None
             y = accumulate(y, z, Bc.t())
         else:
-            y = torch.nn.functional.linear(x, torch.addmm(W, Bc, sA), bias)
+            bias = None if bias is None else bias.to(x.dtype)
+            y = torch.nn.functional.linear(x, torch.addmm(format.dense(*packed).to(x.dtype), Bc, sA), bias)
         keep_x = train_a or (train_b and not keep_z)
         ctx.save_for_backward(x if keep_x else None, z if keep_z else None, A, B, *packed)
-        ctx.scale, ctx.order, ctx.dense, ctx.cast = scale, backward, dense, cast
+        ctx.scale, ctx.order, ctx.format = scale, backward, format
         return y
 
     @staticmethod
@@ -106,13 +101,10 @@ class _LoRALinear(torch.autograd.Function):
             if need_B:
                 dB = into(dY.t(), x @ sA.t() if z is None else z, B.dtype)
         if need_x:
-            W = ctx.dense(*packed)
-            W = W.to(dY.dtype) if ctx.cast else W
             if ctx.order in ("b1", "b1s"):
-                dX = dY @ W
                 assert S is not None
-                dX = accumulate(dX, S, sA)
+                dX = accumulate(ctx.format.back(dY, *packed), S, sA)
             else:
-                dX = dY @ torch.addmm(W, Bc, sA)
+                dX = dY @ torch.addmm(ctx.format.dense(*packed).to(dY.dtype), Bc, sA)
         dbias = dY.sum(0) if need_bias else None
         return (dX, dA, dB, dbias, *(None,) * (len(ctx.needs_input_grad) - 4))

@@ -20,22 +20,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import grad
 
+from rankshift.core.base import Format
 from rankshift.core.form import ConvForm
 from rankshift.ops.products import compute_dtype, into
 
 
 def paca_linear(
-    x: Tensor, D: Tensor, scale: float, channels: Tensor, weight: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    D: Tensor,
+    scale: float,
+    channels: Tensor,
+    bias: Tensor | None,
+    format: Format,
+    packed: tuple[Tensor, ...],
 ) -> Tensor:
-    """x (…, in), D (out, r), channels (r,) int64, weight (out, in) that holds the trained columns → (…, out)."""
-    m, n = weight.shape
+    """x (…, in), D (out, r), channels (r,) int64 → (…, out).
+
+    ``packed`` holds the (out, in) weight with the trained columns, in some ``format``.
+    """
     dtype, uncast = compute_dtype(x)
     with uncast:
         y: Tensor = _PaCALinear.apply(  # type: ignore[no-untyped-call]
-            x.reshape(-1, n).to(dtype), D, weight, bias, scale, channels, _trains(D), dtype != weight.dtype
+            x.reshape(-1, x.shape[-1]).to(dtype), D, bias, scale, channels, _trains(D), format, *packed
         )
     # the node knows (b, in) and (b, out) only: a view that it returned could not be changed in place, and models do
-    return y.view(*x.shape[:-1], m)
+    return y.view(*x.shape[:-1], D.shape[0])
 
 
 def paca_conv(
@@ -62,28 +71,25 @@ class _PaCALinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,  # (b, in)
         D: Tensor,
-        weight: Tensor,
         bias: Tensor | None,
         scale: float,
         channels: Tensor,
         train: bool,
-        cast: bool,
+        format: Format,
+        *packed: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x.index_select(1, channels) if train else None, weight)
-        ctx.scale, ctx.wide, ctx.cast = scale, D.dtype, cast
-        if cast:  # autocast: the layer computes in another dtype than it is stored in
-            weight = weight.to(x.dtype)
-            bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x, weight, bias)
+        ctx.save_for_backward(x.index_select(1, channels) if train else None, *packed)
+        ctx.scale, ctx.wide, ctx.format = scale, D.dtype, format
+        return format.times(x, bias, *packed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        Xs, W = ctx.saved_tensors
-        need_x, need_D, _, need_bias = ctx.needs_input_grad[:4]
+        Xs, *packed = ctx.saved_tensors
+        need_x, need_D, need_bias = ctx.needs_input_grad[:3]
         dD = ctx.scale * into(dY.t(), Xs, ctx.wide) if need_D else None
-        dX = dY @ (W.to(dY.dtype) if ctx.cast else W) if need_x else None
-        return (dX, dD, None, dY.sum(0) if need_bias else None, *(None,) * 4)
+        dX = ctx.format.back(dY, *packed) if need_x else None
+        return (dX, dD, dY.sum(0) if need_bias else None, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
 class _PaCAConv(torch.autograd.Function):

@@ -12,13 +12,13 @@ rows and columns of a pair that many layers share, usually wider than the comput
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankshift.core.base import Format
 from rankshift.ops.products import accumulate, compute_dtype, into
 
 
@@ -29,19 +29,18 @@ def vera_linear(
     d: Tensor,
     b: Tensor,
     bias: Tensor | None,
-    dense: Callable[..., Tensor],
+    format: Format,
     packed: tuple[Tensor, ...],
 ) -> Tensor:
     """x (…, in), A (r, in), B (out, r), d (r,), b (out,), bias (out,) → (…, out). A and B receive no gradient.
 
-    ``dense(*packed)`` gives the frozen (out, in) weight; ``packed`` is saved, what it unpacks to is not.
+    ``packed`` holds the frozen (out, in) weight in some ``format``: it is saved, what it unpacks to is not.
     """
     dtype, uncast = compute_dtype(x)
     learns = torch.is_grad_enabled() and (d.requires_grad or b.requires_grad)
-    cast = dtype != x.dtype or dtype != packed[0].dtype
     with uncast:
         y: Tensor = _VeRALinear.apply(  # type: ignore[no-untyped-call]
-            x.reshape(-1, A.shape[1]).to(dtype), A, B, d, b, bias, learns, cast, dense, *packed
+            x.reshape(-1, A.shape[1]).to(dtype), A, B, d, b, bias, learns, format, *packed
         )
     # the node knows (tokens, …) only: a view that it returned could not be changed in place, and models do
     return y.view(*x.shape[:-1], B.shape[0])
@@ -63,19 +62,14 @@ class _VeRALinear(torch.autograd.Function):
         b: Tensor,
         bias: Tensor | None,
         learns: bool,
-        cast: bool,
-        dense: Callable[..., Tensor],
+        format: Format,
         *packed: Tensor,
     ) -> Tensor:
-        W = dense(*packed)
-        if cast:  # autocast: the layer computes in another dtype than it is stored in
-            W = W.to(x.dtype)
-            bias = None if bias is None else bias.to(x.dtype)
         z = x @ A.to(x.dtype).t()  # (tokens, r)
-        y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
+        y = format.times(x, bias, *packed)
         y = accumulate(y, z, factor(B, d, b).to(x.dtype).t())
         ctx.save_for_backward(z if learns else None, A, B, d, b, *packed)
-        ctx.dense, ctx.cast = dense, cast
+        ctx.format = format
         return y
 
     @staticmethod
@@ -90,8 +84,6 @@ class _VeRALinear(torch.autograd.Function):
             db = (BG @ d.to(wide)).to(b.dtype) if need_b else None
             dd = (b.to(wide) @ BG).to(d.dtype) if need_d else None
         if need_x:
-            W = ctx.dense(*packed)
-            dX = dY @ (W.to(dY.dtype) if ctx.cast else W)
-            dX = accumulate(dX, dY @ factor(B, d, b).to(dY.dtype), A.to(dY.dtype))
+            dX = accumulate(ctx.format.back(dY, *packed), dY @ factor(B, d, b).to(dY.dtype), A.to(dY.dtype))
         dbias = dY.sum(0) if need_bias else None
         return (dX, None, None, dd, db, dbias, *(None,) * (len(ctx.needs_input_grad) - 6))
