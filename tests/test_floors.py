@@ -32,7 +32,7 @@ FLOORS = {
     "__main__": 8,
 }
 _KIN = ("adarankgrad", "galore")  # three changes to it
-_DOWN = ("optim", "ops")  # on one floor, and optim calls ops
+_DOWN = (("optim", "ops"), ("storage", "ops"))  # on one floor, and the first calls the second
 HEAVY = {"transformers", "accelerate", "datasets", "peft", "trl", "matplotlib", "yaml", "rich", "typer"}
 CORE_MAY = {"torch"}  # and the standard library
 
@@ -97,7 +97,7 @@ def _between(where: Path, floor: str, target: list[str], typed: bool) -> Iterato
     there = target[0]
     if floor not in FLOORS:
         yield f"{floor} stands on no floor"
-    elif floor != there and FLOORS[there] >= FLOORS[floor] and not typed and (floor, there) != _DOWN:
+    elif floor != there and FLOORS[there] >= FLOORS[floor] and not typed and (floor, there) not in _DOWN:
         yield f"{floor} (floor {FLOORS[floor]}) imports {there} (floor {FLOORS[there]})"
     if floor == "methods":
         mine, other = where.stem, target[1] if len(target) > 1 else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,13 @@ from rankshift.core import shard
 from rankshift.core.form import EmbeddingForm, Form, TransposedForm
 
 _BLOCK = 1 << 24  # elements of fp32 scratch per block when a delta is added
+
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+"""Where a module keeps what hooked it: who hooked a layer hooked its place."""
 
 
 class Tenant(Protocol):
@@ -39,6 +46,11 @@ class Format:
     A value without tensors: a fused autograd node keeps it, and saves the tensors it is called with and nothing else.
     Another storage overrides ``dense``; one that multiplies by itself ``times`` and ``back`` too.
     """
+
+    @property
+    def computes(self) -> torch.dtype | None:
+        """What the layer computes in without autocast; None: in the dtype of its input."""
+        return None
 
     def dense(self, *packed: Tensor) -> Tensor:
         """(out, in) in the compute dtype."""
@@ -110,9 +122,24 @@ class Base(nn.Module):
         return None
 
     @property
+    def hooks(self) -> dict[str, Any]:
+        """What hooked the layer that stood here."""
+        return {} if self.layer is None else {name: getattr(self.layer, name) for name in HOOKS}
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype the layer computes in."""
         return self.weight.dtype
+
+    @classmethod
+    def over(cls, module: nn.Module) -> Base:
+        """The base of a layer that is in this storage already; copies nothing. Of what ``storages`` know."""
+        raise NotImplementedError
+
+    @classmethod
+    def measure(cls, module: nn.Module) -> tuple[int, int, torch.dtype, torch.device]:
+        """Out, in, compute dtype and device of such a layer."""
+        raise NotImplementedError
 
     def linear(self, x: Tensor) -> Tensor:
         """The layer as it came, bias included. Keeps no activation."""
@@ -297,6 +324,15 @@ class Slab(Base):
     def _add(self, delta: Callable[[slice], Tensor]) -> None:
         part, held = shard.local(self.weight)
         part.copy_(_sum(part, self.form.stored(delta(slice(None)))[held]))
+
+
+storages: list[Callable[[nn.Module], type[Base] | None]] = []
+"""Who knows layers in another storage: each says what base such a layer gets, or None."""
+
+
+def storage_of(module: nn.Module) -> type[Base] | None:
+    """The base that a layer in a storage of its own gets; None if it is in none that is known."""
+    return next((found for find in storages if (found := find(module)) is not None), None)
 
 
 def _sum(weight: Tensor, delta: Tensor) -> Tensor:

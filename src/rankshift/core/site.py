@@ -15,18 +15,13 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.base import Base, Dense, Slab
+from rankshift.core.base import Base, Dense, Slab, storage_of
 from rankshift.core.errors import TiedWeights, UnmatchedTarget, UnsupportedLayer, nearest
 from rankshift.core.form import ConvForm, EmbeddingForm, ExpertsForm, Form, TransposedForm
 from rankshift.core.lowrank import LowRankSum
 
 T = TypeVar("T")
 
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -75,8 +70,7 @@ class Site(nn.Module):
         self.spec = spec
         self.base = base
         self.adapters = nn.ModuleDict()
-        if base.layer is not None:  # who hooked the layer hooked this place: its hooks run here, and can be removed
-            self.__dict__.update({name: getattr(base.layer, name) for name in _HOOKS})
+        self.__dict__.update(base.hooks)  # who hooked the layer hooked this place: its hooks run, and can be removed
         self.active: tuple[str, ...] = ()
         self.link(())
 
@@ -101,6 +95,12 @@ class Site(nn.Module):
         """Let the acting adapters give back what they keep in the base; the function stays."""
         for adapter in self.acting():
             adapter.leave()
+
+    def rest_on(self, base: Base) -> None:
+        """Put another base of the same weight under the adapters that stand here."""
+        self.leave()
+        self.base = base
+        self.link(self.active)
 
     top: Base
 
@@ -239,6 +239,8 @@ def form_of(module: nn.Module) -> Form | None:
     """The form of a layer, or None if no method can stand there."""
     if isinstance(module, Site):
         return module.spec.form
+    if storage_of(module) is not None:
+        return Form()
     kind = type(module)
     if not isinstance(module._parameters.get("weight"), nn.Parameter) or "forward" in vars(module):
         return None
@@ -487,10 +489,11 @@ def select(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str
 def _shared_with(model: nn.Module, spec: Spec) -> list[str]:
     """The other places that hold a site's weight: a tensor of another module, or the same module under another name."""
     here = model.get_submodule(spec.name)
+    weight = here._parameters.get("weight")
     others = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        held = [leaf for leaf, p in module._parameters.items() if p is here.weight and module is not here]
+        held = [leaf for leaf, p in module._parameters.items() if p is weight and p is not None and module is not here]
         others += [prefix + leaf for leaf in held]
         others += [prefix + leaf for leaf, child in module._modules.items() if child is here]
     others.remove(spec.name)
@@ -514,6 +517,9 @@ def spec_of(model: nn.Module, name: str) -> Spec:
         weight: Tensor = owner
     else:
         module = model.get_submodule(name)
+        if (storage := storage_of(module)) is not None:
+            out, into, dtype, device = storage.measure(module)
+            return Spec(name, out, into, Form(), dtype, device)
         found = form_of(module)
         assert found is not None
         form, weight = found, module.weight  # type: ignore[assignment]
@@ -541,7 +547,8 @@ def perhaps_tied(model: nn.Module, specs: Iterable[Spec]) -> list[Spec]:
         if spec.form.stacked:
             return False
         here = model.get_submodule(spec.name)
-        return held[id(here)] > 1 or held[id(here.weight)] > 1
+        weight = here._parameters.get("weight")
+        return held[id(here)] > 1 or (weight is not None and held[id(weight)] > 1)
 
     return [spec for spec in specs if several(spec)]
 
@@ -610,7 +617,8 @@ def place(model: nn.Module, spec: Spec) -> Site:
     here = model.get_submodule(spec.name)
     if isinstance(here, Site):
         return here
-    site = Site(spec, Dense(here, spec.form))
+    storage = storage_of(here)
+    site = Site(spec, Dense(here, spec.form) if storage is None else storage.over(here))
     setattr(model.get_submodule(parent_name), leaf, site)
     return site
 

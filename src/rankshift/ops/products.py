@@ -8,13 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankshift.core.base import Format
 
-def compute_dtype(x: Tensor) -> tuple[torch.dtype, contextlib.AbstractContextManager[Any]]:
+
+def compute_dtype(
+    x: Tensor, format: Format | None = None
+) -> tuple[torch.dtype, contextlib.AbstractContextManager[Any]]:
     """What a layer computes in here, and a ``with`` block in which nothing is cast again."""
     kind = x.device.type
     castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
-    dtype = torch.get_autocast_dtype(kind) if castable and torch.is_autocast_enabled(kind) else x.dtype
+    own = x.dtype if format is None or format.computes is None else format.computes
+    dtype = torch.get_autocast_dtype(kind) if _autocast(kind) else own
     return dtype, torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext()
+
+
+def delivered(y: Tensor, x: Tensor) -> Tensor:
+    """What a layer computed, in the dtype that it hands on: autocast's, else that of its input."""
+    return y if y.dtype == x.dtype or _autocast(x.device.type) else y.to(x.dtype)
+
+
+def _autocast(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

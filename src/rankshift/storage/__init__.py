@@ -1,1 +1,48 @@
-"""One weight format per file, each a ``core.base.Base``. The dense one, the format models come in, is in core."""
+"""Storages: how frozen weights are held in fewer bits, one format per file, each a ``core.base.Base``.
+
+The dense one, the format models come in, is in core. Formats are loaded when a model has them or asks for them.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from rankshift.core.base import Base, storages
+from rankshift.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rankshift.storage.quantised import Held
+
+KINDS = ("nf4", "fp4", "int8", "fp8")
+
+
+def held_as(kind: str) -> type[Held]:
+    """The base of a storage.
+
+    Raises:
+        ConfigError: there is none of this name, or what it needs is not installed.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"base={kind!r} is none of {', '.join(KINDS)}; None leaves the weights as they are.")
+    if kind != "fp8" and find_spec("bitsandbytes") is None:
+        raise ConfigError(f'base="{kind}" needs bitsandbytes. Install it: pip install "rankshift[quant]".')
+    if kind in ("nf4", "fp4"):
+        from rankshift.storage.four_bit import FourBit
+
+        return FourBit
+    raise ConfigError(f'base="{kind}" is not available in this version.')
+
+
+def _known(module: nn.Module) -> type[Base] | None:
+    """The storage that a layer came in."""
+    if type(module).__module__.partition(".")[0] == "bitsandbytes":
+        from rankshift.storage.four_bit import FourBit
+
+        return FourBit if FourBit.describe(module) is not None else None
+    return None
+
+
+storages.append(_known)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from rankshift.core.base import Format
 from rankshift.ops.lora_linear import lora_linear
-from rankshift.ops.products import compute_dtype
+from rankshift.ops.products import compute_dtype, delivered
 
 
 def block_lora_linear(
@@ -39,14 +39,16 @@ def block_lora_linear(
     """
     if blocks == 1:
         return lora_linear(x, A, B, scale, bias, format, packed)
-    dtype, uncast = compute_dtype(x)
+    dtype, uncast = compute_dtype(x, format)
     graph, m, (r, i) = torch.is_grad_enabled(), B.shape[0], (B.shape[1], A.shape[1])
     with uncast:
         y: Tensor = _BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, blocks * i).to(dtype), A.view(blocks, r, i), B.view(blocks, -1, r), bias, scale,
             graph and A.requires_grad, graph and B.requires_grad, format, *packed,
         )  # fmt: skip
-    return y.view(*x.shape[:-1], m)  # outside the node: a view that it returned could not be changed in place
+    return delivered(
+        y.view(*x.shape[:-1], m), x
+    )  # outside the node: a view that it returned could not be changed in place
 
 
 class _BlockLoRALinear(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from rankshift.core.base import Format
 from rankshift.ops.lora_linear.order import SAVES_Z, Backward, Forward, choose
-from rankshift.ops.products import accumulate, compute_dtype, into
+from rankshift.ops.products import accumulate, compute_dtype, delivered, into
 
 
 def lora_linear(
@@ -37,7 +37,7 @@ def lora_linear(
     ``packed`` holds the frozen (out, in) weight in some ``format``: it is saved, what it unpacks to is not. ``forward``
     and ``backward`` name an order of multiplication (see :mod:`.order`); None chooses the cheapest that is safe.
     """
-    dtype, uncast = compute_dtype(x)
+    dtype, uncast = compute_dtype(x, format)
     b, n, m, r = x.shape[:-1].numel(), A.shape[1], B.shape[0], A.shape[0]
     graph = torch.is_grad_enabled()
     needs = (graph and x.requires_grad, graph and A.requires_grad, graph and B.requires_grad)
@@ -47,7 +47,7 @@ def lora_linear(
             x.reshape(-1, n).to(dtype), A, B, bias, scale, forward, backward, needs[1], needs[2], format, *packed
         )
     # the node knows (b, in) and (b, out) only: a view that it returned could not be changed in place, and models do
-    return y.view(*x.shape[:-1], m)
+    return delivered(y.view(*x.shape[:-1], m), x)
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -22,7 +22,7 @@ from torch.nn import grad
 
 from rankshift.core.base import Format
 from rankshift.core.form import ConvForm
-from rankshift.ops.products import compute_dtype, into
+from rankshift.ops.products import compute_dtype, delivered, into
 
 
 def paca_linear(
@@ -38,13 +38,13 @@ def paca_linear(
 
     ``packed`` holds the (out, in) weight with the trained columns, in some ``format``.
     """
-    dtype, uncast = compute_dtype(x)
+    dtype, uncast = compute_dtype(x, format)
     with uncast:
         y: Tensor = _PaCALinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]).to(dtype), D, bias, scale, channels, _trains(D), format, *packed
         )
     # the node knows (b, in) and (b, out) only: a view that it returned could not be changed in place, and models do
-    return y.view(*x.shape[:-1], D.shape[0])
+    return delivered(y.view(*x.shape[:-1], D.shape[0]), x)
 
 
 def paca_conv(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankshift.core.base import Format
-from rankshift.ops.products import accumulate, compute_dtype, into
+from rankshift.ops.products import accumulate, compute_dtype, delivered, into
 
 
 def vera_linear(
@@ -36,14 +36,14 @@ def vera_linear(
 
     ``packed`` holds the frozen (out, in) weight in some ``format``: it is saved, what it unpacks to is not.
     """
-    dtype, uncast = compute_dtype(x)
+    dtype, uncast = compute_dtype(x, format)
     learns = torch.is_grad_enabled() and (d.requires_grad or b.requires_grad)
     with uncast:
         y: Tensor = _VeRALinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, A.shape[1]).to(dtype), A, B, d, b, bias, learns, format, *packed
         )
     # the node knows (tokens, …) only: a view that it returned could not be changed in place, and models do
-    return y.view(*x.shape[:-1], B.shape[0])
+    return delivered(y.view(*x.shape[:-1], B.shape[0]), x)
 
 
 def factor(B: Tensor, d: Tensor, b: Tensor) -> Tensor:
