@@ -101,7 +101,7 @@ def attached(method: Method, model: nn.Module, leaves: tuple[str, ...]) -> int:
     if method.trains_base and not alone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.split(".")[-2] in leaves)
-    run = rs.attach(model, replace(method, targets=leaves, **alone), total_steps=10)
+    run = rs.attach(model, replace(method, targets=leaves, **alone), total_steps=10 if method.needs_total else None)
     count = sum(p.numel() for _, p in run.trainable())
     assert count == run.summary().trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert all(p.is_meta for _, p in run.trainable())

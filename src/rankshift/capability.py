@@ -153,7 +153,7 @@ def _attached(method: Method) -> Run:
     while True:
         model = _Net(side)
         try:
-            return attach(model, method, total_steps=_STEPS, data=_Batches(model))
+            return attach(model, method, total_steps=_STEPS if method.needs_total else None, data=_Batches(model))
         except RankTooLarge:
             if side >= _SIDE:
                 raise

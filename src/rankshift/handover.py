@@ -3,43 +3,89 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rankshift.core.adapter import Adapter
-from rankshift.core.errors import ConfigError, TiedWeights
+from rankshift.core.errors import AttachError, ConfigError, TiedWeights
 from rankshift.core.method import Estate, Method
-from rankshift.core.phase import Phase
+from rankshift.core.phase import Phase, Then, check_phases
 from rankshift.core.site import base_parameters
 from rankshift.methods import to_dict
-from rankshift.placement import DEFAULT, Member, refuse_sharded, weight_name
+from rankshift.placement import DEFAULT, WITHOUT_BIAS, Member, check_foldable, refuse_sharded, weight_name
 
 if TYPE_CHECKING:
     from rankshift.run import Run
+
+_log = logging.getLogger(__name__)
+_UNCHANGED = (
+    "run.shift({method}(…)) has changed nothing: this run can be saved, and its phase goes on once nothing is due, as "
+    "after run.coming = ()."
+)
 
 
 # ---- beforehand
 
 
 def foresee(run: Run, method: Method) -> None:
-    """Raise, before the first, where a phase to come does not fit the model or its end could not be seen."""
-    for then, after in itertools.zip_longest(run.coming, run.coming[1:]):
-        before, method = method, then.method
-        if type(method) is type(before):
+    """Raise, before the first, where a phase to come does not fit the model, where its end could not be seen, or where
+    it could not go on as the next."""
+    check_lengths(run, method, run.coming, run.step, run._listed)
+    need_total(run, [then.method for then in run.coming])
+    before = None
+    for now, after in zip([method, *(then.method for then in run.coming)], [*run.coming, None], strict=True):
+        if before is not None and _takes_over(before, now):
             continue  # what takes over tensors of its own kind is known only then
         with contextlib.suppress(TiedWeights):  # likewise what the phases before untie
-            sites = {spec.name for spec in run._on.plan(method, ())[0]}
+            if before is not None:
+                run._on.plan(now, ())
             if after is not None:
-                trained = {n for n, _, _ in base_parameters(run.model) if method.in_place(n, _layer(n) in sites)}
-                run._wish(method, after, trained | method.projects(run.model).keys())
+                _check_end(run, now, after)
+        before = now
 
 
-def _layer(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
+def _takes_over(before: Method, after: Method) -> bool:
+    """Whether one may go on with the tensors of the other."""
+    return type(before) is type(after) and type(after).inherit is not Method.inherit
+
+
+def _check_end(run: Run, method: Method, then: Then) -> None:
+    """Raise where the end of a phase of this method could not be seen, or what it trained not be folded then."""
+    sites = {spec.name for spec in run._on.plan(method, ())[0]}
+    frozen = run._on.frozen if method.trains_base else frozenset()
+    names = {name for name, _, _ in base_parameters(run.model)}
+    trained = {name for name in names if method.in_place(name, name.rpartition(".")[0] in sites)}
+    run._wish(method, then, (trained | method.projects(run.model).keys()) - frozen)
+    if method.own_bias and not _takes_over(method, then.method):
+        for spec in run._on.plan(method.final, ())[0]:
+            if f"{spec.name}.bias" not in names:
+                raise AttachError(
+                    f"{spec.name} has no bias to merge that of {type(method).__name__} into, as is done where "
+                    f"{type(then.method).__name__} begins. Train without it: {WITHOUT_BIAS}."
+                )
+
+
+def check_lengths(run: Run, method: Method, coming: Sequence[Then], began: int, listed: int) -> None:
+    """Raise ConfigError where a phase cannot begin within the run or is too short for its method; warn of what will not
+    be reached. See :func:`check_phases`."""
+    for told in check_phases(method, coming, began, listed, run.total_steps):
+        if told not in run._warned:
+            run._warned.add(told)
+            _log.warning("%s", told)
+
+
+def need_total(run: Run, methods: Iterable[Method]) -> None:
+    """Raise ConfigError where one of these has a schedule over the whole run, and nobody has said how long that is."""
+    for method in methods:
+        if method.needs_total and run.total_steps is None:
+            raise ConfigError(
+                f"{type(method).__name__} as configured follows a schedule over the whole run, whose length is not "
+                "known. Pass total_steps= to attach(), or set run.total_steps: the number of optimizer steps."
+            )
 
 
 # ---- the change
@@ -51,13 +97,23 @@ def shift(run: Run, method: Method, data: Iterable[Any] | None) -> Run:
     if not isinstance(method, Method):
         raise ConfigError(f"shift needs a method such as rs.LoRA(rank=16); got {type(method).__name__}.")
     refuse_sharded(run.model, "shift()")
+    # what cannot begin, or could not go on from there, must not end this phase
+    listed, coming = _left(run, method)
     estates = _inherited(run, method)
+    with run._on.bare():
+        if estates is None:
+            run._on.plan(method, data)
+        if coming:
+            _check_end(run, method, coming[0])
     if estates is None:
-        with run._on.bare():
-            run._on.plan(method, data)  # what cannot begin must not end this phase
-        heirs = None
-    else:
-        heirs = run._on.heirs(run._on.active[0], method, estates)
+        check_foldable(run.sites.values())
+    try:
+        need_total(run, [method])
+        check_lengths(run, method, coming, run.step, listed)
+    except ConfigError as error:
+        error.add_note(_UNCHANGED.format(method=type(method).__name__))
+        raise
+    heirs = None if estates is None else run._on.heirs(run._on.active[0], method, estates)
     try:
         if estates is None or heirs is None:
             return _anew(run, method, data)
@@ -150,11 +206,19 @@ def _succeed(
 def _hand_on(run: Run, new: Run, method: Method) -> float | None:
     """Let the run of the next phase know what was and what is to come; the learning rate that was said for it."""
     new.phases = [*run.phases[:-1], run.phases[-1].ended(run.step)]
-    new.coming, new._listed, new._seconds = run.coming, run._listed, run._seconds
-    if not run.coming or run.coming[0].method != method:
+    new._listed, new._coming = _left(run, method)
+    new._warned = run._warned
+    if new.coming == run.coming:  # by hand
+        new._seconds = run._seconds
         return run.phases[-1].lr
-    new.coming, new._listed, new._seconds = run.coming[1:], run.step, 0.0
     return run.coming[0].lr or run.phases[-1].lr
+
+
+def _left(run: Run, method: Method) -> tuple[int, tuple[Then, ...]]:
+    """Where counting begins once this method does, and what comes then. A shift by hand leaves both as they are."""
+    if run.coming and run.coming[0].method == method:
+        return run.step, run.coming[1:]
+    return run._listed, run.coming
 
 
 def _moved(

@@ -41,6 +41,7 @@ from rankshift.core.site import (
 _log = logging.getLogger(__name__)
 
 DEFAULT = "default"
+WITHOUT_BIAS = 'LoRA(lora_bias=False), PCLoRA(bias="match")'  # whose change is one of weights alone, where those are
 _RESERVED = ("base", "buffer", "original", "watch")  # kinds of tensors in a state, beside the adapters
 
 
@@ -533,7 +534,7 @@ def check_foldable(sites: Iterable[Site]) -> None:
         if site.base.bias is None and any(adapter.delta_bias() is not None for adapter in site.acting()):
             raise AttachError(
                 f"{site.spec.name} has no bias to merge the adapter's bias into. Nothing was merged. Go on unmerged, "
-                'or train without it: LoRA(lora_bias=False), PCLoRA(bias="match").'
+                f"or train without it: {WITHOUT_BIAS}."
             )
 
 

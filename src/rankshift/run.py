@@ -24,7 +24,7 @@ from rankshift.core.errors import AttachError, ConfigError, ExportError, Trainin
 from rankshift.core.event import Driver
 from rankshift.core.lesson import Ear, Lesson
 from rankshift.core.method import Method, compare
-from rankshift.core.phase import Phase, Then, check_reachable, listed
+from rankshift.core.phase import Phase, Then, listed
 from rankshift.core.schedule import check_warmup, cosine
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, form_of, separate
 from rankshift.core.watch import Watch, Wish
@@ -92,8 +92,7 @@ def attach(
             "run.shift(method) to go on with another method, or run.merge() to end the run."
         )
     run = Run(model, seed=seed, total_steps=total_steps)
-    run.coming = listed(then)
-    check_reachable(run.coming, 0, run.total_steps)
+    run.coming = then  # type: ignore[assignment]
     handover.foresee(run, method)
     run._begin(method, data)
     return run
@@ -106,7 +105,7 @@ class Run:
         self.model = model
         self.seed = seed
         self.phases: list[Phase] = []
-        self.coming: tuple[Then, ...] = ()  # what follows the method of now
+        self._coming: tuple[Then, ...] = ()
         self.watch: Watch | None = None  # over loss and norms, where something depends on them
         self._listed = start  # updates taken when what is before the first of them began
         self._seconds, self._since = 0.0, time.monotonic()  # of training since then; and up to when
@@ -117,6 +116,7 @@ class Run:
         self._ranks: dict[str, int] = {}  # of the subspaces of projected gradients, where no optimizer knows them
         self._frozen = {name: p.requires_grad for name, p, _ in base_parameters(model)}
         self._closed = self._suspended = ""
+        self._warned: set[str] = set()  # of what will not be reached
         self._told: list[str] = []  # how the method differs from that of the state that was loaded
         self._ear = Ear()
         self._driver = Driver(self._on.audience, seed, _count(total_steps), self._on.required, start)
@@ -185,6 +185,20 @@ class Run:
     @total_steps.setter
     def total_steps(self, value: int | None) -> None:
         self._driver.total = _count(value)
+
+    @property
+    def coming(self) -> tuple[Then, ...]:
+        """What follows the method of now. Set it to change that in mid-run: ``run.coming = ()`` goes on as it is."""
+        return self._coming
+
+    @coming.setter
+    def coming(self, then: Sequence[Then]) -> None:
+        then = listed(then)
+        if self.phases:
+            handover.check_lengths(self, self.method, then, self.phases[-1].start, self._listed)
+        self._coming = then
+        if self.phases:
+            self._look_out()
 
     @property
     def skipped(self) -> int:
@@ -373,6 +387,12 @@ class Run:
         """
         self._open()
         self._check_total()
+        if self.coming or self.method.final != self.method:
+            raise ConfigError(
+                f"{type(self.method).__name__} is to go on as another phase, and a Trainer that is not rankshift's "
+                "cannot change phases: it would fail where this one ends. Use rs.Trainer(run=run, args=args, …), or "
+                "attach a method that has one phase."
+            )
         optim = getattr(args.optim, "value", args.optim)
         if optim not in ("adamw_torch", "adamw_torch_fused"):
             raise ConfigError(
@@ -427,16 +447,11 @@ class Run:
             refuse_method(self._on.members[name].method)
 
     def _check_total(self) -> None:
-        check_reachable(self.coming, self._listed, self.total_steps)
-        for name in self._on.active:
-            method = self._on.members[name].method
-            method.phase_end(self.phases[-1].start, self.total_steps)  # a schedule that does not fit is refused there
-            if method.needs_total and self.total_steps is None:
-                kind = type(method).__name__
-                raise ConfigError(
-                    f"{kind} as configured follows a schedule over the whole run, whose length is not known. Pass "
-                    "total_steps= to attach(), or set run.total_steps: the number of optimizer steps."
-                )
+        active = [self._on.members[name].method for name in self._on.active]
+        handover.need_total(self, [*active, *(then.method for then in self.coming)])
+        for method in active:
+            coming = self.coming if method is self.method else ()
+            handover.check_lengths(self, method, coming, self.phases[-1].start, self._listed)
 
     def carry(self, optimizer: torch.optim.Optimizer) -> None:
         """Let any other torch optimizer over ``run.trainable()`` carry the events.
@@ -1010,7 +1025,7 @@ class Run:
         if any(other):
             self.phases[-1] = replace(self.phases[-1], method=to_dict(self.method))
         self._driver.began = self.phases[-1].start
-        self.coming = coming
+        self._coming = coming
         self._listed, self._seconds = state.get("listed", (0, 0.0))
         self._since = time.monotonic()
         self._look_out()

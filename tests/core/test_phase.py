@@ -33,6 +33,12 @@ def snapshots(*losses, norm=1.0):
         ({"steps": 1.5}, "is not an integer"),
         ({"steps": True}, "is not an integer"),
         ({"loss": "low"}, "is not a number"),
+        (
+            {"loss": 1.0, "window": 20, "steps": 5},
+            r"loss=1.0, window=20\) is looked at after 20 .*steps=5 it begins any",
+        ),
+        ({"loss_change": 1.0, "window": 5, "steps": 14}, r"window=5, windows=3\) is looked at after 15 updates"),
+        ({"weight_change": 1.0, "window": 5, "loss": 1.0, "steps": 9}, "leave weight_change out"),
     ],
 )
 def test_what_it_refuses(values, text):
@@ -50,7 +56,9 @@ def test_a_loss_may_be_negative():
 
 
 def test_there_and_back():
-    then = Then(rs.ReLoRA(rank=2, every=7), steps=3, minutes=1.5, loss=0.1, loss_change=2.0, weight_change=1.0, lr=1e-3)
+    then = Then(
+        rs.ReLoRA(rank=2, every=7), steps=300, minutes=1.5, loss=0.1, loss_change=2.0, weight_change=1.0, lr=1e-3
+    )
     assert Then.from_mapping(then.to_mapping()) == then
     assert Then.from_mapping(Then(LORA, minutes=2).to_mapping()) == Then(LORA, minutes=2.0)
 
@@ -70,7 +78,7 @@ def test_there_and_back():
         (Then(LORA, loss_change=5), 99, 9.0, (2.0, 1.92, 1.90), True),
         (Then(LORA, loss_change=2.5), 99, 9.0, (2.0, 1.92, 1.90), False),
         (Then(LORA, loss_change=2.5, windows=2), 99, 9.0, (2.0, 1.92, 1.90), True),
-        (Then(LORA, loss_change=2.5, steps=99), 99, 9.0, (2.0, 1.92, 1.90), True),  # the first of them
+        (Then(LORA, loss_change=2.5, steps=300), 300, 9.0, (2.0, 1.92, 1.90), True),  # the first of them
         (Then(LORA, loss_change=5, weight_change=1), 99, 9.0, (2.0, 1.92, 1.90), True),
     ],
 )
@@ -94,7 +102,8 @@ def test_weights_that_move_hold_a_phase_that_their_loss_would_end():
         (Then(LORA, loss_change=1.0, window=7), 21),
         (Then(LORA, weight_change=1.0, window=7, windows=2), 14),
         (Then(LORA, weight_change=1.0, loss=0.5, window=7), 7),
-        (Then(LORA, weight_change=1.0, steps=20, window=7), 20),
+        (Then(LORA, weight_change=1.0, steps=22, window=7), 21),
+        (Then(LORA, weight_change=1.0, steps=2, minutes=1, window=1, windows=2), 0),
     ],
 )
 def test_the_soonest_that_it_can_be_time(then, least):

@@ -273,10 +273,89 @@ def test_what_cannot_be_is_refused_when_it_is_attached() -> None:
     run = rs.attach(model, FULL)  # nothing is attached
     assert {name for name, _ in run.trainable()} == before.keys()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    run.total_steps = 18
     run.coming = (rs.Then(LORA, steps=18),)
+    run.total_steps = 18
     with pytest.raises(ConfigError, match="at update 18 at the earliest"):
         run.optimizer()
+    with pytest.raises(ConfigError, match="at update 19 at the earliest"):
+        run.coming = (rs.Then(LORA, steps=19),)
+
+
+PRE = rs.PreLoRA(window=3, windows=3, joint=1, max_rank=8)  # goes on after 9 updates of it at the earliest
+SWITCH = rs.SwitchLoRA(rank=2)
+STAGES = rs.SoRA(rank=2, sparsity=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "total", "text"),
+    [
+        (FULL, [rs.Then(PRE, steps=4)], 13, "after update 13 at the earliest, and ends at 13"),
+        (FULL, [rs.Then(PRE, loss=1.0, window=4)], 13, "after update 13 at the earliest, and ends at 13"),
+        (FULL, [rs.Then(PRE, minutes=1)], 9, "after update 9 at the earliest, and ends at 9"),
+        (FULL, [rs.Then(PRE, steps=4), rs.Then(LORA, steps=9)], 40, "after update 13 .*and ends at 13"),
+        (FULL, [rs.Then(PRE, steps=4), rs.Then(LORA, steps=9)], None, "after update 13 .*and ends at 13"),
+        (PRE, [rs.Then(LORA, steps=3)], None, "after update 9 .*and ends at 3"),
+        (PRE, [], 9, "after update 9 .*and ends at 9"),
+        (FULL, [rs.Then(SWITCH, steps=3)], None, r"SwitchLoRA as configured .*total_steps= to attach"),
+        (FULL, [rs.Then(LORA, minutes=1, loss=1.0, window=100)], 10, r"loss=1.0, window=100\) is looked at after 100"),
+        (FULL, [rs.Then(LORA, steps=4), rs.Then(FULL, loss=1.0, minutes=1, window=6)], 10, "ends 6 after the phase"),
+        (STAGES, [rs.Then(LORA, steps=5)], 10, "SoRA's 2 stages .*begin at update 5, and this phase ends at 5"),
+        (FULL, [rs.Then(STAGES, steps=9)], 10, "SoRA has 2 of 2 stages to go and 1 updates"),
+    ],
+)
+def test_a_phase_that_is_too_short_is_refused_when_it_is_attached(
+    first: Method, then: list[rs.Then], total: int | None, text: str
+) -> None:
+    model = tiny()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ConfigError, match=text):
+        rs.attach(model, first, total_steps=total, then=then)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    rs.attach(model, FULL)  # nothing is attached
+
+
+def test_one_update_more_is_enough() -> None:
+    begin("one", [rs.Then(PRE, steps=10)])
+    rs.attach(tiny(), FULL, total_steps=14, then=[rs.Then(PRE, steps=4)])
+    rs.attach(tiny(), FULL, total_steps=14, then=[rs.Then(PRE, loss=1.0, window=4)])
+    rs.attach(tiny(), FULL, then=[rs.Then(PRE, steps=4), rs.Then(LORA, steps=10)])
+    rs.attach(tiny(), PRE, then=[rs.Then(LORA, steps=10)])
+    rs.attach(tiny(), STAGES, total_steps=10, then=[rs.Then(LORA, steps=6)])
+
+
+def test_a_phase_that_came_too_late_leaves_the_run_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knew when it would begin."""
+    clock = [1000.0]
+    monkeypatch.setattr("rankshift.run.time.monotonic", lambda: clock[0])
+    session = begin("one", [rs.Then(PRE, minutes=1.0)]).steps(10)
+    clock[0] += 100.0
+    session.step()
+    assert session.run.due() == PRE
+    before = session.state()
+    with pytest.raises(ConfigError, match="after update 20 at the earliest, and ends at 20") as caught:
+        session.run.shift(PRE)
+    assert "has changed nothing" in caught.value.__notes__[0]
+    same(before, session.state(), what="a refused shift")
+    again = Session.load(session.save(), "one", tiny())
+    for one in (session, again):
+        one.run.coming = ()
+        one.steps(3)
+    same(session.state(), again.state())
+    session.run.shift(LORA)
+
+
+def test_what_a_shift_by_hand_lacks_is_said_before_anything_changes() -> None:
+    session = Session("one", rs.attach(tiny(), FULL)).steps(2)
+    before = session.state()
+    with pytest.raises(ConfigError, match="SwitchLoRA as configured follows a schedule"):
+        session.run.shift(SWITCH)
+    session.run.coming = [rs.Then(FULL, weight_change=1.0, window=2)]
+    with pytest.raises(ConfigError, match="the phase before trains none of them"):
+        session.run.shift(LORA)
+    same(before, session.state())
+    session.run.coming = ()
+    session.steps(1)
+    session.run.shift(LORA)
 
 
 def test_what_cannot_be_seen_in_a_later_phase_is_refused_when_it_is_attached() -> None:

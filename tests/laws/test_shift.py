@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rankshift as rs
 from laws.cases import CASES, Case
-from laws.world import Session, begin, evaluate, gap, same, scramble, tiny
+from laws.world import Session, Tiny, begin, evaluate, gap, same, scramble, tiny
 from rankshift.core import shard
+from rankshift.core.errors import AttachError
 from rankshift.core.method import Method
 from rankshift.core.site import Site, base_parameters
 from rankshift.methods import LoRA, SoRA
@@ -172,6 +173,69 @@ def take_first(session: Session) -> None:
 @pytest.mark.parametrize(("before", "after"), [pytest.param(a, b, id=f"{a.label}-{b.label}") for a, b in PAIRS])
 def test_from_any_method_to_any_other(before: Case, after: Case) -> None:
     shift(before, after)
+
+
+# ---- without biases
+
+
+def unbiased() -> Tiny:
+    """As Llama is: no linear layer has a bias."""
+    model = tiny(torch.float64)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.bias = None
+    return model
+
+
+PLAIN = {**FIRST, "pc-lora": replace(FIRST["pc-lora"], method=replace(FIRST["pc-lora"].method, bias="match"))}
+WITH_BIAS = {
+    "pc-lora": FIRST["pc-lora"].method,
+    "lora": LoRA(rank=2, lora_bias=True),
+    "prelora": rs.PreLoRA(then=LoRA(rank=4, alpha=8, lora_bias=True), window=1, windows=2, joint=1, max_rank=8),
+}
+
+
+@pytest.mark.parametrize("before", PLAIN)
+def test_from_any_method_to_any_other_where_no_layer_has_a_bias(before: str) -> None:
+    for after in PLAIN:
+        session = Session("one", rs.attach(unbiased(), PLAIN[before].method, total_steps=TOTAL)).steps(1)
+        trained = evaluate(session.model)
+        session = Session("one", session.run.shift(PLAIN[after].method))
+        moved = gap(evaluate(session.model), trained)
+        assert moved <= TOLERANCE, f"{before} to {after} changes the function by {moved:.3g}"
+        session.step()
+        assert all(p.isfinite().all() for _, p in session.run.trainable())
+
+
+@pytest.mark.parametrize("kind", WITH_BIAS)
+def test_a_bias_that_has_no_place_is_refused_before_the_first_update(kind: str) -> None:
+    method, text = WITH_BIAS[kind], r"has no bias to merge that of \w+ into, as is done where Full begins.*match"
+    then = rs.Then(rs.Full(), steps=4)
+    for first, coming in ((method, [then]), (rs.GaLore(rank=2), [rs.Then(method, steps=3), then])):
+        model = unbiased()
+        with pytest.raises(AttachError, match=text):
+            rs.attach(model, first, total_steps=TOTAL, then=coming)
+        rs.attach(model, rs.Full())  # nothing is attached
+        if kind == "pc-lora":  # it leaves "down" alone, and all others have a bias
+            rs.attach(tiny(), first, total_steps=TOTAL, then=coming)
+    rs.attach(unbiased(), rs.Full(), total_steps=TOTAL, then=[rs.Then(method, steps=3)])  # the last stays as it is
+
+
+@pytest.mark.parametrize("kind", ["pc-lora", "lora"])
+def test_a_bias_that_has_no_place_leaves_the_phase_as_it_is(kind: str) -> None:
+    session = Session("one", rs.attach(unbiased(), WITH_BIAS[kind], total_steps=TOTAL)).steps(2)
+    before = session.state()
+    with pytest.raises(AttachError, match=r"has no bias to merge the adapter's bias into\. Nothing was merged"):
+        session.run.shift(rs.Full())
+    same(before, session.state(), what="a refused shift")
+    session.steps(1)
+
+
+@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases], ids=lambda case: case.label)
+def test_methods_say_whether_they_need_a_bias(case: Case) -> None:
+    run = rs.attach(unbiased(), case.method, total_steps=TOTAL)
+    has = any(a.delta_bias() is not None for a in run.adapter().values())
+    assert has == (case.method.own_bias and bool(run.adapter()))
 
 
 # ---- the law bites

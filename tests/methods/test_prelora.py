@@ -857,14 +857,33 @@ def test_what_does_not_fit_the_model_is_refused_before_the_first_update():
 
 
 def test_a_run_too_short_for_its_windows_is_refused_before_the_first_update():
-    for more in ({"total_steps": 4}, {"total_steps": 3}):
-        run = rs.attach(net(), of(), **more)
-        with pytest.raises(ConfigError, match="after update 4 at the earliest, and the run ends at"):
-            run.optimizer()
-    run = rs.attach(net(), of(minimum=9), total_steps=9)
+    for total in (4, 3):
+        with pytest.raises(ConfigError, match=f"after update 4 at the earliest, and ends at {total}"):
+            rs.attach(net(), of(), total_steps=total)
     with pytest.raises(ConfigError, match="after update 9 at the earliest"):
-        run.optimizer()
+        rs.attach(net(), of(minimum=9), total_steps=9)
     rs.attach(net(), of(), total_steps=5).optimizer()
+    run = rs.attach(net(), of())  # it may be said later
+    run.total_steps = 4
+    with pytest.raises(ConfigError, match="after update 4 at the earliest"):
+        run.optimizer()
+
+
+@pytest.mark.parametrize(("total", "end"), [(20, 7), (7, None)])
+def test_a_run_that_cannot_freeze_is_warned_of_once(total: int, end: int | None, caplog: pytest.LogCaptureFixture):
+    then = [] if end is None else [rs.Then(rs.Full(), steps=end)]
+    with caplog.at_level("WARNING", "rankshift"):
+        run = rs.attach(net(), of(), total_steps=total, then=then)
+        text = (
+            r"PreLoRA\(window=2, windows=2, minimum=0, joint=3\) freezes after update 7 at the earliest, and ends at 7"
+        )
+        assert len(re.findall(text, caplog.text)) == 1
+        run.optimizer()
+        run.optimizer()
+        assert len(re.findall(text, caplog.text)) == 1
+        caplog.clear()
+        rs.attach(net(), of(joint=2), total_steps=7)
+    assert "freezes" not in caplog.text
 
 
 def test_without_its_loss_a_run_cannot_know_when():

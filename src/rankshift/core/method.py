@@ -208,6 +208,11 @@ class Method:
         return False
 
     @property
+    def own_bias(self) -> bool:
+        """Whether adapters have a bias also where the layer has none, so that they cannot be folded into it."""
+        return False
+
+    @property
     def solitary(self) -> str:
         """Why no other adapter may stand beside one of this method, as words after its name; "" where one may."""
         return ""
@@ -255,6 +260,23 @@ class Method:
         """The update at which a phase of this method ends that began at ``start``, if it has a learning-rate schedule
         of its own up to there; None if the run's goes on."""
         return None
+
+    def check_span(self, start: int, end: int, total: int | None) -> str:
+        """What a phase of this method will not come to, as a sentence to warn with; "" if there is nothing.
+
+        Args:
+            start: the update at which it begins, of ``total``.
+            end: the update at which it ends, at the latest.
+
+        Raises:
+            ConfigError: it is too short for this method.
+        """
+        return ""
+
+    @property
+    def final(self) -> Method:
+        """What this method is in the last of the phases that it goes through by itself, see :meth:`next`."""
+        return self
 
     def lr_schedule(self, total: int, warmup: int) -> Callable[[int], float] | None:
         """The factor on the peak learning rate in every update, counted from 0, of a phase of this method; None:

@@ -80,6 +80,8 @@ class Then:
                 raise ConfigError(f"Then({self._kind}, {name}={getattr(self, name)}): it must be above 0.")
         if self.windows < 2:
             raise ConfigError(f"Then({self._kind}, windows={self.windows}): a change is between two windows at least.")
+        if self.steps is not None:
+            self.check_sight(self.steps, f"after steps={self.steps} it begins anyway")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ConfigError(f"Then({self._kind}, lr={self.lr}): a learning rate, above 0.")
 
@@ -117,14 +119,26 @@ class Then:
 
     def least(self) -> int:
         """Updates that pass before it can be time."""
-        changes = self.loss_change is not None or self.weight_change is not None
-        times = (
-            self.steps,
-            None if self.minutes is None else 0,
-            None if self.loss is None else self.window,
-            self.windows * self.window if changes else None,
-        )
+        times = (self.steps, None if self.minutes is None else 0, *self._sights().values())
         return min(time for time in times if time is not None)
+
+    def _sights(self) -> dict[str, int]:
+        """Updates after which each condition on losses and weights is looked at for the first time."""
+        seen = {"loss": self.window, "loss_change": self.windows * self.window}
+        seen["weight_change"] = seen["loss_change"]
+        return {name: updates for name, updates in seen.items() if getattr(self, name) is not None}
+
+    def check_sight(self, updates: int, why: str) -> None:
+        """Raise ConfigError for a condition whose windows are longer than the phase before, which has so many updates
+        at most, so that it could never come true."""
+        for name, seen in self._sights().items():
+            if seen > updates:
+                windows = "" if name == "loss" else f", windows={self.windows}"
+                raise ConfigError(
+                    f"Then({self._kind}, {name}={getattr(self, name)}, window={self.window}{windows}) is looked at "
+                    f"after {seen} updates for the first time, and {why}: it can never come true. Shorten the window, "
+                    f"or leave {name} out."
+                )
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values."""
@@ -178,3 +192,37 @@ def check_reachable(coming: Sequence[Then], start: int, total: int | None) -> No
                 f"{type(then.method).__name__} would begin at update {at} at the earliest, and the run ends at "
                 f"{total}. Shorten the phases before it (steps, window), or train longer (total_steps)."
             )
+
+
+def check_phases(method: Method, coming: Sequence[Then], began: int, listed: int, total: int | None) -> list[str]:
+    """Look whether every phase can begin within the run, and is long enough for what its method does in it. Where it is
+    not known when one begins, it is taken to begin as early as it can.
+
+    Args:
+        method: of the phase of now.
+        coming: what follows it.
+        began: the update at which the phase of now began.
+        listed: that from which the first of ``coming`` counts; another where a shift by hand came between.
+        total: updates of the whole run, if known.
+
+    Returns:
+        What will not be reached, as sentences to warn with.
+
+    Raises:
+        ConfigError: a phase cannot begin, or is too short for its method; or a condition can never come true.
+    """
+    check_reachable(coming, listed, total)
+    told: list[str] = []
+    for then in (*coming, None):
+        end = total
+        if then is not None and total is not None:
+            then.check_sight(total - 1 - began, f"the run ends {total - began} after the phase before begins")
+        if then is not None and then.steps is not None:
+            end = listed + then.steps if total is None else min(listed + then.steps, total)
+        method.phase_end(began, total)  # a schedule that does not fit is refused there
+        if end is not None:
+            told += filter(None, [method.check_span(began, end, total)])
+        if then is not None:
+            listed += then.least()
+            method, began = then.method, max(began, listed)
+    return told

@@ -367,6 +367,10 @@ class LoRA(Method):
     def must_learn(self, name: str) -> bool:
         return self.bias != "all"  # models own biases that a task never reaches, such as BERT's pooler
 
+    @property
+    def own_bias(self) -> bool:
+        return self.lora_bias
+
     def learning_rates(self, names: Sequence[str]) -> dict[str, float]:
         return {name: self.lr_ratio for name in names if name.endswith(".B")} if self.lr_ratio != 1 else {}
 

@@ -272,6 +272,10 @@ class PCLoRA(Method):
         return True
 
     @property
+    def own_bias(self) -> bool:
+        return self.bias == "always"
+
+    @property
     def solitary(self) -> str:
         return "takes the place of the layers by the clock of the whole run, whether it acts or not"
 

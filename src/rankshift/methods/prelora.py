@@ -206,15 +206,32 @@ class PreLoRA(Method):
         trained = {name for name, p, _ in base_parameters(model) if p.requires_grad}  # not what was frozen before
         return Wish(self.window, tuple(s.weight for s in self._layers(model) if s.weight in trained), self.windows)
 
-    def phase_end(self, start: int, total: int | None) -> int | None:
-        """None: the run's schedule goes on. Refuses a run that is too short for its windows."""
-        soonest = start + max(self.windows * self.window, self.minimum)
-        if self.stage == "full" and total is not None and soonest >= total:
-            raise ConfigError(
-                f"PreLoRA(window={self.window}, windows={self.windows}, minimum={self.minimum}) can go on to adapters "
-                f"after update {soonest} at the earliest, and the run ends at {total}. Take shorter windows, or Full."
-            )
-        return None
+    def check_span(self, start: int, end: int, total: int | None) -> str:
+        """Refuses a phase that is too short for its windows, and warns of one that ends before it freezes."""
+        soonest = start
+        if self.stage == "full":
+            soonest += max(self.windows * self.window, self.minimum)
+            if soonest >= end:
+                raise ConfigError(
+                    f"PreLoRA(window={self.window}, windows={self.windows}, minimum={self.minimum}) can go on to "
+                    f"adapters after update {soonest} at the earliest, and ends at {end}. Take shorter windows, or "
+                    "Full."
+                )
+        if self.stage == "frozen" or soonest + self.joint < end:
+            return ""
+        return (
+            f"PreLoRA(window={self.window}, windows={self.windows}, minimum={self.minimum}, joint={self.joint}) "
+            f"freezes after update {soonest + self.joint} at the earliest, and ends at {end}: it never comes to the "
+            "stage that is cheaper. Shorten joint or the windows."
+        )
+
+    @property
+    def final(self) -> PreLoRA:
+        return replace(self, stage="frozen")
+
+    @property
+    def own_bias(self) -> bool:
+        return self.second.own_bias
 
     def next(self, run: Any) -> Method | None:
         taken = run.step - run.phases[-1].start

@@ -238,6 +238,22 @@ class SoRA(Method):
             )
         return start + (total - start) // left
 
+    def check_span(self, start: int, end: int, total: int | None) -> str:
+        """Refuses a phase that ends before its last stage begins."""
+        begins, stage = start, self
+        while stage != self.final and (after := stage.phase_end(begins, total)) is not None:
+            begins, stage = after, dataclasses.replace(stage, stage=stage.stage + 1)
+        if len(self.stages) > 1 and begins >= end:
+            raise ConfigError(
+                f"SoRA's {len(self.stages)} stages share the whole run, the last would begin at update {begins}, and "
+                f"this phase ends at {end}. Give fewer numbers in sparsity, or let what follows begin later."
+            )
+        return ""
+
+    @property
+    def final(self) -> SoRA:
+        return dataclasses.replace(self, stage=len(self.stages) - 1)
+
     def next(self, run: Any) -> Method | None:
         if self.stage + 1 == len(self.stages):
             return None
