@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from rankshift.core.method import Estate, Method
 from rankshift.core.phase import Phase, Then, check_phases
 from rankshift.core.site import base_parameters
 from rankshift.methods import to_dict
+from rankshift.optim import Optimizer
 from rankshift.placement import DEFAULT, WITHOUT_BIAS, Member, check_foldable, refuse_sharded, weight_name
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def _anew(run: Run, method: Method, data: Iterable[Any] | None) -> Run:
     before, states = {name for name, _, _ in base_parameters(run.model)}, run._driver.states()
     new = type(run)(run.model, seed=run.seed, total_steps=run.total_steps, start=run.step)
     new._frozen, new._on.frozen = run._frozen, run._on.frozen  # the base is not as it came now
+    new._parted = _parted(run, states)
     lr = _hand_on(run, new, method)
     new._driver.skips = run.skipped
     model = run.merge()
@@ -176,8 +178,9 @@ def _succeed(
     name = run._on.active[0]
     prefix = "" if name == DEFAULT else f"{name}:"
     before = {f"{prefix}{site}.{leaf}": p for site, a in run.adapter(name).items() for leaf, p in a.named_parameters()}
+    parted = _parted(run, states, before.keys())
     new = type(run)(run.model, seed=run.seed, total_steps=run.total_steps, start=run.step)
-    new._on, new._frozen = run._on, run._frozen
+    new._on, new._frozen, new._parted = run._on, run._frozen, parted
     run._on.succeed(name, heirs, member)
     new._changed = changed | run._on.train_in_place(method)
     new._driver.audience, new._driver.trainable = run._on.audience, run._on.required
@@ -189,7 +192,10 @@ def _succeed(
             other = f"{prefix}{site}.{leaf}"
             if other in before and other in states:
                 moved = _moved(states[other], before[other], now, heir.slots.get(leaf), estates[site].slots)
-                moments |= {} if moved is None else {other: moved}
+                if isinstance(moved, str):
+                    parted[other] = moved
+                else:
+                    moments[other] = moved
     run.model.zero_grad()
     run._driver.close()
     run._deafen()
@@ -201,6 +207,27 @@ def _succeed(
     new._listen()
     run._closed, run._moments = "shift()", {}  # who keeps this run keeps no moments with it
     return new
+
+
+def _parted(run: Run, states: Mapping[str, Mapping[str, Tensor]], taken: Set[str] = frozenset()) -> dict[str, str]:
+    """Why moments of what was there do not go on, as a clause by name, where that is known now.
+
+    Args:
+        states: of the optimizer, by name.
+        taken: adapters' tensors whose values are taken over.
+    """
+    optimizer = run._driver.ridden
+    foreign = optimizer is not None and not isinstance(optimizer, Optimizer)
+    none = f"whose moments {type(optimizer).__name__} kept in its own way" if foreign else "which had none yet"
+    base = {name for name, _, _ in base_parameters(run.model)}
+    found = dict.fromkeys(base, "which were frozen before")
+    for name, _ in run.trainable():
+        found.pop(name, None)
+        if name not in base | taken:
+            found[name] = "which are others than those of that name before, whose part is in the weights now"
+        elif name not in states:
+            found[name] = none
+    return found
 
 
 def _hand_on(run: Run, new: Run, method: Method) -> float | None:
@@ -223,9 +250,11 @@ def _left(run: Run, method: Method) -> tuple[int, tuple[Then, ...]]:
 
 def _moved(
     state: Mapping[str, Tensor], old: Tensor, now: Tensor, axis: int | None, slots: Tensor | None
-) -> Mapping[str, Tensor] | None:
-    """The optimizer's state of a tensor that took over another's rank ``slots``; None if it is not that tensor's."""
+) -> Mapping[str, Tensor] | str:
+    """The optimizer's state of a tensor that took over another's rank ``slots``; or why it is not that tensor's."""
     if slots is not None and axis is not None:
         state = {k: v.index_select(axis, slots.to(v.device)) if v.shape == old.shape else v for k, v in state.items()}
         old = old.detach().index_select(axis, slots.to(old.device))
-    return state if old.shape == now.shape and torch.equal(old, now) else None
+    if old.shape != now.shape:
+        return f"which were {tuple(old.shape)} and are {tuple(now.shape)}"
+    return state if torch.equal(old, now) else "which begin with other values"

@@ -111,6 +111,7 @@ class Run:
         self._seconds, self._since = 0.0, time.monotonic()  # of training since then; and up to when
         # of tensors that went on training from the last phase; None: this run did not see it end
         self._moments: dict[str, Mapping[str, Tensor]] | None = None
+        self._parted: Mapping[str, str] = {}  # why those of others that were there did not, by name
         self._on = Placement(model)
         self._changed: set[str] = set()
         self._ranks: dict[str, int] = {}  # of the subspaces of projected gradients, where no optimizer knows them
@@ -352,7 +353,7 @@ class Run:
         )
         optimizer.told = self._told  # no copy, as of the ranks
         if self._moments is not None and self.step == self.phases[-1].start:
-            optimizer.take_over(self._moments)
+            optimizer.take_over(self._moments, self._parted)
             self._moments = {name: optimizer.state[p] for name, p, _ in owned if optimizer.state.get(p)}
         self._driver.check_gradients = check_gradients
         hooks = Backward(optimizer, self._driver, clip_each).hooks(self.model) if fused_backward else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -413,7 +415,8 @@ def test_moments_of_what_goes_on_training_go_along(caplog: pytest.LogCaptureFixt
     assert gone_along(states, after) == {
         f"blocks.0.{leaf}" for leaf in ("q.weight", "q.bias", "norm1.weight", "norm1.bias")
     }
-    assert "Adam's moments go on for 4 of 4 tensors from the phase before" in caplog.text
+    names = r"blocks\.0\.norm1\.weight, blocks\.0\.norm1\.bias, blocks\.0\.q\.weight and 1 more"
+    assert re.search(rf"Adam's moments go on for 4 of 4 tensors from the phase before: {names}\.", caplog.text)
     # from there on it is the training that never stopped, of those four
     alone = Session("one", rs.attach(tiny(), Full(targets=("q", "norm1")), total_steps=20)).steps(3)
     direct = Session("one", alone.run.shift(Full(targets=("q", "norm1"))))
@@ -424,17 +427,55 @@ def test_moments_of_what_goes_on_training_go_along(caplog: pytest.LogCaptureFixt
     same(direct.state(), straight.state(), what="a phase that is the one before again")
 
 
+FACTORS = r"\(blocks\.0\.q\.A, blocks\.0\.q\.B, blocks\.0\.k\.A and 11 more\)"
+
+
 @pytest.mark.parametrize(
-    ("method", "to"), [(LORA, LoRA(rank=2)), (FULL, LORA), (LORA, FULL)], ids=["lora-lora", "full-lora", "lora-full"]
+    ("method", "to", "why"),
+    [
+        (LORA, LoRA(rank=2), rf"anew for 14 {FACTORS}, which are others than those of that name before"),
+        (FULL, LORA, rf"anew for 14 {FACTORS}, which are new\."),
+        (LORA, FULL, r"anew for 19 \(embed\.weight, .* and 16 more\), which were frozen before\."),
+    ],
+    ids=["lora-lora", "full-lora", "lora-full"],
 )
 def test_moments_of_what_is_another_tensor_begin_anew(
-    method: Method, to: Method, caplog: pytest.LogCaptureFixture
+    method: Method, to: Method, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "rankshift"):
         states, after = changed(method, to)
     assert gone_along(states, after) == set()
     assert f"Adam's moments go on for 0 of {len(list(after.run.trainable()))} tensors" in caplog.text
+    assert re.search(why, caplog.text)
     after.steps(1)
+
+
+def test_the_log_says_of_which_and_why_of_others_not(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "rankshift"):
+        changed(GaLore(rank=2, targets="q"), rs.ReLoRA(rank=2, targets="down"))
+    said = re.search(r"go on for (\d+) of (\d+) tensors from the phase before: (.*)", caplog.text)
+    assert said is not None
+    assert said[1] == "17"  # all but q, which was projected, down, and its new factors
+    assert said[2] == "20"
+    assert said[3].startswith("embed.weight, ")
+    assert "begin anew for 2 (blocks.0.down.A, blocks.0.down.B), which are new" in said[3]
+    assert (
+        "begin anew for 1 (blocks.0.q.weight), whose state is of no use here: it is that of a projected gradient, and "
+        "here this tensor takes plain AdamW." in said[3]
+    )
+    session = Session("one", rs.attach(tiny(), FULL))  # without an update
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "rankshift"):
+        Session("one", session.run.shift(Full(targets="q")))
+    assert "begin anew for 2 (blocks.0.q.weight, blocks.0.q.bias), which had none yet." in caplog.text
+
+
+def test_the_log_says_what_an_adapter_takes_over(caplog: pytest.LogCaptureFixture) -> None:
+    stages = rs.SoRA(rank=4, alpha=8, sparsity=(12, 20), gate_init="normal")
+    with caplog.at_level(logging.WARNING, "rankshift"):
+        changed(stages, replace(stages, stage=1))
+    assert "go on for 21 of 21 tensors from the phase before: blocks.0.q.A, blocks.0.q.B, " in caplog.text
+    assert "anew" not in caplog.text
 
 
 def test_biases_in_place_and_whole_modules_go_along() -> None:
@@ -443,7 +484,7 @@ def test_biases_in_place_and_whole_modules_go_along() -> None:
     assert gone_along(states, after) == {"blocks.0.q.bias", "blocks.0.up.bias", "head.weight"}
 
 
-def test_other_optimizers_states_stay_behind() -> None:
+def test_other_optimizers_states_stay_behind(caplog: pytest.LogCaptureFixture) -> None:
     run = rs.attach(tiny(), FULL, total_steps=20)
     optimizer = torch.optim.SGD([p for _, p in run.trainable()], lr=0.1, momentum=0.9)
     run.carry(optimizer)
@@ -454,6 +495,9 @@ def test_other_optimizers_states_stay_behind() -> None:
         optimizer.zero_grad()
     after = Session("one", run.shift(Full(targets="q")))
     assert not after.optimizer.state
+    assert (
+        "begin anew for 2 (blocks.0.q.weight, blocks.0.q.bias), whose moments SGD kept in its own way." in caplog.text
+    )
     after.steps(2)
 
 

@@ -249,18 +249,18 @@ def half(site: Site) -> Any:
     return lambda rows: 0.5 * change(rows)
 
 
-def everything(self: Optimizer, states: Any) -> None:
+def everything(self: Optimizer, states: Any, why: Any) -> None:
     named = [pair for g in self.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
     others = {n: {"exp_avg": p.clone(), "exp_avg_sq": p.square(), "step": torch.tensor(2.0)} for n, p in named}
-    _take_over(self, {**others, **states})
+    _take_over(self, {**others, **states}, why)
 
 
-def nothing(self: Optimizer, states: Any) -> None:
-    _take_over(self, {})
+def nothing(self: Optimizer, states: Any, why: Any) -> None:
+    _take_over(self, {}, why)
 
 
-def older(self: Optimizer, states: Any) -> None:
-    _take_over(self, {name: {**state, "step": state["step"] + 1} for name, state in states.items()})
+def older(self: Optimizer, states: Any, why: Any) -> None:
+    _take_over(self, {name: {**state, "step": state["step"] + 1} for name, state in states.items()}, why)
 
 
 @pytest.mark.parametrize(

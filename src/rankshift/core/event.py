@@ -228,6 +228,11 @@ class Driver:
         if self._optimizer is not None:
             self._optimizer.param_groups[0]["skipped"] = value
 
+    @property
+    def ridden(self) -> torch.optim.Optimizer | None:
+        """The optimizer whose steps are counted."""
+        return self._optimizer
+
     def holds(self, tensors: Iterable[tuple[str, Tensor]]) -> str | None:
         """The name of the first of these that the optimizer does not hold; None if it holds all, or there is none."""
         if self._optimizer is None:

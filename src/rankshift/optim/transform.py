@@ -286,29 +286,35 @@ class Optimizer(torch.optim.Optimizer):
         fresh = transform.init(p, Key(self.seed) / name, rank, place)
         return fresh, transform.adopt(p, saved, fresh)
 
-    def take_over(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Begin where the optimizer of the last phase ended, for every tensor whose moments mean the same here.
+    def take_over(self, states: Mapping[str, Mapping[str, Tensor]], others: Mapping[str, str]) -> None:
+        """Begin where the optimizer of the last phase ended, for every tensor whose moments mean the same here; the log
+        says which those are, and why others are not.
 
         Args:
             states: of that one, by the names of tensors that go on as themselves.
+            others: why not, as a clause, by the names of further tensors that were there. All else is new.
         """
-        on = total = 0
-        differences: dict[str, list[str]] = {}
+        on: list[str] = []
+        anew: dict[str, list[str]] = {}  # names by the reason
+        changes: dict[str, list[str]] = {}
         for group in self.param_groups:
             for p, name in zip(group["params"], group["param_names"], strict=True):
-                total += 1
                 if name not in states:
+                    anew.setdefault(others.get(name, "which are new"), []).append(name)
                     continue
                 try:
                     self.state[p], said = self._adopt(p, dict(states[name]))
-                    on += 1
                 except ConfigError as error:
-                    said = [str(error).rstrip(".")]
-                for reason in said:
-                    differences.setdefault(reason, []).append(name)
-        told = [f"Adam's moments go on for {on} of {total} tensors from the phase before, and begin anew for the rest"]
-        for reason, names in differences.items():
-            told.append(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
+                    anew.setdefault(f"whose state is of no use here: {error}".rstrip("."), []).append(name)
+                    continue
+                on.append(name)
+                for change in said:
+                    changes.setdefault(change, []).append(name)
+        total = sum(len(group["params"]) for group in self.param_groups)
+        which = f": {_some(on)}" if on else ""
+        told = [f"Adam's moments go on for {len(on)} of {total} tensors from the phase before{which}"]
+        told += [f"of {_some(names)}: {change}" for change, names in changes.items()]
+        told += [f"they begin anew for {len(names)} ({_some(names)}), {reason}" for reason, names in anew.items()]
         _log.warning("%s.", "; ".join(told))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -327,6 +333,11 @@ def _indices(of: Any) -> list[Any]:
     """What stands for the parameters, in the order of the groups."""
     groups = of["param_groups"] if isinstance(of, dict) else of.param_groups
     return [p for group in groups for p in group["params"]]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of them, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _told(key: str, before: str, now: str) -> str:
