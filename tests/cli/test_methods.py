@@ -127,7 +127,15 @@ def test_projecting_methods_say_what_they_project(shown):
     assert "project" not in words(shown(4000, "lora")).split("does it")[1]
 
 
-@pytest.mark.parametrize("name", ["galore", "adarankgrad", "lora", "full"])
+def test_a_method_as_a_default_is_a_few_words(shown):
+    text = words(shown(4000, "prelora"))
+    assert "then lora, rank 8, alpha 16 What the layers" in text
+    assert "targets=" not in text
+    assert "{" not in text.split("written")[0]
+    assert "method.loss_change=5 train.steps=10000" in text, "the bundled recipe is too short for it"
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
 def test_the_page_that_is_named_is_there(shown, name):
     page = re.search(r"More: (docs/[\w-]+\.md)", words(shown(4000, name)))[1]
     assert (Path(__file__).parents[2] / page).exists()

@@ -128,6 +128,43 @@ def test_images(tmp_path, tiny_vit):
     assert yaml.safe_load((result.directory / "config.yaml").read_text())["data"]["labels"] == ["dark", "light"]
 
 
+def test_images_by_their_paths(tmp_path, tiny_vit, monkeypatch):
+    from PIL import Image
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other").mkdir()
+    for name, tone in (("dark", 40), ("light", 200)):
+        Image.new("RGBA", (16, 16), (tone, tone, tone, 255)).save(tmp_path / "data" / f"{name}.png")
+        Image.new("RGB", (16, 16), (tone,) * 3).save(tmp_path / "other" / f"{name}.png")
+    monkeypatch.chdir(tmp_path)
+    # from the directory of the data, from here, and whole
+    paths = [f(name) for name in ("dark", "light") for f in (
+        "{}.png".format, "other/{}.png".format, f"{tmp_path}/other/{{}}.png".format
+    )]  # fmt: skip
+    rows = [{"image": path, "label": "light" if "light" in path else "dark"} for path in paths] * 8
+    data = jsonl(tmp_path / "data" / "rows.jsonl", rows)
+    _, screen, metrics = train(
+        tmp_path, model=str(tiny_vit), data={"train": str(data), "validation": 0.25}, method={"rank": 4},
+        train={"steps": 20, "batch": 8, "lr": 5e-3},
+    )  # fmt: skip
+    assert "image-classification (from the columns of the data)" in screen
+    assert metrics["final"]["accuracy"] == 1.0
+
+    def refused(match, image):
+        rows[3] = {"image": image, "label": "dark"}
+        refuse(tmp_path / "new", DataError, match, model=str(tiny_vit), data=str(jsonl(data, rows)))
+
+    refused(r"row 4 of data.train has the image 'gone.png', which is no file in .* or .*/data\. Correct", "gone.png")
+    refused("row 4 of data.train has the image None", None)
+    other = jsonl(tmp_path / "other.jsonl", [{"image": [0, 1], "label": k % 2} for k in range(30)])
+    refuse(tmp_path / "new", DataError, "'image' holds neither images nor paths", model=str(tiny_vit), data=str(other))
+    (tmp_path / "data" / "text.png").write_text("no image")
+    rows[3]["image"] = "text.png"
+    with pytest.raises(DataError, match=r"data/text.png cannot be opened as an image"):
+        train(tmp_path, model=str(tiny_vit), data={"train": str(jsonl(data, rows)), "validation": 0.25},
+              train={"steps": 20})  # fmt: skip
+
+
 def test_chats_with_a_template(tmp_path, tiny_llama):
     chat = [{"role": "user", "content": "how are you ?"}, {"role": "assistant", "content": "fine thanks ."}]
     data = jsonl(tmp_path / "chat.jsonl", [{"messages": chat}] * 30)
@@ -375,7 +412,7 @@ def test_methods_that_look_at_nothing_are_given_nothing(tmp_path, tiny_llama, mo
     data = {"train": str(tmp_path / "a.txt"), "max_length": 16}
     _, screen, metrics = train(tmp_path, model=str(tiny_llama), data=data, train={"steps": 1})
     assert "looking" not in screen
-    assert metrics["method"] == {}
+    assert metrics["method"] == {"name": "lora"}
     assert "loss      in training" not in screen
     assert "method    LoRA:" not in screen
 
@@ -391,7 +428,7 @@ def test_how_many_gates_are_open_is_told(tmp_path, tiny_llama, sparsity, none):
     assert metrics["method"]["open_gates"] == (0 if none else whole)
     assert whole > 4
     run = load(bases.load(result.directory).model, result.directory / "adapter")
-    assert run.metrics() == metrics["method"]
+    assert {"name": "sora", **run.metrics()} == metrics["method"]
     assert f"SoRA: {0 if none else whole:.0f} of {whole:.0f} gates open" in screen
     checks = [line for line in screen.splitlines() if line.startswith("  step")]
     assert all(f"gates {0 if none else whole:.0f}/{whole:.0f}" in line for line in checks)
@@ -409,7 +446,7 @@ def test_subspaces_are_told_and_drawn(tmp_path, tiny_llama, method):
         method={"rank": 8, "every": 2, **method}, train={"steps": 6, "lr": 1e-3, "eval_every": 3},
     )  # fmt: skip
     told, energy = metrics["method"], method["method"] == "adarankgrad"
-    assert set(told) - {"subspace_saturated"} == {"subspace_rank", "subspace_energy", "subspace_renewals"}
+    assert set(told) - {"subspace_saturated"} == {"name", "subspace_rank", "subspace_energy", "subspace_renewals"}
     assert ("subspace_saturated" in told) == energy
     checks = [line for line in screen.splitlines() if line.startswith("  step") or "/6  loss" in line]
     assert len(checks) > 3
@@ -505,7 +542,7 @@ def test_compression_and_the_mixed_loss_are_told(tmp_path, tiny_llama):
     result, screen, metrics = train(tmp_path, **settings, method=method, train={"steps": 6})
     assert "in training 0.3 · task + 0.7 · distillation; in validation the task's alone" in screen
     assert screen.index("distillation") < screen.index("1/6")
-    assert metrics["method"] == {"lambda": 0}
+    assert metrics["method"] == {"name": "pc-lora", "lambda": 0}
     assert "PCLoRA: lambda 0" in screen
     whole = AutoModelForCausalLM.from_pretrained(tiny_llama).num_parameters()
     small = rs.load_compressed(result.directory / "compressed").num_parameters()

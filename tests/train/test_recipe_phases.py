@@ -12,10 +12,10 @@ from test_recipe import jsonl, train
 from transformers import AutoModelForCausalLM
 
 import rankshift as rs
-from rankshift.cli import files
+from rankshift.cli import files, inspect
 from rankshift.core.errors import ConfigError, RankTooLarge
 from rankshift.run import load
-from rankshift.train import bases, recipe
+from rankshift.train import bases, config, recipe
 from rankshift.train.trainer import Trainer
 
 PHASES = [{"method": "full", "until": {"steps": 4}, "lr": 1e-3}, {"method": "lora", "rank": 2, "lr": 1e-2}]
@@ -40,10 +40,13 @@ def test_full_then_lora(tmp_path, tiny_llama, caplog):
     assert "4 updates" in text
     first, second = metrics["phases"]
     assert [(p["method"], p["start"], p["stop"], p["lr"]) for p in (first, second)] == [
-        ("full", 0, 4, None), ("lora", 4, 8, 1e-2),
+        ("full", 0, 4, 1e-3), ("lora", 4, 8, 1e-2),
     ]  # fmt: skip
-    assert first["trainable"] == metrics["total"] > second["trainable"] > 0
-    assert first["estimated_memory"] > second["estimated_memory"] > 4 * metrics["total"]
+    assert metrics["method"] == {"name": "lora"}
+    assert metrics["trainable"] == second["trainable"], "at the end"
+    whole = first["trainable"]
+    assert metrics["total"] == whole + second["trainable"] > whole
+    assert first["estimated_memory"] > second["estimated_memory"] > 4 * whole
     assert first["seconds_per_update"] > 0
     end = screen.split("8 updates in")[1]
     assert f"1 Full: 4 updates, {first['trainable']:,} parameters trained" in end
@@ -122,12 +125,88 @@ def test_a_run_of_one_method_has_no_timeline_and_one_row(tmp_path, tiny_llama):
     assert "phases" not in screen
 
 
+STAGES = {
+    "method": "prelora", "window": 1, "windows": 2, "joint": 2, "min_rank": 1, "max_rank": 2, "weight_change": 1e9,
+    "loss_change": 1e9, "then": {"method": "lora", "rank": 2},
+}  # fmt: skip
+
+
+def test_stages_are_named_wherever_they_are_told(tmp_path, tiny_llama):
+    wanted = settings(tmp_path, tiny_llama, train={"lr": 1e-3})
+    del wanted["phases"]
+    result, screen, metrics = train(tmp_path, **wanted, method=STAGES)
+    assert "8/8  loss" in screen
+    assert " · stage joint · " in screen
+    assert "PreLoRA: stage frozen" in screen
+    assert metrics["method"] == {"name": "prelora", "stage": "frozen"}
+    assert [(row["label"], row["lr"]) for row in metrics["phases"]] == [
+        ("PreLoRA full", 1e-3), ("PreLoRA joint", 1e-3), ("PreLoRA frozen", 1e-3),
+    ]  # fmt: skip
+    assert metrics["trainable"] == metrics["phases"][-1]["trainable"] < metrics["phases"][0]["trainable"]
+    lines = dict(inspect.rows(result.directory))
+    assert lines["phases"] == "PreLoRA full from 0, PreLoRA joint from 2, PreLoRA frozen from 4"
+    assert lines["at the end"] == "stage frozen"
+    assert "then (lora, rank 2, alpha 32)" in lines["method"]
+    assert "stage frozen" in lines["method"]
+    assert "ranks of 14 layers" in lines["method"]
+    assert "{" not in lines["method"]
+
+
+@pytest.mark.parametrize(
+    ("phases", "match", "later"),
+    [
+        (
+            [{"method": "prelora", "window": 4, "windows": 2}],
+            "method: PreLoRA.*after update 8 at the earliest, and ends at 8",
+            "after update 8 at the earliest, and ends at 3",
+        ),
+        (
+            [{"method": "full", "until": {"steps": 4}}, {"method": "prelora", "window": 2, "windows": 2}],
+            "phases: PreLoRA.*after update 8 at the earliest", "PreLoRA would begin at update 4 at the earliest",
+        ),
+        (
+            [{"method": "sora", "sparsity": list(range(1, 10))}],
+            "method: SoRA has 9 of 9 stages to go and 8 updates", "SoRA has 9 of 9 stages to go and 3 updates",
+        ),
+    ],
+)  # fmt: skip
+def test_too_few_updates_are_refused_with_the_other_settings(tmp_path, tiny_llama, monkeypatch, phases, match, later):
+    wanted = settings(tmp_path, tiny_llama, phases)
+    if len(phases) == 1:
+        wanted["method"] = wanted.pop("phases")[0]
+    with pytest.raises(ConfigError, match=match):
+        config.parse(wanted)
+    wanted["train"] |= {"steps": None, "epochs": 1}  # then they are known with the data; nothing is loaded before
+    monkeypatch.setattr(recipe.models, "load", lambda *_, **__: pytest.fail("loaded first"))
+    with pytest.raises(ConfigError, match=later):
+        train(tmp_path, **wanted)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_warm_up_that_does_not_fit_is_refused_with_the_other_settings(tmp_path, tiny_llama):
+    phases = [{"method": "full", "until": {"steps": 4}}, {"method": "relora", "rank": 2, "every": 2}]
+    with pytest.raises(ConfigError, match="phases: A warm-up of 3 updates does not end before the first cycle of 2"):
+        config.parse(settings(tmp_path, tiny_llama, phases, train={"warmup": 0.75}))
+    config.parse(settings(tmp_path, tiny_llama, phases, train={"warmup": 0.5}))
+
+
+def test_what_is_refused_when_training_begins_leaves_no_directory(tmp_path, tiny_llama, monkeypatch):
+    def refused(*_, **__):
+        raise ConfigError("no")
+
+    monkeypatch.setattr(Trainer, "create_scheduler", refused)
+    with pytest.raises(ConfigError):
+        train(tmp_path, **settings(tmp_path, tiny_llama))
+    assert not list((tmp_path / "runs").iterdir())
+
+
 def test_what_cannot_be_reached_or_does_not_fit_leaves_no_directory(tmp_path, tiny_llama):
     late = [{"method": "full", "until": {"steps": 40}}, {"method": "lora", "rank": 2}]
     wanted = settings(tmp_path, tiny_llama, late)
     del wanted["train"]["steps"]  # then the number of updates is known only with the data
     with pytest.raises(ConfigError, match="LoRA would begin at update 40 at the earliest, and the run ends at 3"):
         train(tmp_path, **{**wanted, "train": {**wanted["train"], "epochs": 1}})
+    assert not (tmp_path / "runs").exists()
     large = [{"method": "full", "until": {"steps": 4}}, {"method": "lora", "rank": 99}]
     with pytest.raises(RankTooLarge, match="rank 99"):
         train(tmp_path, **settings(tmp_path, tiny_llama, large))

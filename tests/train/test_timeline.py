@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_callback import plain
 from test_then import going
-from test_trainer import base
+from test_trainer import base, trainer
 
 import rankshift as rs
 from rankshift.core import method as registry
@@ -124,6 +124,75 @@ def test_how_far_it_was_from_convergence(trained):
     wanted = [100 * abs(losses[k] - losses[k - 1]) / losses[k - 1] for k in (2, 3)]
     assert values == pytest.approx(wanted, rel=1e-2)  # the log rounds
     assert np.asarray(lines["weights that move most"])[:, 0].tolist() == [2, 3]
+
+
+def test_what_the_changes_must_come_down_to_is_drawn(trained):
+    """Two phases that end by their convergence, with limits of their own."""
+    run = rs.attach(base(), rs.Full(), total_steps=90)
+    run.phases = [
+        Phase(rs.to_dict(rs.Full()), 0, 40),
+        Phase(rs.to_dict(rs.Full()), 40, 60),
+        Phase(run.phases[0].method, 60),
+    ]
+    run._driver.step = 90
+    limits = {"window_loss_change_limit": 5.0, "window_weight_change_limit": 0.25}
+    windows = [
+        {"step": k, "window_end": k, "window_loss_change": 100 / k, "window_weight_change": 1 / k, **limits}
+        for k in (10, 20, 30, 40)
+    ]
+    windows += [
+        {"step": k, "window_end": k, "window_loss_change": 1.0, "window_loss_change_limit": 2.0} for k in (50, 60)
+    ]
+    figure = draw(run, [*windows, {"step": 90, "loss": 1.0}])
+    axes = figure.axes[1]
+    found = [(line.get_label(), np.asarray(line.get_xydata()).tolist(), line.get_color()) for line in axes.lines]
+    dashed = [one for one in found if one[0].startswith("goal")]
+    assert [one[:2] for one in dashed] == [
+        ("goal: at most 5 %", [[0, 5], [40, 5]]), ("goal: at most 2 %", [[40, 2], [60, 2]]),
+        ("goal: below 0.25 %", [[0, 0.25], [40, 0.25]]),
+    ]  # fmt: skip
+    colours = {label: colour for label, _, colour in found}
+    assert dashed[0][2] == colours["loss"] != dashed[2][2] == colours["weights that move most"]
+    low, high = axes.get_ylim()
+    assert low < 0.1
+    assert high > 10
+    figure.canvas.draw()
+    labels = [text.get_text() for text in axes.get_yticklabels(which="both") if text.get_text()]
+    assert {"0.1", "1", "10"} <= set(labels)
+    assert all(float(text.replace(",", "")) > 0 and "e" not in text for text in labels)
+    # and what a Trainer logs has them
+    trainer, _ = trained
+    dashed = [line for line in draw(trainer.run, trainer.state.log_history).axes[1].lines if "goal" in line.get_label()]
+    assert [line.get_label() for line in dashed] == ["goal: at most 1e-09 %", "goal: below 1e-09 %"]
+    assert all(line.get_xdata().tolist() == [0, 3] for line in dashed)
+
+
+def test_prelora_says_its_limits_itself(tmp_path):
+    method = rs.PreLoRA(window=2, windows=2, joint=2, max_rank=4, weight_change=90, loss_change=99)
+    trained = trainer(tmp_path, method, save_strategy="no")
+    trained.train()
+    windows = [e for e in trained.state.log_history if "window_loss_change" in e]
+    assert [(e["window_loss_change_limit"], e["window_weight_change_limit"]) for e in windows] == [(99, 90)]
+
+
+def test_a_trainer_draws_it_at_its_end(trained, tmp_path, monkeypatch, caplog):
+    assert (trained[1] / "timeline.png").stat().st_size > 10_000
+    plain = trainer(tmp_path, rs.LoRA(rank=2), max_steps=1)
+    plain.train()
+    assert not (tmp_path / "timeline.png").exists(), "there is nothing to see"
+    restarts = {"method": RELORA, "max_steps": 4}
+    trainer(tmp_path, **restarts, save_strategy="no").train()
+    assert not (tmp_path / "timeline.png").exists(), "nothing was to be saved"
+    other = trainer(tmp_path, **restarts)
+    monkeypatch.setattr(other, "is_world_process_zero", lambda: False)
+    other.train()
+    assert not (tmp_path / "timeline.png").exists(), "another rank draws it"
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "draw", lambda *_: 1 / 0)
+        trainer(tmp_path, **restarts).train()
+    assert "timeline.png could not be drawn: division by zero" in caplog.text
+    trainer(tmp_path, **restarts).train()
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("step", [2, 3, 7])

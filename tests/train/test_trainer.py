@@ -742,7 +742,10 @@ def test_an_interrupt_saves_and_resumes_bit_equal(tmp_path, moment, how, caplog)
     assert f'trainer.train(resume_from_checkpoint="{saved}")' in caplog.text
     resumed = trainer(tmp_path / "cut", save_strategy="no")
     resumed.train(resume_from_checkpoint=True)
-    assert losses(resumed).items() <= losses(whole).items()
+    if how is ctrl_c:
+        assert losses(resumed) == losses(whole)
+    else:  # before its update was logged: its loss is in the next
+        assert losses(resumed)[4] == pytest.approx((losses(whole)[3] + losses(whole)[4]) / 2)
     assert losses(resumed)[STEPS] == losses(whole)[STEPS]
     assert same(tensors(resumed.run), tensors(whole.run))
 

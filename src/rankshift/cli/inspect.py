@@ -70,8 +70,10 @@ def _run(directory: Path) -> list[tuple[str, str]]:
     if (directory / "adapter").is_dir():
         lines += _native(directory / "adapter")
     if metrics.get("method"):
-        told = (f"{key.replace('_', ' ')} {value:g}" for key, value in metrics["method"].items() if value is not None)
-        lines.append(("at the end", ", ".join(told)))
+        told = {key: value for key, value in metrics["method"].items() if value is not None and key != "name"}
+        if told:
+            said = [f"{key.replace('_', ' ')} {_short(value)}" for key, value in told.items()]
+            lines.append(("at the end", ", ".join(said)))
     for name, words in (("peft", "PEFT adapter"), ("model", "plain model"), ("compressed", "compressed model")):
         if (directory / name).is_dir():
             lines.append((words, f"{directory / name}, {_size(_total(directory / name))}"))
@@ -90,9 +92,8 @@ def _native(directory: Path) -> list[tuple[str, str]]:
     if run.get("subspaces"):
         lines.append(("projected", _ranks(run["subspaces"])))
     lines.append(("updates", f"{run['step']:,}" + (f" of {run['total_steps']:,}" if run["total_steps"] else "")))
-    phases = [f"{phase['method']['method']} from {phase['start']}" for phase in run["phases"]]
-    if len(phases) > 1:
-        lines.append(("phases", ", ".join(phases)))
+    if len(run["phases"]) > 1:
+        lines.append(("phases", ", ".join(_phases(run["phases"]))))
     if run["changed"]:
         lines.append(("base changed", f"{len(run['changed'])} weights"))
     sizes = ", ".join(f"{name} {_size(entry['size'])}" for name, entry in manifest["files"].items())
@@ -169,8 +170,28 @@ def method_words(method: dict[str, Any]) -> str:
     parts = [name]
     for key, value in method.items():
         if key != "method" and (key in ("rank", "alpha") or default[key] != value):
-            parts.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
+            parts.append(f"{key} {_short(value)}")
     return ", ".join(parts)
+
+
+def _short(value: Any) -> str:
+    """A setting: of a method its name and settings, of a mapping how much is in it."""
+    if isinstance(value, dict) and "method" in value:
+        return f"({method_words(value)})"
+    if isinstance(value, dict):
+        return f"of {len(value)} layers"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _phases(saved: list[dict[str, Any]]) -> list[str]:
+    """ "PreLoRA joint from 10" of each."""
+    from rankshift.core.phase import Phase, labels
+    from rankshift.methods import methods
+
+    names = [phase["method"]["method"] for phase in saved]
+    if methods().keys() >= set(names):
+        names = labels([Phase.from_mapping(phase) for phase in saved])
+    return [f"{name} from {phase['start']}" for name, phase in zip(names, saved, strict=True)]
 
 
 def _ranks(ranks: dict[str, int]) -> str:

@@ -13,12 +13,15 @@ from rich.table import Table
 import rankshift
 from rankshift import capability
 from rankshift.capability import Capability
+from rankshift.cli.inspect import method_words
 from rankshift.core.config import describe, field_docs, hints
 from rankshift.core.errors import ConfigError, nearest
-from rankshift.core.method import Method, spelled
+from rankshift.core.method import Method, spelled, to_dict
+from rankshift.core.phase import check_phases
 from rankshift.methods import methods
+from rankshift.train import config
 
-_NO_PAGE = ("full", "prelora")  # in docs/
+_NO_PAGE = ("full",)  # in docs/
 
 
 def show_all() -> None:
@@ -89,8 +92,21 @@ def examples(kind: type[Method]) -> dict[str, str]:
     return {
         "Python": f"run = rs.attach(model, {_class(kind)}({arguments}){total})",
         "YAML": f"method: {{{pairs}}}",
-        "command": f"rankshift train method={kind.name} {settings}".rstrip(),
+        "command": f"rankshift train method={kind.name} {settings}".rstrip() + _steps(kind()),
     }
+
+
+def _steps(method: Method) -> str:
+    """ " train.steps=10000" for a method that by default needs more updates than the bundled recipe has."""
+    usual = config.read(None).train.steps
+
+    def fits(updates: int | None) -> bool:
+        try:
+            return not check_phases(method, (), 0, 0, updates)
+        except ConfigError:
+            return False
+
+    return "" if fits(usual) else next((f" train.steps={n}" for n in (1000, 10_000, 100_000) if fits(n)), "")
 
 
 def _class(kind: type[Method]) -> str:
@@ -174,4 +190,6 @@ def _plain(value: object) -> str:
         return str(value).lower()
     if isinstance(value, (tuple, dict)) and not value:
         return "none"
+    if isinstance(value, Method):
+        return method_words(to_dict(value))
     return f"{value:g}" if isinstance(value, float) else str(value)

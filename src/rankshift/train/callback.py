@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,15 @@ class News:
         self._renewals: dict[str, int] = {}  # of each projected weight's subspace, when it was last asked for
         self._window = 0  # the last window that was told, by the update at its end
 
+    def state(self) -> dict[str, Any]:
+        """What was told, for :meth:`load`: plain values."""
+        return {"counted": self._counted, "renewals": dict(self._renewals), "window": self._window}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from where a training was stopped."""
+        self._counted, self._window = bool(state["counted"]), int(state["window"])
+        self._renewals = {name: int(count) for name, count in state["renewals"].items()}
+
     def of_all(self, run: Run) -> dict[str, float]:
         """Skipped updates, what the method says, and the first time how much trains. Under FSDP2 for every rank."""
         found: dict[str, float] = {"skipped": run.skipped} if run.skipped else {}
@@ -97,7 +106,7 @@ class News:
 
     def of_window(self, run: Run) -> dict[str, float]:
         """Of the last window of what a phase's end depends on, once: its loss, and what changed since the one before,
-        in percent; of weights, in the family that moved most."""
+        in percent, with the limit at which the phase ends; of weights, in the family that moved most."""
         seen = [] if run.watch is None else run.watch.snapshots
         if not seen or seen[-1].step == self._window:
             return {}
@@ -108,6 +117,10 @@ class News:
             moved = by_family(changes(seen[-2], seen[-1])).values()
             if moved:
                 found["window_weight_change"] = max(sum(family.values()) / len(family) for family in moved)
+            goal = run.method if run.method.watches(run.model) is not None else next(iter(run.coming), None)
+            for name in ("loss_change", "weight_change"):
+                if (limit := getattr(goal, name, None)) is not None:
+                    found[f"window_{name}_limit"] = float(limit)
         return found
 
     def of_each(self, run: Run) -> dict[str, float]:

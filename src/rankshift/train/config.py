@@ -31,7 +31,8 @@ import yaml
 from rankshift.core.config import check_keys, conform, field_docs, hints, plain
 from rankshift.core.errors import ConfigError, MissingFile, beside, nearest
 from rankshift.core.method import spelled, to_dict
-from rankshift.core.phase import WHEN, Then, check_reachable
+from rankshift.core.phase import WHEN, Then, check_phases
+from rankshift.core.schedule import check_warmup
 from rankshift.methods import LoRA, Method, methods
 from rankshift.train import bundled
 
@@ -209,16 +210,30 @@ class TrainConfig:
         for method in self.methods if self.train.fused_backward else ():
             if method.waits:
                 yield f"train.fused_backward: {type(method).__name__} as configured {method.waits}. Leave it out."
-        try:
-            check_reachable(self.then, 0, self.train.steps)
-        except ConfigError as error:
-            yield f"phases: {error}"
+        yield from self.too_short(self.train.steps)
         if not self.model:
             yield "model is empty. Write model=PATH_OR_HUB_ID."
         if self.name is not None and not re.fullmatch(r"[\w][\w.+-]*", self.name):
             yield f"name = {self.name!r} is no plain directory name. Put the place into output= and keep name simple."
         if not 0 <= self.seed < 2**32:
             yield f"seed = {self.seed} is not in 0 … {2**32 - 1}. Set a seed in that range."
+
+    def too_short(self, updates: int | None) -> Iterable[str]:
+        """What has no place in so many updates; None: their number is not known yet."""
+        then, start = self.then, 0
+        try:
+            check_phases(self.methods[0], then, 0, 0, updates)
+            for method, after in itertools.zip_longest(self.methods, then):  # where one has a schedule of its own
+                end = method.phase_end(start, updates)
+                if end is None:
+                    end = updates if after is None or after.steps is None else start + after.steps
+                if end is not None and method.lr_schedule(end - start, 0) is not None:
+                    warmup = math.ceil((end - start) * self.train.warmup)
+                    check_warmup(warmup, end - start)
+                    method.lr_schedule(end - start, warmup)
+                start += 0 if after is None else after.least()
+        except ConfigError as error:
+            yield f"{'phases' if self.phases else 'method'}: {error}"
 
 
 def parse(values: Mapping[str, Any], where: str = "config") -> TrainConfig:

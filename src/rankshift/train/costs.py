@@ -15,6 +15,7 @@ from rankshift.core.phase import Phase, labels
 from rankshift.summary import size
 
 MEASURED, ESTIMATED = "phase_peak_memory", "phase_estimated_memory"
+TOLD = "phase_told_"  # and a name: what the method had to say at the end of its phase
 
 
 @dataclass
@@ -63,13 +64,16 @@ def _bytes(tensor: Tensor) -> int:
     return part.numel() * part.element_size()
 
 
-def table(phases: Sequence[Phase], history: Iterable[Mapping[str, Any]], step: int) -> list[dict[str, Any]]:
+def table(
+    phases: Sequence[Phase], history: Iterable[Mapping[str, Any]], step: int, lr: float | None = None
+) -> list[dict[str, Any]]:
     """One row a phase, of what a Trainer logged of it; with null for what it did not.
 
     Args:
         phases: of a run.
         history: ``log_history`` of its Trainer.
         step: updates taken, where the last phase ends.
+        lr: peak learning rate of phases that were begun without one of their own.
     """
     logged = {int(entry["phase"]): entry for entry in history if "phase" in entry}  # the last of each
     rows = []
@@ -81,11 +85,12 @@ def table(phases: Sequence[Phase], history: Iterable[Mapping[str, Any]], step: i
                 "label": label,
                 "start": phase.start,
                 "stop": step if phase.stop is None else phase.stop,
-                "lr": phase.lr,
+                "lr": lr if phase.lr is None else phase.lr,
                 "trainable": phase.trainable,
                 "seconds_per_update": entry.get("phase_update_seconds"),
                 "peak_memory": entry.get(MEASURED),
                 "estimated_memory": entry.get(ESTIMATED),  # weights, gradients and optimizer state
+                "told": {key.removeprefix(TOLD): value for key, value in entry.items() if key.startswith(TOLD)},
             }
         )
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -340,13 +341,63 @@ class SequenceBatch:
         return batch
 
 
-def images(rows: Rows, columns: Columns, processor: Any, classes: Classes) -> Examples:
-    """Images with a class each; they are decoded and scaled when a batch is made."""
-    parts = []
-    for part, where in ((rows.train, "data.train"), (rows.validation, "data.validation")):
-        parts.append(None if part is None else _with_labels(select(part, columns, where), classes, where))
+def images(rows: Rows, columns: Columns, config: DataConfig, processor: Any, classes: Classes) -> Examples:
+    """Images, or paths of images, with a class each; they are opened and scaled when a batch is made."""
+    parts: list[Dataset | None] = []
+    held = config.train if isinstance(config.validation, float) else config.validation
+    for part, where, source in (
+        (rows.train, "data.train", config.train),
+        (rows.validation, "data.validation", held),
+    ):
+        if part is None:
+            parts.append(None)
+            continue
+        part = _pictures(select(part, columns, where), columns.of["image"], where, source)
+        parts.append(_with_labels(part, classes, where))
     assert parts[0] is not None
     return Examples(parts[0], parts[1], ImageBatch(processor), unit="images")
+
+
+def _pictures(rows: Dataset, column: str, where: str, source: str | tuple[str, ...]) -> Dataset:
+    """The same rows; paths of images as they can be opened, from here or from the directory of the file they are in.
+
+    Raises:
+        DataError: the column holds neither images nor paths, or a path leads nowhere.
+    """
+    from datasets import Image, Value
+
+    kind = rows.features["image"]
+    if isinstance(kind, Image):
+        return rows
+    if not isinstance(kind, Value) or "string" not in kind.dtype:
+        raise DataError(
+            f"{where}: column {column!r} holds neither images nor paths of image files. Write a path in each row, such "
+            'as {"image": "photos/1.png", "label": "cat"}, or give a directory of images.'
+        )
+    places = [Path(), *{file.parent: None for file in sources.find(source, where) or ()}]
+    found = []
+    for i, name in enumerate(rows["image"]):
+        path = next((at / name for at in places if (at / name).is_file()), None) if name else None
+        if path is None:
+            looked = " or ".join(str(at.absolute()) for at in places)
+            raise DataError(
+                f"row {i + 1} of {where} has the image {name!r}, which is no file in {looked}. Correct the path, or "
+                "remove the row."
+            )
+        found.append(str(path))
+    return rows.remove_columns("image").add_column("image", found)
+
+
+def _picture(image: Any) -> Any:
+    """An image, or the file of one, in RGB."""
+    from PIL import Image
+
+    try:
+        return (Image.open(image) if isinstance(image, str) else image).convert("RGB")
+    except OSError as error:
+        raise DataError(
+            f"{image} cannot be opened as an image: {error}. Replace the file, or remove its row."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -356,7 +407,7 @@ class ImageBatch:
     processor: Any
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        pictures = [row["image"].convert("RGB") for row in rows]
+        pictures = [_picture(row["image"]) for row in rows]
         batch = dict(self.processor(images=pictures, return_tensors="pt"))
         batch["labels"] = torch.tensor([row["labels"] for row in rows])
         return batch

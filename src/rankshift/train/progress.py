@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankshift.run import Run
 from rankshift.train.evaluation import Measure, show
 
 _LINES = 10  # lines of a run whose output is not a terminal
@@ -25,8 +26,8 @@ class Bar(TrainerCallback):
         self.console, self.measure, self.unit = console, measure, unit
         self.losses: list[tuple[int, float]] = []
         self.checks: list[tuple[int, dict[str, float]]] = []
-        self.watched: frozenset[str] = frozenset()  # names of what the method says of itself, among what is logged
-        self.told: dict[str, float] = {}  # the last of it
+        self.told: dict[str, float | str] = {}  # what the method said of itself last, among what is logged
+        self._watched: dict[str, float | str] = {}
         self.done = 0  # tokens or examples seen
         self.seconds = 0.0
         self._bar: Progress | None = None
@@ -40,10 +41,14 @@ class Bar(TrainerCallback):
         """Told of every training batch."""
         self.done += batch["input_ids"].numel() if self.unit == "tok" else len(batch["labels"])
 
+    def watch(self, run: Run) -> None:
+        """Told of the run, and of every phase that begins."""
+        self._watched = outcome(run)
+
     @property
     def speed(self) -> float:
         """Tokens (or examples) a second, over the training so far."""
-        return self.done / max(1e-9, self._elapsed())
+        return self.done / max(1e-9, self.elapsed)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -78,7 +83,7 @@ class Bar(TrainerCallback):
             whole = state.max_steps - self._first
             if taken * _LINES // max(whole, 1) > self._next or state.global_step == state.max_steps:
                 self._next = taken * _LINES // max(whole, 1)
-                left = self._elapsed() / max(taken, 1) * (whole - taken)
+                left = self.elapsed / max(taken, 1) * (whole - taken)
                 text = f"{state.global_step}/{state.max_steps}  {self._status()}  {left:.0f} s left"
                 self.console.print(text, soft_wrap=True)
 
@@ -92,7 +97,8 @@ class Bar(TrainerCallback):
     ) -> None:
         if logs and "loss" in logs:
             self.losses.append((state.global_step, float(logs["loss"])))
-            self.told = {key: float(value) for key, value in logs.items() if key in self.watched}
+            seen = {key: float(value) for key, value in logs.items() if key in self._watched}
+            self.told = {key: v if isinstance(v := self._watched[key], str) else seen[key] for key in seen}
 
     def on_evaluate(
         self,
@@ -113,10 +119,12 @@ class Bar(TrainerCallback):
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.seconds = self._elapsed()
+        self.seconds = self.elapsed
         self.close()
 
-    def _elapsed(self) -> float:
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training so far."""
         return self.seconds or (time.perf_counter() - self._since if self._since else 0.0)
 
     def _status(self) -> str:
@@ -134,19 +142,27 @@ def named(metrics: dict[str, float], measure: Measure) -> dict[str, float]:
     return found
 
 
-def said(told: Mapping[str, float], short: bool = False) -> str:
+def outcome(run: Run) -> dict[str, float | str]:
+    """What the method says of itself, with a stage by its name rather than its number."""
+    found: dict[str, float | str] = {}
+    for key, value in run.metrics().items():
+        word = getattr(run.method, key, None)
+        found[key] = word if isinstance(word, str) else value
+    return found
+
+
+def said(told: Mapping[str, float | str], short: bool = False) -> str:
     """What a method says of itself (``run.metrics()``): "lambda 0.5", "12 of 280 gates open", short "gates 12/280"; of
     subspaces, short, only rank and energy."""
     left, parts = dict(told), []
     if short:
         left = {key: value for key, value in left.items() if key not in ("subspace_renewals", "subspace_saturated")}
         left = {key.removeprefix("subspace_"): value for key, value in left.items()}
-    for key, count in told.items():
-        if key == "open_gates" and "gates" in left:
-            whole = left.pop("gates")
-            parts.append(f"gates {count:.0f}/{whole:.0f}" if short else f"{count:.0f} of {whole:.0f} gates open")
-            del left[key]
-    return ", ".join([*parts, *(f"{key.replace('_', ' ')} {value:.3g}" for key, value in left.items())])
+    if {"open_gates", "gates"} <= left.keys():
+        count, whole = left.pop("open_gates"), left.pop("gates")
+        parts.append(f"gates {count:.0f}/{whole:.0f}" if short else f"{count:.0f} of {whole:.0f} gates open")
+    left = {key: value if isinstance(value, str) else f"{value:.3g}" for key, value in left.items()}
+    return ", ".join([*parts, *(f"{key.replace('_', ' ')} {value}" for key, value in left.items())])
 
 
 def memory(before: float = 0) -> str:

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def _prepare(config: TrainConfig, console: Console, found: Any) -> Job:
         examples = data.masked(parts, columns, config.data, reader, length, config.seed)
     elif task == "image-classification":
         assert classes is not None
-        examples = data.images(parts, columns, reader, classes)
+        examples = data.images(parts, columns, config.data, reader, classes)
     else:
         assert length is not None
         examples = data.sequences(parts, columns, reader, length, classes)
@@ -178,6 +178,11 @@ def _prepare(config: TrainConfig, console: Console, found: Any) -> Job:
     _line(console, "data", f"{len(examples.train):,} {examples.unit} to train, {held}")
     for note in examples.notes:
         _line(console, "", note)
+    updates = config.train.steps or math.ceil(
+        config.train.epochs * len(examples.train) / (config.train.batch * config.train.accumulate * _world())
+    )
+    if problems := list(config.too_short(updates)):
+        raise ConfigError(problems[0])
     loaded = models.load(config.model, found, task, classes, dtype, config.seed, pad)
     method = models.train_whole(config.method, loaded.fresh)
     phases = tuple(
@@ -191,9 +196,6 @@ def _prepare(config: TrainConfig, console: Console, found: Any) -> Job:
     if loaded.fresh:
         how = "trained whole and saved with the adapter" if method is not config.method else "trained with the rest"
         _line(console, "new head", f"{', '.join(loaded.fresh)} of the model had no trained weights: {how}")
-    updates = config.train.steps or math.ceil(
-        config.train.epochs * len(examples.train) / (config.train.batch * config.train.accumulate * _world())
-    )
     every = config.train.eval_every or max(1, updates // 10)
     resolved = dataclasses.replace(
         config,
@@ -346,7 +348,7 @@ def load_config(directory: Path, overrides: Iterable[str] = ()) -> TrainConfig:
 
 
 def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
-    from rankshift.train.progress import Bar, memory, named, said
+    from rankshift.train.progress import Bar, memory, named, outcome, said
 
     config, task = job.config, job.task
     bar = Bar(console, job.measure, "tok" if task.endswith("lm") else "examples")
@@ -375,13 +377,14 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
     if mixed:
         _line(console, "loss", f"in training {mixed}; in validation the task's alone")
     _line(console, "run", f"{directory}   (Ctrl-C stops and saves)")
-    bar.watched = frozenset(run.metrics())
+    bar.watch(run)
     console.print()
     earlier = report.read_metrics(directory) if resume else {}
     base: dict[str, float] = earlier.get("base") or {}
     before: str | None = earlier.get("sample_before")
     prompt = _prompt(job)
-    record: dict[str, Any] = {"status": "running", "task": task}
+    spent = float(earlier.get("seconds") or 0)
+    record: dict[str, Any] = {"status": "running", "task": task, **({"seconds": spent} if resume else {})}
     if not resume:
         with run.disabled() if config.method.reversible else contextlib.nullcontext():
             if job.examples.validation is not None:
@@ -401,8 +404,14 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         if stop.code != 130:
             raise
         if _first():
-            report.write_metrics(directory, {**record, "status": "interrupted", "step": trainer.state.global_step})
+            step, seconds = trainer.state.global_step, spent + bar.elapsed
+            stopped = {"status": "interrupted", "step": step, "seconds": seconds, **_speed(bar, earlier)}
+            report.write_metrics(directory, {**record, **stopped})
         raise Interrupted(directory, trainer.state.global_step) from None
+    except ConfigError:  # what cannot be trained: nothing has begun here either
+        if not resume and _first() and not trainer.state.global_step:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
     finally:
         bar.close()
     run = trainer.run
@@ -416,9 +425,8 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         checks.append((trainer.state.global_step, final))
     run.model.eval()
     after = _sample(job, prompt)
-    seconds = bar.seconds + float(earlier.get("seconds") or 0)
-    told = run.metrics()
-    rows = costs.table(run.phases, history, trainer.state.global_step)
+    seconds, told, summary = spent + bar.seconds, outcome(run), run.summary()
+    rows = costs.table(run.phases, history, trainer.state.global_step, trainer.args.learning_rate)
     used = memory(max((row["peak_memory"] or 0 for row in rows), default=0))
     console.print()
     made = _write(job, run, directory)
@@ -427,9 +435,9 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         record |= {
             "status": "finished", "final": final, "sample_after": after, "prompt": prompt,
             "steps": trainer.state.global_step, "skipped": run.skipped, "seconds": seconds,
-            "per_second": bar.speed, "unit": bar.unit, "memory": used, "phases": rows,
-            "trainable": summary.trainable, "total": summary.total,
-            "method": told, "train_loss": losses, "validation": [{"step": step, **values} for step, values in checks],
+            **_speed(bar, earlier), "memory": used, "phases": rows,
+            "trainable": summary.trainable, "total": summary.total, "method": {"name": run.method.name, **told},
+            "train_loss": losses, "validation": [{"step": step, **values} for step, values in checks],
             **({"subspaces": renewals} if renewals else {}),
         }  # fmt: skip
         report.write_metrics(directory, record)
@@ -447,11 +455,16 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
             heat_map(directory / "subspaces.png", history, title)
             made["subspaces.png"] = "rank and captured energy over layers and updates"
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    outcome, commands = _outcome(run, told, said(told)), _next(run, directory)
+    lines, commands = _outcome(run, told, said(told)), _next(run, directory)
     if len(rows) > 1:
-        outcome += [("" if k else "phases", f"{k + 1} {r['label']}: {costs.words(r)}") for k, r in enumerate(rows)]
-    _finish(console, job, directory, base, final, bar, used, before, after, prompt, made, commands, outcome)
+        lines += [("" if k else "phases", f"{k + 1} {r['label']}: {costs.words(r)}") for k, r in enumerate(rows)]
+    _finish(console, job, directory, base, final, bar, seconds, used, before, after, prompt, made, commands, lines)
     return Result(directory, base, final, seconds)
+
+
+def _speed(bar: Any, earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens or examples a second, of the last part of the training in which there were any."""
+    return {"per_second": bar.speed if bar.done else earlier.get("per_second"), "unit": bar.unit}
 
 
 def _trainer(job: Job, directory: Path, bar: Any) -> Any:
@@ -504,7 +517,10 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
 
         def _shift(self, method: Method) -> None:
             super()._shift(method)
-            bar.watched = frozenset(self.run.metrics())
+            bar.watch(self.run)
+
+        def _draw(self) -> None:
+            """Drawn with a title, in the run's directory, at the end."""
 
     trainer = Counting(
         model=job.model,
@@ -610,7 +626,7 @@ def _mixed(run: Run) -> str:
     return f"{method.task_weight:g} · task + {1 - method.task_weight:g} · distillation"
 
 
-def _outcome(run: Run, told: dict[str, float], words: str) -> list[tuple[str, str]]:
+def _outcome(run: Run, told: Mapping[str, float | str], words: str) -> list[tuple[str, str]]:
     """(name, text) lines on what the method says of itself at the end."""
     lines = [("method", f"{type(run.method).__name__}: {words}")] if told else []
     if told.get("open_gates") == 0:
@@ -749,6 +765,7 @@ def _finish(
     base: dict[str, float],
     final: dict[str, float],
     bar: Any,
+    seconds: float,
     used: str,
     before: str | None,
     after: str | None,
@@ -778,10 +795,8 @@ def _finish(
         for title, text in (("before", before), ("after", after)):
             body = Text(prompt, style="dim").append(text, style="default")
             console.print(Panel(body, title=title, title_align="left", border_style="dim"))
-    console.print(
-        f"{job.config.train.steps} updates in {_clock(bar.seconds)}, "
-        f"{bar.speed:,.0f} {bar.unit}/s, {used}", highlight=False,
-    )  # fmt: skip
+    speed = f"{bar.speed:,.0f} {bar.unit}/s, " if bar.done else ""
+    console.print(f"{job.config.train.steps} updates in {_clock(seconds)}, {speed}{used}", highlight=False)
     for name, text in outcome:
         _line(console, name, text)
     console.print()

@@ -25,6 +25,11 @@ History = str | Path | Iterable[Mapping[str, Any] | tuple[int, float]]
 # Okabe and Ito's colours, told apart by everyone; the blue and the orange of loss.png are of them
 _LOSS, _CHECK = "#0072B2", "#D55E00"
 _BANDS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#999999")
+_CHANGES = {  # of what is logged: its name, what a phase's end says of it, colour, marker
+    "loss_change": ("loss", "at most", _LOSS, "o"),
+    "weight_change": ("weights that move most", "below", _BANDS[2], "s"),
+}
+_LEAST = 1e-4  # percent; what is less is drawn there
 _LINES = 12  # phases that are told one by one
 _MARKS = 200  # of an event, at most
 
@@ -111,7 +116,8 @@ def draw(run: Run, history: History, title: str = "") -> Any:
     if not spans:
         raise DataError("No update was taken: there is nothing to draw yet.")
     windows = list({e["window_end"]: {**e, "step": e["window_end"]} for e in entries if "window_end" in e}.values())
-    changes = {key: _points(windows, f"window_{key}") for key in ("loss_change", "weight_change")}
+    changes = {key: _points(windows, f"window_{key}") for key in _CHANGES}
+    limits = {key: _limits(_points(windows, f"window_{key}_limit"), spans) for key in _CHANGES}
     watched = any(changes.values())
     told = [str(band) for band in spans[:_LINES]]
     if len(spans) > _LINES:
@@ -129,7 +135,7 @@ def draw(run: Run, history: History, title: str = "") -> Any:
             side.set_visible(False)
     _losses(panels[0], entries)
     if watched:
-        _changes(panels[1], changes)
+        _changes(panels[1], changes, limits)
     _phases(panels[-1], spans)
     for axes in panels[:-1]:
         axes.tick_params(labelbottom=False)
@@ -166,23 +172,44 @@ def _losses(axes: Any, entries: Iterable[Mapping[str, Any]]) -> None:
     axes.set_axisbelow(True)
 
 
-def _changes(axes: Any, changes: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """From window to window, in percent."""
+def _limits(points: Sequence[tuple[int, float]], spans: Sequence[Band]) -> list[tuple[int, int, float]]:
+    """(start, stop, limit) of each phase that ends by one; ``points`` are (end of a window, limit)."""
+    found = ((band, [v for step, v in points if band.start < step <= band.stop]) for band in spans)
+    return [(band.start, band.stop, values[-1]) for band, values in found if values]
+
+
+def _changes(
+    axes: Any,
+    changes: Mapping[str, Sequence[tuple[int, float]]],
+    limits: Mapping[str, Sequence[tuple[int, int, float]]],
+) -> None:
+    """From window to window, in percent; dashed, what all must come down to for the phase to end."""
     from matplotlib.ticker import LogFormatter
 
-    names = {"loss_change": ("loss", _LOSS, "o"), "weight_change": ("weights that move most", _BANDS[2], "s")}
+    class Plain(LogFormatter):
+        """0.1 and 20, not 1e-01 and 2 × 10¹; at the ticks that have a label."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,.10g}" if super().__call__(x, pos) else ""
+
     for key, points in changes.items():
+        name, words, colour, marker = _CHANGES[key]
         if points:
-            name, colour, marker = names[key]
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, np.maximum(values, 1e-4), color=colour, marker=marker, ms=4, lw=1.5, label=name)
+            axes.plot(steps, np.maximum(values, _LEAST), color=colour, marker=marker, ms=4, lw=1.5, label=name)
+        for start, stop, limit in limits[key]:
+            axes.plot(
+                [start, stop], [max(limit, _LEAST)] * 2, color=colour, lw=1.2, ls=(0, (5, 3)),
+                label=f"goal: {words} {limit:g} %",
+            )  # fmt: skip
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())  # 20, not 2 × 10¹
-    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain())
     axes.tick_params(which="both", colors=MUTED, length=0)
     axes.set_ylabel("change, %", color=MUTED)
     axes.grid(axis="y", color="#e6e5e0", lw=0.8)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="upper right")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # of the same limit one
+    axes.legend(handles.values(), handles, frameon=False, labelcolor=INK, fontsize=7, loc="upper right", ncols=2)
 
 
 def _phases(axes: Any, spans: Sequence[Band]) -> None:

@@ -39,13 +39,14 @@ from rankshift.io.atomic import explain
 from rankshift.io.checkpoint import MANIFEST, TRAINER, read
 from rankshift.optim.backward import check_flag, refuse_apart, refuse_method, refuse_settings
 from rankshift.run import Run, attach, restore
-from rankshift.train import costs
+from rankshift.train import costs, timeline
 from rankshift.train.callback import News, without_screens
 
 _log = logging.getLogger(__name__)
 
 _STATE = "trainer_state.json"  # transformers writes it last: a checkpoint that has it is complete
 _WRITER = ("PytorchStreamWriter", "iostream error", "unexpected pos")  # torch.save, where the disk is full
+_LOGGED = "rankshift"  # in trainer_state.json, what was not logged yet
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -61,8 +62,13 @@ class Trainer(transformers.Trainer):
     cost is logged at its end: ``phase_trainable_parameters``, ``phase_update_seconds``, ``phase_peak_memory`` (without
     a GPU ``phase_estimated_memory``: weights, gradients and optimizer state).
 
-    Ctrl-C ends training after the update in progress, saves a checkpoint, says how to go on and exits with code 130; a
-    second Ctrl-C stops at once. Any other KeyboardInterrupt saves too, unless it came in the middle of an update.
+    Ctrl-C ends training after the update in progress, with what is logged and evaluated then, saves a checkpoint, says
+    how to go on and exits with code 130; a second Ctrl-C stops at once. Any other KeyboardInterrupt saves too, unless
+    it came in the middle of an update. A resumed training logs what it would have logged without a stop, and trains
+    nothing where nothing is left to train.
+
+    Where there is more than one phase, or a rare event, ``timeline.png`` is drawn in ``args.output_dir`` at the end:
+    the loss, and these under it. Not with save_strategy="no".
 
     Args:
         model: the base; or leave it out and give ``run``.
@@ -114,12 +120,11 @@ class Trainer(transformers.Trainer):
         first = run.method if run is not None else method
         if not isinstance(first, Method):
             raise ConfigError(f"Trainer needs a method such as rs.LoRA(rank=16); got {type(first).__name__}.")
-        if rest.get("optimizer_cls_and_kwargs") is not None:
-            raise ConfigError("optimizer_cls_and_kwargs= is not supported. Pass run= and a ready one in optimizers=.")
-        self._settle(args, model, first)
         if run is not None and then:
             raise ConfigError("then= goes with method=. A run that exists has what rs.attach(…, then=[…]) gave it.")
         coming = listed(then) if run is None else run.coming
+        self._check_optimizers(first, model, coming, rest)
+        self._settle(args, model, first, coming)
         check_flag(fused_backward)
         if fused_backward:
             self._check_fused(args, [first, *(one.method for one in coming)], rest)
@@ -133,9 +138,10 @@ class Trainer(transformers.Trainer):
         self.check_gradients = check_gradients
         self._fused, self._clip_each = fused_backward, clip_each
         given = self.optimizer
-        self._foreign, self._scheduled = given is not None, self.lr_scheduler is not None
         self._stop = False  # this rank was asked to
         self._agreed = False  # every rank stops after this update
+        self._before: Tensor | None = None  # the sum of losses to be logged, before an update that is not over
+        self._begun = False  # there is such a sum
         self._settled = True
         self._news, self._meter = News(), costs.Meter(self.args.device)
         planned = self._planned_updates()
@@ -150,14 +156,44 @@ class Trainer(transformers.Trainer):
 
     # ---- settings
 
-    def _settle(self, args: TrainingArguments, model: nn.Module, method: Method) -> None:
+    def _check_optimizers(self, method: Method, model: nn.Module, coming: Sequence[Then], rest: dict[str, Any]) -> None:
+        """Refuse an optimizer or a schedule that cannot carry the method, or not all its phases."""
+        phases = bool(coming) or method.watches(model) is not None
+        if rest.get("optimizer_cls_and_kwargs") is not None:
+            other = "Leave it out." if phases else "Pass run= and a ready one in optimizers=."
+            raise ConfigError(f"optimizer_cls_and_kwargs= is not supported: the run makes its own. {other}")
+        optimizer, scheduler = rest.get("optimizers") or (None, None)
+        self._foreign, self._scheduled = optimizer is not None, scheduler is not None
+        if coming:
+            self._check_given(f"{method.name} is to go on as {coming[0].method.name}")
+        elif phases:
+            self._check_given(f"{method.name} goes through phases")
+
+    def _check_given(self, what: str) -> None:
+        """Raise ConfigError where an optimizer or a schedule was passed, which ends with its phase."""
+        if self._foreign:
+            raise ConfigError(
+                f"{what}, which needs a new optimizer, but one was passed in optimizers=. Leave optimizers out."
+            )
+        if self._scheduled:
+            raise ConfigError(
+                f"{what}, which needs a new schedule, but one was passed in optimizers=. Leave it out, and say it "
+                "in lr_scheduler_type."
+            )
+
+    def _settle(self, args: TrainingArguments, model: nn.Module, method: Method, coming: Sequence[Then]) -> None:
         """Defaults that suit a mostly frozen model; refusals before anything is built."""
         optim = getattr(args.optim, "value", args.optim)
         if optim not in _ADAMW:
+            other = (
+                ""
+                if coming or method.watches(model) is not None
+                else "; or attach first and pass run= and optimizers=(yours, None), yours made over [p for _, p in "
+                "run.trainable()]"
+            )
             raise ConfigError(
                 f"optim={optim!r} would replace the method's own optimizer, AdamW as it transforms it. Use "
-                f"{' or '.join(map(repr, _ADAMW))}; or attach first and pass run= and optimizers=(yours, None), yours "
-                "made over [p for _, p in run.trainable()]."
+                f"{' or '.join(map(repr, _ADAMW))}{other}."
             )
         if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False
@@ -313,6 +349,7 @@ class Trainer(transformers.Trainer):
             SystemExit: code 130 after Ctrl-C, with a checkpoint saved.
         """
         directory = self._checkpoint(resume_from_checkpoint)
+        self._before, self._begun = None, False
         if directory is not None:
             self._restore(directory)
             before, self.run.total_steps = self.run.total_steps, self._planned or self.run.total_steps
@@ -377,6 +414,48 @@ class Trainer(transformers.Trainer):
             vars(self.run.model).pop("_is_accelerate_prepared", None)
         return output
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, which would take one update more where a resumed training has none left."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+        else:
+            self.control.should_training_stop = True
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        last = self.control.should_training_stop  # there is no other update to wait for
+        if self._agreed or (last and shard.any_rank(self._stop, self.args.device)):
+            self._agreed = True
+            raise KeyboardInterrupt
+
+    def _go_on(self) -> None:
+        """Log what a checkpoint had not logged yet as if there had been no stop; evaluate what is trained already."""
+        self._begun = True
+        if told := self._kept.get(_LOGGED):
+            self._globalstep_last_logged = int(told["step"])
+            self._tr_loss += told["loss"]
+            self._total_loss_scalar = -told["loss"]  # it is in the sum of the training before
+            self._news.load(told["news"])
+        step, args = self.state.global_step, self.args
+        if step < self.state.max_steps:
+            return
+        _log.warning("Nothing is left to train: update %d of %d is taken.", step, self.state.max_steps)
+        known = any(e["step"] == step and any(key.startswith("eval_") for key in e) for e in self.state.log_history)
+        if args.eval_strategy != "no" and args.eval_delay <= step and not known:
+            self.evaluate()
+
+    @property
+    def _kept(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the state of the training, by name."""
+        assert isinstance(self.state.stateful_callbacks, dict)
+        return self.state.stateful_callbacks
+
+    def _logged(self) -> dict[str, Any]:
+        """What :meth:`_go_on` needs, in a checkpoint's trainer_state.json. Every rank must call this."""
+        loss = self._tr_loss if self._before is None else self._before
+        loss = shard.total(loss.detach().double()) / self.args.world_size
+        return {"step": self._globalstep_last_logged, "loss": loss.item(), "news": self._news.state()}
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs = {**logs, **self._news.of_all(self.run)}
@@ -427,12 +506,12 @@ class Trainer(transformers.Trainer):
             setattr(self.callback_handler, name, getattr(self, name))
         self._news = News()
         self._meter.begin()
-        what = f"{before} ends, {method.name} begins" if before != method.name else f"the next phase of {before} begins"
         ended, trains = costs.table(self.run.phases, self.state.log_history, self.run.step)[-2:]
+        old, new = (before, method.name) if before != method.name else (ended["label"], trains["label"])
         _log.warning(
-            "Step %d: %s; the schedule %s. Of %s there were %s; now %s parameters train.",
-            self.run.step, what, "does too" if own else "goes on", before, costs.words(ended),
-            f"{trains['trainable']:,}",
+            "Step %d: %s ends, %s begins; the schedule %s. Of %s there were %s; now %s parameters train%s.",
+            self.run.step, old, new, "does too" if own else "goes on", old, costs.words(ended),
+            f"{trains['trainable']:,}", _adapters(self.run),
         )  # fmt: skip
 
     def _account(self) -> None:
@@ -446,21 +525,24 @@ class Trainer(transformers.Trainer):
             counts = {"phase": len(self.run.phases), "phase_updates": self.run.step - phase.start}
             due = self.control.should_log
             trains = {"phase_trainable_parameters": phase.trainable or 0}
-            self.log({**counts, **trains, **spent, **self._news.of_window(self.run)})
+            told = {costs.TOLD + key: value for key, value in self.run.metrics().items()}
+            self.log({**counts, **trains, **spent, **told, **self._news.of_window(self.run)})
             self.control.should_log = due  # transformers takes any log for the one of this update
             self._meter.begin()
 
+    def _draw(self) -> None:
+        """timeline.png, where there is something to see; on the first rank. No error of it ends a training."""
+        if self.args.save_strategy == "no" or not self.is_world_process_zero():
+            return
+        try:
+            if timeline.worth_seeing(self.run, self.state.log_history):
+                timeline.timeline(self._out / "timeline.png", self.run, self.state.log_history)
+        except Exception as error:
+            _log.warning("timeline.png could not be drawn: %s", error)
+
     def _check_phases(self, what: str, scheduler: object) -> None:
         """Raise ConfigError unless this training can go from one phase to the next."""
-        if self._foreign:
-            raise ConfigError(
-                f"{what}, which needs a new optimizer, but this one was passed in optimizers=. Leave optimizers out."
-            )
-        if self._scheduled:
-            raise ConfigError(
-                f"{what}, which needs a new schedule, but this one was passed in optimizers=. Leave it out, and say it "
-                "in lr_scheduler_type."
-            )
+        self._check_given(what)
         if self.args.load_best_model_at_end and self.run.coming and from_dict(self.run.phases[0].method).reversible:
             raise ConfigError(
                 f"{what}, which folds what was trained into the base: at the end the checkpoint before that could not "
@@ -493,6 +575,8 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         here = self._out / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._begun:
+            self._kept[_LOGGED] = self._logged()
         try:
             super()._save_checkpoint(model, trial)
         except OSError as error:
@@ -583,7 +667,7 @@ class Trainer(transformers.Trainer):
         def wait(number: int, frame: FrameType | None) -> None:
             self._stop = True
             signal.signal(signal.SIGINT, before)
-            _log.warning("Stopping after this update. Ctrl-C again stops at once.")
+            _log.warning("Stopping after this update, and its evaluation if one is due. Ctrl-C again stops at once.")
 
         if here:
             signal.signal(signal.SIGINT, wait)
@@ -619,7 +703,9 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer._meter.begin()
-        self._turn()  # a run, or a checkpoint, may be at the end of its phase
+        self.trainer._go_on()
+        if state.global_step < state.max_steps:
+            self._turn()  # a run, or a checkpoint, may be at the end of its phase
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer._meter.pause()
@@ -628,7 +714,9 @@ class _Watch(TrainerCallback):
         self.trainer._meter.pause()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer._settled = not self.trainer._fused  # there the backward pass is in the middle of an update
+        trainer = self.trainer
+        trainer._settled = not trainer._fused  # there the backward pass is in the middle of an update
+        trainer._before = trainer._tr_loss.clone()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -637,6 +725,7 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         trainer = self.trainer
+        trainer._before = None
         trainer._meter.count()
         if control.should_training_stop:
             trainer._account()
@@ -644,11 +733,10 @@ class _Watch(TrainerCallback):
             self._turn()
         trainer._settled = True
         trainer._agreed = shard.any_rank(trainer._stop, args.device)
-        if trainer._agreed:
-            raise KeyboardInterrupt
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer._account()  # where something stopped it between two updates
+        self.trainer._draw()
 
     def _turn(self) -> None:
         """Begin the next phase, where it is due."""
@@ -665,6 +753,15 @@ class _Watch(TrainerCallback):
 def _may_be_unused(model: nn.Module, method: Method) -> bool:
     """Whether the method trains tensors that a task may not reach, so that DDP has to look for them."""
     return any(method.in_place(name, True) and not method.must_learn(name) for name, _, _ in base_parameters(model))
+
+
+def _adapters(run: Run) -> str:
+    """What of a run stands at layers: ", with adapters of ranks 4 to 32 on 35 layers"."""
+    ranks = sorted(adapter.rank for name in run.active for adapter in run.adapter(name).values())
+    if not ranks or not ranks[-1]:
+        return ""
+    said = f"rank {ranks[-1]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
+    return f", with adapters of {said} on {len(ranks)} layers"
 
 
 def _advance(scheduler: Any, steps: int) -> None:
