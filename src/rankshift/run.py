@@ -541,6 +541,10 @@ class Run:
         which runs here on the same batch, in eval mode and without a gradient. What ends a phase by its loss hears it
         here. In evaluation (``model.eval()`` or no gradients) it is ``task`` and nothing else.
 
+        Where gradients accumulate over n micro-batches, give the loss of each as it is and divide what comes back:
+        ``run.loss(loss, **batch) / n``. One that is divided before is heard as a lower one, and what a method adds is
+        not divided with it.
+
         Args:
             task: of the forward that was just made, a scalar with its graph.
             args: what the model was called with, positional.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,9 +77,17 @@ def test_a_shift_of_ones_own_leaves_the_list_as_it_is() -> None:
     session = begin("one", [rs.Then(LORA, steps=4)]).steps(2)
     run = session.run.shift(LoRA(rank=3))
     assert len(run.coming) == 1
-    session = Session("one", run).steps(2)
+    session = Session("one", run).steps(1)
+    assert session.run.due() is None
+    session.step()
     assert session.run.due() == LORA, "counted from where the list stands, not from the last shift"
     assert session.run.shift(LORA).coming == ()
+    late = begin("one", [rs.Then(LORA, steps=4)]).steps(4).run.shift(LoRA(rank=3))
+    assert late.due() == LORA
+    windows = begin("one", [rs.Then(LORA, loss=99.0, window=3)]).steps(2)
+    session = Session("one", windows.run.shift(FULL)).steps(2)
+    assert session.run.due() is None, "a window is of one phase"
+    assert session.steps(1).run.due() == LORA
 
 
 def test_an_update_after_the_end_of_a_phase_is_refused() -> None:
@@ -384,6 +393,29 @@ def test_other_phases_in_a_saved_state_are_refused() -> None:
         run = rs.attach(tiny(), FULL, total_steps=20, then=mine)
         run.load_state_dict(state)
         assert (run.step, run.coming) == (1, (rs.Then(LORA, steps=3),))
+
+
+def test_another_trainer_is_refused_a_run_that_changes_phases() -> None:
+    staged = [
+        rs.attach(tiny(), FULL, total_steps=20, then=[rs.Then(LORA, steps=3)]),
+        rs.attach(tiny(), rs.PreLoRA(max_rank=8)),
+        rs.attach(tiny(), rs.PreLoRA(max_rank=8, stage="joint")),
+        rs.attach(tiny(), STAGES, total_steps=20),
+    ]
+    arguments = SimpleNamespace(
+        optim="adamw_torch", deepspeed=None, fsdp=None, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.99,
+        adam_epsilon=1e-8, weight_decay=0.0,
+    )  # fmt: skip
+    for run in staged:
+        with pytest.raises(ConfigError, match=r"is to go on as another phase.*Use rs\.Trainer\(run=run"):
+            run.optimizer_cls_and_kwargs(arguments)
+    staged[0].coming = ()
+    for run in (
+        staged[0],
+        rs.attach(tiny(), rs.PreLoRA(max_rank=8, stage="frozen")),
+        rs.attach(tiny(), rs.SoRA(rank=2)),
+    ):
+        assert run.optimizer_cls_and_kwargs(arguments)[1]["lr"] == 1e-3
 
 
 # ---- moments

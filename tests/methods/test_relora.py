@@ -148,6 +148,7 @@ def test_restarts_come_after_updates_k_2k_and_no_other():
                 assert rate == 0 or every == 1
         assert found == list(range(every, total, every))
         assert len(found) == (total - 1) // every
+        assert loop.run.metrics() == {"restarts": len(found)}
 
 
 def test_every_cycle_learns_from_its_first_step():
@@ -177,6 +178,7 @@ def test_a_skipped_update_is_no_restart_and_moves_no_schedule():
             assert torch.equal(loop.weights()["0"], W)
         loop.step()
     assert loop.run.skipped == 2
+    assert loop.run.metrics() == {"restarts": 1}
     for name, W in clean.weights().items():
         assert torch.equal(loop.weights()[name], W)
         assert torch.equal(loop.layers()[name].B, clean.layers()[name].B)

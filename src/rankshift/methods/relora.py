@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -50,6 +50,16 @@ from rankshift.optim.moments import Wide
 from rankshift.optim.rounding import narrow
 
 _log = logging.getLogger(__name__)
+
+
+class ReLoRALayer(LoRALayer):
+    """One cycle's layer, and how many there were before it."""
+
+    restarts: Tensor  # (), int64
+
+    def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA):
+        super().__init__(base, spec, rank, scale, config)
+        self.register_buffer("restarts", torch.zeros((), dtype=torch.int64, device=spec.device))
 
 
 def merge_(adapter: LoRALayer) -> None:
@@ -126,8 +136,9 @@ class Restart:
         return taken > 0 and taken % self.every == 0
 
     def apply(self, adapter: Adapter, tick: Tick) -> None:
-        assert isinstance(adapter, LoRALayer)
+        assert isinstance(adapter, ReLoRALayer)
         merge_(adapter)
+        adapter.restarts += 1
         key = tick.key(adapter.site)
         renew_(adapter, key)
         for leaf in "AB":
@@ -257,7 +268,7 @@ class ReLoRA(Method):
                 f"{spec.name} is held in a storage that rounds anew in every merge, so each restart would change the "
                 "function. Attach with base=None, or say with ReLoRA(lossy=True) that this is meant."
             )
-        return LoRALayer(base, spec, rank, self.alpha / self.rank, self.lora)
+        return ReLoRALayer(base, spec, rank, self.alpha / self.rank, self.lora)
 
     def start(self, adapter: Adapter, key: Key, found: Any = None) -> None:
         self.lora.start(adapter, key)
@@ -280,6 +291,10 @@ class ReLoRA(Method):
 
     def events(self) -> tuple[Event, ...]:
         return () if self.every is None else (Restart(self.every, self.reset, self.ratio, self.warming),)
+
+    def metrics(self, adapters: Mapping[str, Adapter]) -> dict[str, float]:
+        """Restarts since this phase began."""
+        return {"restarts": float(next(a.restarts for a in adapters.values() if isinstance(a, ReLoRALayer)))}
 
     def cannot_ride(self, optimizer: torch.optim.Optimizer) -> str:
         if self.every is None or isinstance(optimizer, (Optimizer, torch.optim.Adam, torch.optim.AdamW)):
