@@ -6,7 +6,7 @@ import pytest
 
 import rankshift as rs
 from rankshift.core.errors import ConfigError
-from rankshift.core.phase import Phase, Then, check_reachable, labels, listed
+from rankshift.core.phase import Phase, Then, check_phases, labels, listed
 from rankshift.core.watch import Snapshot
 
 LORA = rs.LoRA(rank=2)
@@ -112,14 +112,13 @@ def test_the_soonest_that_it_can_be_time(then, least):
 
 def test_a_list_that_cannot_be_reached():
     coming = [Then(LORA, steps=3), Then(rs.Full(), weight_change=1.0, window=2)]  # at 3, and 6 later at the soonest
-    check_reachable(coming, 0, None)
-    check_reachable(coming, 0, 10)
+    assert check_phases(LORA, coming, 0, 0, None) == check_phases(LORA, coming, 0, 0, 10) == []
     with pytest.raises(ConfigError, match="Full would begin at update 9 at the earliest, and the run ends at 9"):
-        check_reachable(coming, 0, 9)
+        check_phases(LORA, coming, 0, 0, 9)
     with pytest.raises(ConfigError, match="Full would begin at update 10 "):
-        check_reachable(coming, 1, 10)
+        check_phases(LORA, coming, 1, 1, 10)
     with pytest.raises(ConfigError, match="LoRA would begin at update 3 "):
-        check_reachable(coming, 0, 3)
+        check_phases(LORA, coming, 0, 0, 3)
 
 
 def test_what_is_no_list_of_phases():

@@ -177,23 +177,6 @@ def labels(phases: Sequence[Phase]) -> list[str]:
     return found
 
 
-def check_reachable(coming: Sequence[Then], start: int, total: int | None) -> None:
-    """Raise ConfigError where a phase would begin when the run is over.
-
-    Args:
-        start: the update at which the phase before the first of them began.
-        total: updates of the whole run, if known.
-    """
-    at = start
-    for then in coming:
-        at += then.least()
-        if total is not None and at >= total:
-            raise ConfigError(
-                f"{type(then.method).__name__} would begin at update {at} at the earliest, and the run ends at "
-                f"{total}. Shorten the phases before it (steps, window), or train longer (total_steps)."
-            )
-
-
 def check_phases(method: Method, coming: Sequence[Then], began: int, listed: int, total: int | None) -> list[str]:
     """Look whether every phase can begin within the run, and is long enough for what its method does in it. Where it is
     not known when one begins, it is taken to begin as early as it can.
@@ -211,11 +194,15 @@ def check_phases(method: Method, coming: Sequence[Then], began: int, listed: int
     Raises:
         ConfigError: a phase cannot begin, or is too short for its method; or a condition can never come true.
     """
-    check_reachable(coming, listed, total)
     told: list[str] = []
     for then in (*coming, None):
-        end = total
+        end, soonest = total, listed if then is None else listed + then.least()
         if then is not None and total is not None:
+            if soonest >= total:
+                raise ConfigError(
+                    f"{type(then.method).__name__} would begin at update {soonest} at the earliest, and the run ends "
+                    f"at {total}. Shorten the phases before it (steps, window), or train longer (total_steps)."
+                )
             then.check_sight(total - 1 - began, f"the run ends {total - began} after the phase before begins")
         if then is not None and then.steps is not None:
             end = listed + then.steps if total is None else min(listed + then.steps, total)
@@ -223,6 +210,5 @@ def check_phases(method: Method, coming: Sequence[Then], began: int, listed: int
         if end is not None:
             told += filter(None, [method.check_span(began, end, total)])
         if then is not None:
-            listed += then.least()
-            method, began = then.method, max(began, listed)
+            method, began, listed = then.method, max(began, soonest), soonest
     return told
