@@ -23,6 +23,7 @@ FLOORS = {
     "lower": 3,
     "placement": 3,
     "summary": 3,
+    "holding": 4,
     "handover": 4,
     "run": 5,
     "capability": 6,

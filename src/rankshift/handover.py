@@ -17,7 +17,7 @@ from rankshift.core.phase import Phase, Then, check_phases
 from rankshift.core.site import base_parameters
 from rankshift.methods import to_dict
 from rankshift.optim import Optimizer
-from rankshift.placement import DEFAULT, WITHOUT_BIAS, Member, check_foldable, refuse_sharded, weight_name
+from rankshift.placement import DEFAULT, WITHOUT_BIAS, Member, check_foldable, refuse_sharded, weight_names
 
 if TYPE_CHECKING:
     from rankshift.run import Run
@@ -108,6 +108,7 @@ def shift(run: Run, method: Method, data: Iterable[Any] | None) -> Run:
             _check_end(run, method, coming[0])
     if estates is None:
         check_foldable(run.sites.values())
+        _check_exact(run)
     try:
         need_total(run, [method])
         check_lengths(run, method, coming, run.step, listed)
@@ -133,12 +134,23 @@ def shift(run: Run, method: Method, data: Iterable[Any] | None) -> Run:
         raise
 
 
+def _check_exact(run: Run) -> None:
+    """Raise AttachError where folding what was trained into the weights would round the function away."""
+    for name, site in run.sites.items():
+        if site.active and not site.base.exact:
+            raise AttachError(
+                f"{name} is held in {site.base.kind}, and shift() would round what was trained into it: most of a "
+                "small change would be lost. Go on by hand: model = run.merge(), which gives dense weights, then "
+                f'rs.attach(model, method), with base="{site.base.kind}" if they are to be rounded anew.'
+            )
+
+
 def _anew(run: Run, method: Method, data: Iterable[Any] | None) -> Run:
     """The next phase on the merged model."""
     changed = run.changed
     for name, site in run.sites.items():
         if site.active:
-            changed.add(weight_name(name, site))
+            changed.update(weight_names(name, site))
             if any(adapter.delta_bias() is not None for adapter in site.acting()):
                 changed.add(f"{name}.bias")
     for name, replica in run._on.replicas().items():

@@ -14,8 +14,16 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.base import Base
-from rankshift.core.errors import AttachError, ConfigError, RankTooLarge, TargetError, UnmatchedTarget, nearest
+from rankshift.core.base import Base, storage_of
+from rankshift.core.errors import (
+    AttachError,
+    ConfigError,
+    RankTooLarge,
+    TargetError,
+    UnmatchedTarget,
+    UnsupportedLayer,
+    nearest,
+)
 from rankshift.core.event import Event, Needs
 from rankshift.core.method import Estate, Method, Shared, Subspace
 from rankshift.core.random import Key
@@ -82,6 +90,8 @@ class Placement:
         projected = method.projects(model)
         copies = _copies(model, method)
         specs = [s for s in specs if not any(s.name == c or s.name.startswith(c + ".") for c in copies)]
+        if method.trains_base:
+            check_dense(model, method)
         if method.trains_base:
             self._check_frozen(method, {spec.weight for spec in specs} | projected.keys())
             specs = [spec for spec in specs if spec.weight not in self.frozen]
@@ -470,9 +480,10 @@ class Placement:
 # ---- the weights of a site -------------------------------------------------------------------------------------------
 
 
-def weight_name(name: str, site: Site) -> str:
-    """The name of a site's weight in the model as it came."""
-    return site.spec.weight
+def weight_names(name: str, site: Site) -> list[str]:
+    """The names of what holds a site's weight, as parameters of the model."""
+    stored = list(site.base.stored)
+    return [site.spec.weight] if stored == ["weight"] else [f"{name}.{leaf}" for leaf in stored]
 
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
@@ -483,6 +494,16 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
             "then run.optimizer(). In mid-run: state = run.state_dict() on every rank, then on a fresh model "
             "run = rs.restore(model, state), run.shift(method) or run.add(name, method), fully_shard, run.optimizer()."
         )
+
+
+def check_dense(model: nn.Module, method: Method) -> None:
+    """Raise UnsupportedLayer for a method that trains weights, where some are held in fewer bits."""
+    for name, module in model.named_modules():
+        if (storage := storage_of(module)) is not None:
+            raise UnsupportedLayer(
+                f"{name} is held in {storage.name_of(module)}, and {type(method).__name__} trains the weights of the "
+                "model. Load it in 16 or 32 bits, or train beside its weights: LoRA, VeRA, PaCA, MELoRA."
+            )
 
 
 def check_dtypes(sites: Mapping[str, Site]) -> None:
@@ -498,34 +519,48 @@ def check_dtypes(sites: Mapping[str, Site]) -> None:
             )
 
 
-def weights(site: Site) -> list[Tensor]:
-    """What merging changes: the weight, and the bias if there is one."""
-    return [site.base.weight] if site.base.bias is None else [site.base.weight, site.base.bias]
-
-
-def fold(site: Site) -> None:
+def fold(site: Site, onto: Base | None = None) -> Callable[[], None]:
     """W += Σ ΔW of the active adapters, in the adapters' dtype, rounded once; the bias likewise; then none acts.
 
     Where something interrupts it, the site is as it was.
+
+    Args:
+        onto: the base to add to, which is the site's from then on; by default its own, or where that rounds to fewer
+            bits the same weight as a dense one.
+
+    Returns:
+        What puts the base back as it was, bit for bit.
     """
     site.leave()
-    active, changed = site.active, site.base.changed
-    kept = [shard.local(p)[0].clone() for p in weights(site)]
+    active, before, changed = site.active, site.base, site.base.changed
+    dense = before.plainly() if onto is None else onto
+    written = [*(before.stored.values() if dense is before else ()), before.bias]
+    tensors = [tensor for tensor in written if tensor is not None]
+    kept = [shard.local(tensor)[0].clone() for tensor in tensors]
+
+    def undo() -> None:
+        with torch.no_grad():
+            for tensor, was in zip(tensors, kept, strict=True):
+                shard.local(tensor)[0].copy_(was)
+        before.changed = changed
+        if dense is not before:
+            site.rest_on(before)
+
     try:
         biases = [b for b in (a.delta_bias() for a in site.acting()) if b is not None]
-        site.base.add_(site.change())
+        dense.add_(site.change())
         with torch.no_grad():
             for bias in biases:
-                assert site.base.bias is not None
-                site.base.bias.copy_(site.base.bias.to(bias.dtype) + bias)
+                assert before.bias is not None
+                before.bias.copy_(before.bias.to(bias.dtype) + bias)
         site.link(())
+        if dense is not before:
+            site.rest_on(dense)
     except BaseException:
-        with torch.no_grad():
-            for tensor, before in zip(weights(site), kept, strict=True):
-                shard.local(tensor)[0].copy_(before)
-        site.base.changed = changed
+        undo()
         site.link(active)
         raise
+    return undo
 
 
 def check_foldable(sites: Iterable[Site]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankshift import handover
+from rankshift import handover, holding
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.errors import AttachError, ConfigError, ExportError, TrainingError, WrongBase
@@ -28,6 +28,7 @@ from rankshift.core.phase import Phase, Then, listed
 from rankshift.core.schedule import check_warmup, cosine
 from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, form_of, separate
 from rankshift.core.watch import Watch, Wish
+from rankshift.holding import Onto
 from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
 from rankshift.optim import Adam, Optimizer, Transform
 from rankshift.optim.backward import Backward, FusedOptimizer, check_flag, refuse_apart, refuse_method, refuse_settings
@@ -37,8 +38,7 @@ from rankshift.placement import (
     check_dtypes,
     check_foldable,
     fold,
-    weight_name,
-    weights,
+    weight_names,
 )
 from rankshift.summary import Compression, Projections, Summary, compression, projections, summarise
 
@@ -79,8 +79,6 @@ def attach(
     """
     if not isinstance(method, Method):
         raise ConfigError(f"attach needs a method such as rs.LoRA(rank=16); got {type(method).__name__}.")
-    if base is not None:
-        raise ConfigError(f"base={base!r} is not available in this version. Leave base=None.")
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise AttachError(
             f"This is a {type(model).__name__}, which never learns of tensors that are added to it. Attach to the "
@@ -94,6 +92,9 @@ def attach(
     run = Run(model, seed=seed, total_steps=total_steps)
     run.coming = then  # type: ignore[assignment]
     handover.foresee(run, method)
+    if base is not None:
+        holding.check(run._on, method, base)
+        run._held = base
     run._begin(method, data)
     return run
 
@@ -113,6 +114,7 @@ class Run:
         self._moments: dict[str, Mapping[str, Tensor]] | None = None
         self._parted: Mapping[str, str] = {}  # why those of others that were there did not, by name
         self._on = Placement(model)
+        self._held: str | None = None  # the storage that this run has put the frozen layers into, or is to
         self._changed: set[str] = set()
         self._ranks: dict[str, int] = {}  # of the subspaces of projected gradients, where no optimizer knows them
         self._frozen = {name: p.requires_grad for name, p, _ in base_parameters(model)}
@@ -141,6 +143,8 @@ class Run:
         self._on.undo = []
         try:
             self._on.build(name, method, self.seed, data, ranks, saved)
+            if self._held is not None and ranks is None:
+                holding.hold(self._on, method, self._held, fresh=True)
             if self.phases:  # what was one tensor with something that may have been trained
                 self._changed |= {name for name, _, _ in base_parameters(self.model)} - known
             self._changed |= self._on.train_in_place(method)
@@ -224,8 +228,8 @@ class Run:
     @property
     def changed(self) -> set[str]:
         """Parameters of the base that no longer are what they came as: trained in place, or rewritten by an event."""
-        rewritten = (weight_name(name, site) for name, site in self._on.sites.items() if site.base.changed)
-        return self._changed.union(rewritten)
+        rewritten = (weight_names(name, site) for name, site in self._on.sites.items() if site.base.changed)
+        return self._changed.union(*rewritten)
 
     def adapter(self, name: str = DEFAULT) -> dict[str, Adapter]:
         """The adapter's part at each of its sites."""
@@ -773,26 +777,23 @@ class Run:
                     shard.local(tensor)[0].copy_(trained[name])
 
     @contextlib.contextmanager
-    def merged(self) -> Iterator[nn.Module]:
-        """The active adapters folded into the base for a ``with`` block; after it the base's own bits again."""
+    def merged(self, onto: Onto = "dequantised", original: Any = None) -> Iterator[nn.Module]:
+        """The active adapters folded into the base for a ``with`` block; after it the base's own bits again.
+
+        Args: see :meth:`merge`.
+        """
         self._open()
         check_foldable(self.sites.values())
-        kept: dict[str, tuple[bool, list[Tensor]]] = {}
+        target, _ = holding.targets(self._on, onto, original)
+        undo: list[Callable[[], None]] = []
         with self._suspend("merged()"):
             try:
-                for name, site in self._on.sites.items():
-                    if site.active:
-                        site.leave()
-                        kept[name] = site.base.changed, [shard.local(p)[0].clone() for p in weights(site)]
-                        fold(site)
+                undo.extend(fold(site, target(site)) for site in self._on.sites.values() if site.active)
                 yield self.model
             finally:
                 shard.settle(self.model)
-                for name, (changed, parts) in kept.items():
-                    site = self._on.sites[name]
-                    site.base.changed = changed
-                    for parameter, old in zip(weights(site), parts, strict=True):
-                        shard.local(parameter)[0].copy_(old)
+                for put_back in undo:
+                    put_back()
 
     @contextlib.contextmanager
     def _suspend(self, how: str) -> Iterator[None]:
@@ -807,21 +808,30 @@ class Run:
 
     # ---- ends
 
-    def merge(self) -> nn.Module:
+    def merge(self, onto: Onto = "dequantised", original: Any = None) -> nn.Module:
         """Fold the active adapters into the weights and end the run: plain modules, no trace of rankshift.
 
         The sum is taken in fp32 (float64 on a float64 base) and rounded once.
+
+        Args:
+            onto: where the base is held in fewer bits. "dequantised": the base that the adapter was trained on, in the
+                layers' dtype, in every layer. "original": the weights before they were rounded; the rounding that the
+                adapter has learned with is then gone, and is often more than the adapter. "requantised": back into the
+                storage, which rounds most of a small change away: compare both with :meth:`parity` first.
+            original: with that, a model, a mapping of tensors or a directory of safetensors.
         """
         self._open("merge()")
         check_foldable(self.sites.values())
+        target, originals = holding.targets(self._on, onto, original)
         if idle := [name for name in self._on.members if name not in self._on.active]:
             warnings.warn(f"Not active, so not merged and gone now: {', '.join(idle)}.", stacklevel=2)
         self._suspended = "merge()"  # who interrupts this can only call it again
         self._driver.refusal = _HALF_MERGED
         for site in self.sites.values():
             if site.active:
-                fold(site)  # once, whatever interrupts the rest
+                fold(site, target(site))  # once, whatever interrupts the rest
         self._on.strip()
+        holding.release(self.model, onto != "requantised", originals)
         if embeddings_untied(self.model):  # an embedding was trained as a copy: loading must not tie the two again
             self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         self._suspended = ""
@@ -889,11 +899,13 @@ class Run:
         """End the run without merging."""
         self._on.link(())
         self._on.strip()
+        holding.release(self.model, dense=False)
         self._close(how)
 
     def _close(self, how: str) -> None:
         for name, parameter, _ in base_parameters(self.model):
-            parameter.requires_grad_(self._frozen.get(name, True))
+            if parameter.is_floating_point():  # not the codes of a quantised weight
+                parameter.requires_grad_(self._frozen.get(name, True))
         self._driver.close()
         self._deafen()
         self._closed = how
@@ -937,7 +949,9 @@ class Run:
         if self.watch is not None:
             yield _WINDOW, self.watch.open()
         kept = self._on.kept()
-        lent = {weight_name(name, site) for name, site in self._on.sites.items() if site.base.tenant is not None}
+        lent = {
+            n for name, site in self._on.sites.items() if site.base.tenant is not None for n in weight_names(name, site)
+        }
         with self._on.returned():
             for name in sorted(kept, key=lambda name: name.startswith("base/")):
                 kind, _, base_name = name.partition("/")
@@ -963,11 +977,16 @@ class Run:
             "phases": [phase.to_mapping() for phase in self.phases],
             "changed": sorted(self.changed),
             "subspaces": self.subspaces,
+            "storage": self._storage(),
             "frozen": sorted(self._on.frozen) if self.method.trains_base else [],
             "coming": [then.to_mapping() for then in self.coming],
             "listed": [self._listed, self._seconds],
             "snapshots": [] if self.watch is None else [s.to_mapping() for s in self.watch.snapshots],
         }
+
+    def _storage(self) -> dict[str, Any] | None:
+        """What the base is held in, where this run has put it there."""
+        return None if self._held is None else {"kind": self._held, "columns": holding.columns(self._on)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state of another run of the same method on the same base.
@@ -978,6 +997,15 @@ class Run:
         Raises:
             WrongBase: another method, or a tensor is missing, unknown or of another shape; nothing was changed.
         """
+        if self._storage() != state.get("storage"):
+            raise WrongBase(
+                f"The saved run holds its base as {state.get('storage')}, and this one as {self._storage()}: attach "
+                "with the same base= and seed, or load it onto a fresh model with rs.load() or rs.restore()."
+            )
+        self._load(state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`load_state_dict`; a base that is to be held in another storage is put there on the way."""
         self._open()
         wanted = {name: from_dict(entry["method"]) for name, entry in state["adapters"].items()}
         other = [
@@ -1016,7 +1044,7 @@ class Run:
                 entry = state["adapters"][name]
                 self._on.build(name, wanted[name], self.seed, ranks=entry["ranks"], saved=entry.get("shared"))
             with self._on.returned():
-                self._take(state["tensors"], wanted)
+                self._take(state["tensors"], wanted, state.get("storage"))
         except BaseException:
             for name in new:
                 if name in self._on.members:
@@ -1046,24 +1074,26 @@ class Run:
         for change in self._told:
             _log.warning("%s.", change)
 
-    def _take(self, tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> None:
-        """Copy saved tensors to their places; every refusal comes before the first."""
+    def _take(
+        self, tensors: Mapping[str, Tensor], wanted: Iterable[str], storage: Mapping[str, Any] | None = None
+    ) -> None:
+        """Copy saved tensors to their places; every refusal comes before the first, but for those of a base that is to
+        be held as ``storage`` says."""
         places = self._on.added()
-        base = self._on.kept()
         tensors = {name: tensor for name, tensor in tensors.items() if name != _WINDOW}
-        for name, tensor in tensors.items():
-            target = places.get(name, base.get(name))
-            if target is None:
-                raise WrongBase(f"the saved run has {name}, which this model does not. It belongs to another base.")
-            if target.shape != tensor.shape:
-                raise WrongBase(f"{name} is {tuple(tensor.shape)} in the saved run and {tuple(target.shape)} here.")
         missing = [name for name in places if name not in tensors and name.partition("/")[0] in wanted]
         if missing:
             raise WrongBase(f"the saved run lacks {missing[0]}. It belongs to another base or method.")
-        for name, tensor in tensors.items():
-            target = places.get(name, base.get(name))
-            assert target is not None
-            shard.assign_(target, tensor.to(target.device))
+        hold = storage["kind"] if storage is not None and self._held is None else None
+        places |= {name: t for name, t in self._on.kept().items() if hold is None or not name.startswith("base/")}
+        theirs = {name: tensor for name, tensor in tensors.items() if hold is None or not name.startswith("base/")}
+        _copy(theirs, places)
+        if hold is not None:
+            holding.hold(self._on, self.method, hold, fresh=False)
+            self._held = hold
+            if self._storage() != storage:
+                raise WrongBase(f"The saved run holds its base as {storage}; here it comes to {self._storage()}.")
+            _copy({name: tensor for name, tensor in tensors.items() if name not in theirs}, self._on.kept())
 
     def save(self, directory: str | Path) -> Path:
         """Write the run as a native directory, atomically; :func:`load` reads it. Every rank may call; one writes."""
@@ -1114,6 +1144,17 @@ def _count(total: int | None) -> int | None:
     return total
 
 
+def _copy(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors to their places; every refusal comes before the first."""
+    for name, tensor in tensors.items():
+        if name not in places:
+            raise WrongBase(f"the saved run has {name}, which this model does not. It belongs to another base.")
+        if places[name].shape != tensor.shape:
+            raise WrongBase(f"{name} is {tuple(tensor.shape)} in the saved run and {tuple(places[name].shape)} here.")
+    for name, tensor in tensors.items():
+        shard.assign_(places[name], tensor.to(places[name].device))
+
+
 def load(
     model: nn.Module,
     directory: str | Path,
@@ -1153,7 +1194,12 @@ def restore(model: nn.Module, state: Mapping[str, Any]) -> Run:
         run._on.frozen = frozenset(state.get("frozen", ()))  # as it was there, whatever this base came as
     run._begin(method, name=first, ranks=entry["ranks"], saved=entry.get("shared"))
     try:
-        run.load_state_dict(state)
+        run._load(state)
+        if prints := state.get("prints"):
+            from rankshift.io import fingerprint
+
+            with run._on.returned():
+                fingerprint.compare(model, prints, "The run")
     except BaseException:  # the model goes back as it came
         run._take_off("an error")
         raise

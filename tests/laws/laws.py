@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -39,9 +40,10 @@ from laws.world import (
 )
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
+from rankshift.core.base import Base
 from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.method import Method
-from rankshift.core.site import base_parameters
+from rankshift.core.site import Site, base_parameters, returned
 
 F64 = torch.float64
 
@@ -640,18 +642,57 @@ def _summed(run: rs.Run, parts: dict[str, dict[str, Tensor]]) -> nn.Module:
     return model
 
 
-def unquantised(case: Case, engine: Engine) -> str:
-    """A base in four or eight bits is refused, with nothing touched, as long as there is no such storage."""
-    reasons = set()
-    for storage in ("nf4", "int8", "fp8"):
-        model = tiny()
-        names = [(name, id(module)) for name, module in model.named_modules()]
-        try:
-            rs.attach(model, case.method, base=storage, total_steps=TOTAL)
-        except rs.errors.ConfigError as error:
-            reasons.add(str(error).replace(storage, "…"))
-        else:
-            raise AssertionError(f"base={storage!r} is served now: put the laws on it and this cell to the test")
-        assert [(name, id(module)) for name, module in model.named_modules()] == names, "a refusal changed the model"
-    (reason,) = reasons
-    return reason
+def quantised(case: Case, engine: Engine, kind: str = "nf4") -> str:
+    """On a base in few bits a method trains, resumes bit for bit and merges onto what it was trained on, and the codes
+    stay as they are; or it is refused with nothing touched, and the reason."""
+    model = tiny()
+    modules = [(name, id(module)) for name, module in model.named_modules()]
+    scramble()
+    try:
+        run = rs.attach(model, case.method, base=kind, total_steps=TOTAL)  # type: ignore[arg-type]
+    except (rs.errors.ConfigError, rs.errors.TargetError) as error:
+        assert [(name, id(module)) for name, module in model.named_modules()] == modules, "a refusal changed the model"
+        return str(error).replace(kind, "…")
+    bases = {name: site.base for name, site in run.sites.items() if site.base.kind == kind}
+    assert bases, "nothing is held in another storage"
+    stored = [t for base in bases.values() for t in base.stored.values()]
+    bytes_whole = sum(t.numel() * t.element_size() for t in stored)
+    beside = {name: base.dense() for name, base in bases.items()}
+    for name, weight in tiny().named_parameters():
+        site = name.removesuffix(".weight")
+        if site in bases and kind == "nf4" and run.adapter()[site].keeps is None:
+            codes, state = bitsandbytes.functional.quantize_4bit(
+                weight.detach(), quant_type=kind, compress_statistics=True
+            )
+            known = bitsandbytes.functional.dequantize_4bit(codes, state)
+            assert torch.equal(beside[site], known), f"{site} is not what bitsandbytes makes of it"
+        elif site in bases:
+            off = (beside[site] - weight.detach()).norm() / weight.detach().norm()
+            assert off < 0.2, f"{site} is off by {off:.2f} of its size"
+    session = Session(engine, run, noisy=case.noisy)
+    if engine == "fsdp2":
+        held = sum(
+            shard.local(t)[0].numel() * t.element_size() for base in bases.values() for t in base.stored.values()
+        )
+        assert held < 0.6 * bytes_whole, f"a rank holds {held} of {bytes_whole} bytes of codes"
+    session.steps(1)
+    saved = session.save()
+    session.steps(2)
+    again = Session.load(saved, engine, tiny(), noisy=case.noisy).steps(2)
+    same(session.state(), again.state(), what="resumed on a base in few bits")
+    shard.settle(session.model)
+    with returned(session.model):
+        now = {name: base.rows() for name, base in bases.items()}  # every rank
+    for name, weight in beside.items():
+        assert bases[name].changed or torch.equal(now[name], weight), f"the base of {name} was changed"
+    if engine == "one":
+        acting = evaluate(session.model)
+        with run.merged() as plain:
+            assert gap(evaluate(plain), acting) < MERGED[torch.float32], "merged onto what it was trained on"
+        assert torch.equal(evaluate(session.model), acting), "the base was not put back"
+        merged = run.merge()
+        for module in merged.modules():
+            assert not isinstance(module, (Site, Base)), f"a {type(module).__name__} is left in the merged model"
+            assert "bitsandbytes" not in type(module).__module__, "a quantised layer is left in the merged model"
+        assert gap(evaluate(merged), acting) < MERGED[torch.float32]
+    return ""

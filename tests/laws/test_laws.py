@@ -165,9 +165,9 @@ def test_two_adapters(case: Case, record_property: Refuse) -> None:
 
 
 @pytest.mark.capability("quantised base")
-@cases(*EVERY)
-def test_a_quantised_base(case: Case, record_property: Refuse) -> None:
-    if why := hold(laws.unquantised, case, "one"):
+@everywhere(*EVERY)
+def test_a_quantised_base(case: Case, engine: Engine, pool: Pool, record_property: Refuse) -> None:
+    if why := hold(laws.quantised, case, engine, pool):
         record_property("refused", {"quantised base": why})
 
 

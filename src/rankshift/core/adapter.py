@@ -34,6 +34,14 @@ class Adapter(Base):
     derived: frozenset[str] = frozenset()
     """Tensors that follow from the base and the others: never saved, made anew by :meth:`enter`."""
 
+    @property
+    def keeps(self) -> Tensor | None:
+        """Columns of the weight, (k,), sorted, that must not be rounded where it is held in fewer bits."""
+        return None
+
+    def rebased(self) -> None:
+        """The weight below has just been rounded, before anything was trained: what was measured of it is again."""
+
     leaves: ClassVar[bool] = False
     """True if the base fades away while this trains, so that two thin layers remain: see :meth:`alone`."""
 

@@ -141,6 +141,11 @@ class Base(nn.Module):
         """Out, in, compute dtype and device of such a layer."""
         raise NotImplementedError
 
+    @classmethod
+    def name_of(cls, module: nn.Module) -> str:
+        """The storage's name, of such a layer."""
+        return cls.kind
+
     def linear(self, x: Tensor) -> Tensor:
         """The layer as it came, bias included. Keeps no activation."""
         raise NotImplementedError
@@ -209,6 +214,10 @@ class Base(nn.Module):
     def restore(self) -> nn.Module:
         """The layer as a plain module again, with the weight as it now is."""
         raise NotImplementedError
+
+    def plainly(self) -> Base:
+        """A base in which ``add_`` rounds no more than the layer's dtype does: itself, if it is one."""
+        return self
 
 
 class Dense(Base):
@@ -288,7 +297,8 @@ class Dense(Base):
 
     def takes(self, delta: Tensor) -> bool:
         """Whether a change of this kind can be added to the weight as it is stored: in its order, whole, unrounded."""
-        weight = self.weight
+        weight = self._parameters["weight"]  # events ask this of every layer: not by nn.Module's look-up
+        assert weight is not None
         plain = type(self.form) is Form and self.tenant is None and not shard.is_sharded(weight)
         return plain and (weight.dtype, weight.device) == (delta.dtype, delta.device)
 
@@ -371,9 +381,10 @@ def add_products_(bases: Sequence[Base], left: Tensor, right: Tensor) -> None:
         for start in range(0, len(bases), count):
             some = slice(start, start + count)
             products = torch.bmm(left[some], right[some]).unbind()
-            torch._foreach_add_([base.weight.detach() for base in bases[some]], products)
+            torch._foreach_add_([base.weight for base in bases[some]], products)
     for base in bases:
-        base.changed = True
+        if not base.changed:
+            base.changed = True
 
 
 def blocks(rows: slice, width: int) -> Iterator[slice]:

@@ -33,8 +33,9 @@ class Spec:
     out: int
     into: int  # columns of the weight: in, or in·∏kernel for a convolution
     form: Form
-    dtype: torch.dtype
+    dtype: torch.dtype  # the layer computes in it
     device: torch.device
+    storage: str = "dense"  # how its weight is held while it is trained on
 
     @property
     def master(self) -> torch.dtype:
@@ -78,13 +79,16 @@ class Site(nn.Module):
         """Make these adapters (those of them that stand here) act, their sum in the order given."""
         self.leave()
         self.active = tuple(name for name in active if name in self.adapters)
+        self._chain()
+        self.enter()
+
+    def _chain(self) -> None:
         top: Base = self.base
         for name in self.active:
             adapter = self[name]
             adapter.stand_on(top)
             top = adapter
         self.__dict__["top"] = top
-        self.enter()
 
     def enter(self) -> None:
         """Let the acting adapters put into the base what they keep there."""
@@ -97,10 +101,12 @@ class Site(nn.Module):
             adapter.leave()
 
     def rest_on(self, base: Base) -> None:
-        """Put another base of the same weight under the adapters that stand here."""
+        """Put another base of the same weight under the adapters that stand here; none enters it yet."""
         self.leave()
         self.base = base
-        self.link(self.active)
+        for name in self.adapters:
+            self[name].stand_on(base)
+        self._chain()
 
     top: Base
 
@@ -402,7 +408,7 @@ def returned(model: nn.Module) -> Iterator[None]:
             site.enter()
 
 
-def _all_linear(model: nn.Module) -> list[str]:
+def linear_layers(model: nn.Module) -> list[str]:
     """Linear layers of the body: not the head (lm_head, classifier), not a router of experts."""
     body = getattr(model, "base_model", model)
     if not isinstance(body, nn.Module):
@@ -452,7 +458,7 @@ def select(model: nn.Module, targets: str | Sequence[str], exclude: Sequence[str
     chosen: set[str] = set()
     for pattern in patterns:
         if pattern == "all-linear":
-            chosen.update(_all_linear(model))
+            chosen.update(linear_layers(model))
             if not chosen:
                 raise UnmatchedTarget(
                     f'targets="all-linear" finds no Linear layer in {type(model).__name__}. Name the layers to adapt.'
@@ -519,7 +525,7 @@ def spec_of(model: nn.Module, name: str) -> Spec:
         module = model.get_submodule(name)
         if (storage := storage_of(module)) is not None:
             out, into, dtype, device = storage.measure(module)
-            return Spec(name, out, into, Form(), dtype, device)
+            return Spec(name, out, into, Form(), dtype, device, storage.name_of(module))
         found = form_of(module)
         assert found is not None
         form, weight = found, module.weight  # type: ignore[assignment]

@@ -120,16 +120,18 @@ def read(
             f"{folder} holds neither {MANIFEST} nor {peft.CONFIG}.\nName a directory that run.save() or PEFT wrote."
         )
     manifest = inspect(folder)
-    if check_base:
-        with returned(model):  # a run's own model, when it goes back to a state of its own
-            fingerprint.compare(model, manifest["base"]["prints"], folder)
+    prints = manifest["base"]["prints"] if check_base else {}
+    # what this run has put into another storage is known once it is there again
+    later = {n: p for n, p in prints.items() if "storage" in p and manifest["run"].get("storage") is not None}
+    with returned(model):  # a run's own model, when it goes back to a state of its own
+        fingerprint.compare(model, {n: p for n, p in prints.items() if n not in later}, folder)
     tensors: dict[str, Tensor] = {}
     for name in manifest["files"]:
         try:
             tensors |= load_file(folder / name)
         except (SafetensorError, OSError) as error:
             raise CorruptFile(f"{folder / name} cannot be read: {error}.\nSave or copy it again.") from error
-    return {**manifest["run"], "tensors": tensors}
+    return {**manifest["run"], "tensors": tensors, "prints": later}
 
 
 def inspect(directory: str | Path) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rankshift.core import shard
+from rankshift.core.base import storage_of
 from rankshift.core.errors import CorruptFile, WrongBase, nearest
-from rankshift.core.site import Replica, base_parameters, walk
+from rankshift.core.site import Replica, Site, base_parameters, walk
 
 _SAMPLES = 16  # values per tensor, evenly spread over it
 
@@ -25,12 +26,27 @@ def take(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, dict[str, Any]
     """
     held = set(skip)
     copied = tuple(f"{name}." for name, module, _ in walk(model) if isinstance(module, Replica))
+    storages = _storages(model)
     return {
         name: {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "values": _hex(_sample(p))}
+        | ({"storage": storages[name]} if name in storages else {})
         for name, p, _ in base_parameters(model)
         if name not in held and not name.startswith(copied)
-        if p.device.type != "meta" and p.is_floating_point() and p.numel()
+        if p.device.type != "meta" and p.numel()
     }
+
+
+def _storages(model: nn.Module) -> dict[str, str]:
+    """What the tensors of quantised weights are held in, by their names."""
+    found = {}
+    for name, module, _ in walk(model):
+        if isinstance(module, Site):
+            stored = list(module.base.stored) if module.base.kind != "dense" else []
+            found.update({f"{name}.{leaf}": module.base.kind for leaf in stored})
+        elif (storage := storage_of(module)) is not None:
+            kind = storage.name_of(module)
+            found.update({f"{name}.{leaf}": kind for leaf, _ in module.named_parameters() if leaf != "bias"})
+    return found
 
 
 def compare(model: nn.Module, taken: Mapping[str, Mapping[str, Any]], where: object) -> None:

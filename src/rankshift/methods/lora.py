@@ -139,6 +139,10 @@ class DoRALayer(LoRALayer):
         W = self.base.dense() if self.base.storage else self.base.rows()
         return row_norm(W, self.scale * A, B)
 
+    @torch.no_grad()
+    def rebased(self) -> None:
+        self.magnitude.copy_(torch.linalg.vector_norm(self.base.rows(), dim=1, dtype=self.B.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         y, bias = self.product(x), self.base.total_bias
         return y if bias is None else self.form.shift(y, bias.to(y.dtype))
@@ -345,7 +349,7 @@ class LoRA(Method):
         if adapter.b is not None:
             adapter.b.zero_()
         if isinstance(adapter, DoRALayer):
-            adapter.magnitude.copy_(torch.linalg.vector_norm(adapter.base.rows(), dim=1, dtype=adapter.B.dtype))
+            adapter.rebased()
 
     # ---- the model
 

@@ -71,6 +71,10 @@ class PaCALayer(Adapter):
             return self.channels
         return (taps * self.channels[:, None] + torch.arange(taps, device=self.channels.device)).flatten()
 
+    @property
+    def keeps(self) -> Tensor:
+        return self.occupied
+
     # ---- the columns in the base
 
     @torch.no_grad()
@@ -274,6 +278,11 @@ class PaCA(Method):
             raise UnsupportedLayer(
                 f"{spec.name} is an Embedding: its columns are tokens, not input channels. Exclude it in targets, or "
                 f'train it whole with modules_to_save=("{leaf}",).'
+            )
+        if spec.storage != "dense" and self.redraw_every is not None:
+            raise UnsupportedLayer(
+                f"{spec.name} is held in {spec.storage}, which would round every change that is folded into it. Leave "
+                "redraw_every out, or base=None."
             )
         if spec.form.stacked:
             raise UnsupportedLayer(

@@ -251,6 +251,7 @@ class ReLoRA(Method):
                 f"{spec.name} is a stack of expert weights, reached only as W + ΔW: dropout needs the layer's input. "
                 "Exclude it, or set dropout=0."
             )
+        self._refuse_rounding(spec, spec.storage == "dense")
         if narrow(spec.dtype) and not self.lossy:
             kind = str(spec.dtype).removeprefix("torch.")
             raise ConfigError(
@@ -259,15 +260,18 @@ class ReLoRA(Method):
                 "say with ReLoRA(lossy=True) that this is meant."
             )
 
-    def rank_at(self, name: str, found: Any = None) -> int:
-        return self.rank
-
-    def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
-        if not base.exact and not self.lossy:
+    def _refuse_rounding(self, spec: Spec, exact: bool) -> None:
+        if not exact and not self.lossy:
             raise UnsupportedLayer(
                 f"{spec.name} is held in a storage that rounds anew in every merge, so each restart would change the "
                 "function. Attach with base=None, or say with ReLoRA(lossy=True) that this is meant."
             )
+
+    def rank_at(self, name: str, found: Any = None) -> int:
+        return self.rank
+
+    def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
+        self._refuse_rounding(spec, base.exact)
         return ReLoRALayer(base, spec, rank, self.alpha / self.rank, self.lora)
 
     def start(self, adapter: Adapter, key: Key, found: Any = None) -> None:

@@ -6,15 +6,13 @@ The dense one, the format models come in, is in core. Formats are loaded when a 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from rankshift.core.base import Base, storages
 from rankshift.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rankshift.storage.quantised import Held
+from rankshift.storage.opaque import Opaque
+from rankshift.storage.quantised import Held
 
 KINDS = ("nf4", "fp4", "int8", "fp8")
 
@@ -33,16 +31,30 @@ def held_as(kind: str) -> type[Held]:
         from rankshift.storage.four_bit import FourBit
 
         return FourBit
-    raise ConfigError(f'base="{kind}" is not available in this version.')
+    if kind == "int8":
+        from rankshift.storage.int8 import Int8
+
+        return Int8
+    from rankshift.storage.fp8 import FP8
+
+    return FP8
 
 
 def _known(module: nn.Module) -> type[Base] | None:
-    """The storage that a layer came in."""
-    if type(module).__module__.partition(".")[0] == "bitsandbytes":
+    """The storage that a layer came in, or is."""
+    if isinstance(module, Held):
+        return type(module)
+    package, _, rest = type(module).__module__.partition(".")
+    if package == "bitsandbytes":
         from rankshift.storage.four_bit import FourBit
+        from rankshift.storage.int8 import Int8
 
-        return FourBit if FourBit.describe(module) is not None else None
-    return None
+        return next((storage for storage in (FourBit, Int8) if storage.describe(module) is not None), None)
+    if package == "rankshift" and rest == "storage.fp8":
+        from rankshift.storage.fp8 import FP8
+
+        return FP8
+    return Opaque if Opaque.describe(module) is not None else None
 
 
 storages.append(_known)

@@ -22,6 +22,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 
 from rankshift.core.errors import UnsupportedLayer
+from rankshift.ops.four_bit import dequantised
 from rankshift.storage.quantised import Held, Layout, fresh
 
 _NESTED = 256  # absmax values that share a scale
@@ -38,9 +39,10 @@ class FourBitLayout(Layout):
 
     def dense(self, *packed: Tensor) -> Tensor:
         codes, absmax, *scales = packed
-        state = self.state(absmax, scales[0] if scales else None)
-        whole: Tensor = bitsandbytes.functional.dequantize_4bit(codes, state).to(self.dtype)
-        return whole
+        dtype = torch.float32 if self.dtype is torch.float64 else self.dtype
+        return dequantised(
+            codes, absmax, scales[0] if scales else None, self.shape, self.block, self.quant_type, dtype
+        ).to(self.dtype)
 
     def state(self, absmax: Tensor, scales: Tensor | None) -> QuantState:
         """As bitsandbytes wants it; no tensor is copied but μ and the scales' view."""
@@ -122,7 +124,7 @@ class FourBit(Held):
         layer = bitsandbytes.nn.Linear4bit(
             into, out, False, dtype, self.layout.nested, self.layout.quant_type, device="meta"
         )
-        codes, absmax, *scales = (self.stored[name] for name in self.names if name in self.stored)
+        codes, absmax, *scales = self.settled()
         state = self.layout.state(absmax, scales[0] if scales else None)
         layer.weight = bitsandbytes.nn.Params4bit(
             codes.detach(), requires_grad=False, quant_state=state, blocksize=self.layout.block,

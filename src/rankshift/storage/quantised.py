@@ -7,14 +7,14 @@ tensors and layers (``quantised``, ``taken``, ``plain``). Rounding is theirs; wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from rankshift.core import shard
-from rankshift.core.base import HOOKS, Base, Format
+from rankshift.core.base import HOOKS, Base, Dense, Format
 from rankshift.core.form import Form
 from rankshift.ops.frozen_linear import frozen_linear
 
@@ -27,8 +27,13 @@ class Layout(Format):
     dtype: torch.dtype
 
     @property
-    def computes(self) -> torch.dtype:
+    def computes(self) -> torch.dtype | None:
         return self.dtype
+
+    @property
+    def beside(self) -> Beside:
+        """The same with some columns held beside."""
+        return Beside(self)
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class Beside(Format):
     layout: Layout
 
     @property
-    def computes(self) -> torch.dtype:
-        return self.layout.dtype
+    def computes(self) -> torch.dtype | None:
+        return self.layout.computes
 
     def dense(self, *packed: Tensor) -> Tensor:
         columns, at, *rest = packed
@@ -77,6 +82,18 @@ class Held(Base):
         raise NotImplementedError
 
     @classmethod
+    def name_of(cls, module: nn.Module) -> str:
+        if isinstance(module, Held):
+            return module.kind
+        described = cls.describe(module)
+        assert described is not None
+        return str(described["kind"])
+
+    @classmethod
+    def check(cls, devices: set[torch.device]) -> None:
+        """Raise ConfigError where this storage cannot be computed with on one of these devices."""
+
+    @classmethod
     def quantised(cls, weight: Tensor, kind: str, **options: Any) -> tuple[Layout, list[Tensor]]:
         """The layout and tensors of a dense weight (out, in)."""
         raise NotImplementedError
@@ -92,10 +109,12 @@ class Held(Base):
 
     @classmethod
     def over(cls, module: nn.Module) -> Self:
-        return cls(module, *cls.taken(module))
+        return module if isinstance(module, cls) else cls(module, *cls.taken(module))
 
     @classmethod
     def measure(cls, module: nn.Module) -> tuple[int, int, torch.dtype, torch.device]:
+        if isinstance(module, Held):
+            return *module.layout.shape, module.layout.dtype, module.weight.device
         layout, tensors = cls.taken(module)
         return *layout.shape, layout.dtype, tensors[0].device
 
@@ -128,7 +147,7 @@ class Held(Base):
 
     @property
     def format(self) -> Format:  # type: ignore[override]
-        return self.layout if self.columns_beside is None else Beside(self.layout)
+        return self.layout if self.columns_beside is None else self.layout.beside
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
@@ -152,9 +171,11 @@ class Held(Base):
     def _apply_to(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return frozen_linear(x, bias, self.format, self.packed)
 
-    def _whole(self) -> Tensor:
-        """(out, in) as it acts, a new tensor. Under sharding every rank must call this."""
-        return self.format.dense(*map(shard.whole, self.packed))
+    def _whole(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(out, in) as it acts, a new tensor, in another dtype if one is named. Under sharding every rank must call."""
+        layout = self.layout if dtype is None else replace(self.layout, dtype=dtype)
+        format = layout if self.columns_beside is None else layout.beside
+        return format.dense(*map(shard.whole, self.packed))
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
         weight = self._whole()
@@ -164,12 +185,12 @@ class Held(Base):
 
     def _add(self, delta: Callable[[slice], Tensor]) -> None:
         """Rounds everything anew. Under sharding every rank must call this."""
-        before = self._whole()
-        change = delta(slice(None)).to(before.device)
-        after = (before.to(torch.promote_types(before.dtype, change.dtype)) + change).to(before.dtype)
+        after = self._whole(torch.promote_types(self.dtype, torch.float32))
+        change = delta(slice(None)).to(after.device)
+        after = after.add_(change) if after.dtype == change.dtype else after + change
         if self.columns_beside is not None:
-            shard.assign_(self.columns_beside, after[:, self.at])
-            after = after.index_fill(1, self.at, 0.0)
+            shard.assign_(self.columns_beside, after[:, self.at].to(self.columns_beside.dtype))
+            after.index_fill_(1, self.at, 0.0)
         _, tensors = self.quantised(after, self.kind, **self.options)
         for name, tensor in zip(self.names, tensors, strict=False):
             shard.assign_(self.stored[name], tensor)
@@ -206,16 +227,36 @@ class Held(Base):
         self.at = at
         self.columns_beside = nn.Parameter(columns, requires_grad=False)
 
+    @torch.no_grad()
+    def settled(self) -> list[Tensor]:
+        """The layout's tensors with the columns beside rounded into them: as they are, where that changes nothing."""
+        tensors: list[Tensor] = [p for name in self.names if (p := self._parameters.get(name)) is not None]
+        if self.columns_beside is None:
+            return tensors
+        columns = shard.whole(self.columns_beside)
+        if torch.equal(self.layout.dense(*map(shard.whole, tensors))[:, self.at].to(columns.dtype), columns):
+            return tensors
+        wide = self._whole(torch.promote_types(self.dtype, torch.float32))
+        _, anew = self.quantised(wide, self.kind, **self.options)
+        return [shard.spread(value, like) for value, like in zip(anew, tensors, strict=True)]
+
     # ---- the layer again
 
     def restore(self) -> nn.Module:
         return self.plain()
 
-    def dequantised(self) -> nn.Linear:
-        """A dense layer with the weight as it acts."""
+    def plainly(self) -> Base:
+        return Dense(self.dequantised(), self.form)
+
+    def dequantised(self, weight: Tensor | None = None) -> nn.Linear:
+        """A dense layer with the weight as it acts, or with another."""
         out, into = self.layout.shape
         layer = nn.Linear(into, out, bias=False, device="meta", dtype=self.layout.dtype)
-        layer.weight = nn.Parameter(self._whole(), requires_grad=False)
+        if weight is None:
+            weight = self._whole()
+        else:
+            weight = weight.detach().to(self.weight.device, self.layout.dtype, copy=True)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         fresh(layer, self)
         return layer
 

@@ -1,0 +1,220 @@
+"""Holding: a model's frozen linear layers in another storage (``attach(base="nf4")``), and back.
+
+Layers are taken one after the other, and each dense weight is let go before the next is read: there is never a second
+copy of the model. Adapters are placed on the dense weights first, so that what they take from them is taken before
+anything is rounded: PaCA its columns, PiSSA what it subtracts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from rankshift.core.base import Base, Dense, storage_of
+from rankshift.core.errors import ConfigError, MissingFile, TiedWeights, UnsupportedLayer, WrongBase
+from rankshift.core.form import Form
+from rankshift.core.method import Method
+from rankshift.core.site import Site, Spec, linear_layers, perhaps_tied, spec_of, walk
+from rankshift.placement import Placement
+from rankshift.storage import held_as
+from rankshift.storage.quantised import Held
+
+_log = logging.getLogger(__name__)
+
+_TAKEN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check(placement: Placement, method: Method, kind: str) -> None:
+    """Raise, before anything changes, where a method or the model cannot do with weights held like this."""
+    model, storage = placement.model, held_as(kind)
+    if method.trains_base:
+        raise ConfigError(
+            f'{type(method).__name__} trains the weights of the model, and base="{kind}" holds them rounded, for good. '
+            "Leave base=None, or train beside them: LoRA, VeRA, PaCA, MELoRA."
+        )
+    specs = [spec_of(model, name) for name in method.sites(model)]
+    for spec in specs:
+        method.fit(replace(spec, storage=kind) if type(spec.form) is Form else spec)
+    layers = _layers(model, specs)
+    if not layers:
+        raise ConfigError(f'base="{kind}" holds linear layers, and there is none in {type(model).__name__}.')
+    for spec in layers:
+        if spec.storage not in ("dense", kind):
+            raise UnsupportedLayer(
+                f'{spec.name} is held in {spec.storage} already, and base="{kind}" would round it once more. Leave '
+                "base=None to train on it as it is, or load the model in 16 bits."
+            )
+        if spec.storage == "dense" and spec.device.type == "meta":
+            raise ConfigError(
+                f'{spec.name} has no values yet (device meta). Load the weights, then attach base="{kind}".'
+            )
+        if spec.storage == "dense" and spec.dtype not in _TAKEN:
+            raise UnsupportedLayer(f'{spec.name} is in {spec.dtype}: base="{kind}" takes weights in 16 or 32 bits.')
+    for spec in perhaps_tied(model, [spec for spec in layers if spec.storage == "dense"]):
+        leaf = spec.name.rpartition(".")[2]
+        raise TiedWeights(
+            f'{spec.name} shares its weight with another module, and base="{kind}" would round one of the two. Exclude '
+            f'"{leaf}" in targets, or give it a weight of its own.'
+        )
+    storage.check({spec.device for spec in layers})
+
+
+def hold(placement: Placement, method: Method, kind: str, fresh: bool) -> None:
+    """Put the model's linear layers into a storage, adapted or not, but for what the method trains where it is. A layer
+    without an adapter is the base itself. Interrupted, it leaves some layers in the storage.
+
+    Args:
+        fresh: adapters stand as they were made, and measure anew what they know of the weight.
+    """
+    model, storage = placement.model, held_as(kind)
+    sites = placement.sites
+    for spec in _layers(model, [site.spec for site in sites.values()]):
+        site = sites.get(spec.name)
+        if site is None:
+            parent, _, leaf = spec.name.rpartition(".")
+            module = model.get_submodule(spec.name)
+            if storage_of(module) is None and not method.in_place(spec.weight, adapted=False):
+                setattr(model.get_submodule(parent), leaf, storage.of(Dense(module, Form()), kind))
+            continue
+        if isinstance(site.base, Dense):
+            adapters = [site[name] for name in site.adapters]
+            kept = [columns for adapter in adapters if (columns := adapter.keeps) is not None]
+            site.leave()
+            site.rest_on(storage.of(site.base, kind, torch.unique(torch.cat(kept)) if kept else None))
+            for adapter in adapters if fresh else ():
+                adapter.rebased()
+    left = [name for name, site in sites.items() if not isinstance(site.base, Held)]
+    if left:
+        _log.warning(
+            'base="%s" holds linear layers; %s%s stay as they are.',
+            kind, ", ".join(left[:3]), f" and {len(left) - 3} more" if left[3:] else "",
+        )  # fmt: skip
+
+
+Onto = Literal["dequantised", "original", "requantised"]
+
+
+class Originals:
+    """The weights that a base had before it was rounded, by the names of the model's parameters.
+
+    Args:
+        source: a model, a mapping, or a directory with the safetensors files of one.
+    """
+
+    def __init__(self, source: nn.Module | Mapping[str, Tensor] | str | Path):
+        if isinstance(source, nn.Module):
+            source = dict(source.named_parameters(remove_duplicate=False))
+        self._tensors = source if isinstance(source, Mapping) else None
+        self._files: dict[str, Path] = {}
+        if isinstance(source, (str, Path)):
+            for file in sorted(Path(source).glob("*.safetensors")):
+                with safe_open(file, "pt") as tensors:
+                    self._files.update(dict.fromkeys(tensors.keys(), file))
+            if not self._files:
+                raise MissingFile(f"There are no safetensors files in {source}.\nName the directory of the base.")
+
+    def check(self, name: str, shape: tuple[int, int]) -> None:
+        """Raise WrongBase unless there is a weight of this name and shape."""
+        found = tuple(self[name].shape) if name in (self._files or self._tensors or {}) else None
+        if found != shape:
+            has = "lacks it" if found is None else f"has {found} there"
+            raise WrongBase(f"{name} is {shape} here, and the original base {has}: it is another model.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._tensors is not None:
+            return self._tensors[name]
+        with safe_open(self._files[name], "pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+            return tensor
+
+
+def targets(
+    placement: Placement, onto: Onto, original: nn.Module | Mapping[str, Tensor] | str | Path | None
+) -> tuple[Callable[[Site], Base | None], Originals | None]:
+    """What each site is to be folded onto, see :func:`rankshift.placement.fold`. Every refusal comes here.
+
+    Raises:
+        ConfigError: no base is held in fewer bits, or the originals were not named.
+        WrongBase: the originals are of another model.
+    """
+    held = {name: spec for name, module, _ in walk(placement.model) if (spec := _held(name, module)) is not None}
+    if onto not in get_args(Onto):
+        raise ConfigError(f"onto={onto!r} is none of {', '.join(get_args(Onto))}.")
+    if onto != "dequantised" and not held:
+        raise ConfigError(f'onto="{onto}": no weight of this model is held in fewer bits. Leave onto out.')
+    if (onto == "original") != (original is not None):
+        raise ConfigError(
+            'onto="original" and original= belong together: name the base as it was before it was rounded, a model, a '
+            "mapping of its tensors or a directory."
+        )
+    originals = None if original is None else Originals(original)
+    if originals is not None:
+        for name, shape in held.items():
+            originals.check(f"{name}.weight", shape)
+
+    def target(site: Site) -> Base | None:
+        if not isinstance(site.base, Held) or onto == "dequantised":
+            return None
+        if originals is None:
+            return site.base
+        return Dense(site.base.dequantised(originals[site.spec.weight]), site.base.form)
+
+    return target, originals
+
+
+def _held(name: str, module: nn.Module) -> tuple[int, int] | None:
+    """The shape of a weight that is held in fewer bits."""
+    if isinstance(module, Site):
+        return module.base.layout.shape if isinstance(module.base, Held) else None
+    storage = storage_of(module)
+    return storage.measure(module)[:2] if storage is not None and issubclass(storage, Held) else None
+
+
+def release(model: nn.Module, dense: bool, originals: Originals | None = None) -> None:
+    """Put plain layers where bases stand by themselves; with ``dense``, dense ones, and for every quantised layer."""
+    for name, module in list(model.named_modules()):
+        storage = storage_of(module)
+        if storage is None or not issubclass(storage, Held) or not (dense or isinstance(module, Held)):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        base = storage.over(module)
+        weight = None if originals is None else originals[f"{name}.weight"]
+        setattr(model.get_submodule(parent), leaf, base.dequantised(weight) if dense else base.restore())
+    if dense:
+        forget(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Take out of a transformers model what says that it is quantised: saved as it is, it would be loaded wrongly."""
+    config = vars(getattr(model, "config", None) or model)
+    config.pop("quantization_config", None)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(name, None)
+
+
+def _layers(model: nn.Module, specs: Sequence[Spec]) -> list[Spec]:
+    """The linear layers of the body, and those at sites."""
+    names = dict.fromkeys([*linear_layers(model), *(spec.name for spec in specs)])
+    return [spec for name in names if type((spec := _spec(model, name)).form) is Form]
+
+
+def _spec(model: nn.Module, name: str) -> Spec:
+    module = model.get_submodule(name) if name else model
+    return module.spec if isinstance(module, Site) else spec_of(model, name)
+
+
+def columns(placement: Placement) -> str:
+    """A digest of which columns are held beside, at each site."""
+    text = hashlib.sha256()
+    for name, site in placement.sites.items():
+        if isinstance(site.base, Held) and len(site.base.at):
+            text.update(f"{name}: {site.base.at.tolist()};".encode())
+    return text.hexdigest()[:16]

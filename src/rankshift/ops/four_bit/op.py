@@ -1,0 +1,106 @@
+"""One launch for a weight in 4 bits, on a GPU: codes are read once, the absmax values of double quantisation decoded on
+the way, weights written once. Elsewhere bitsandbytes does it. The numbers are the same to the bit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import QuantState
+from torch import Tensor
+
+from rankshift.ops.four_bit.reference import LEVELS, NESTED, dynamic_levels
+from rankshift.ops.stochastic_rounding.op import runs_on
+
+
+def dequantised(
+    codes: Tensor,
+    absmax: Tensor,
+    scales: Tensor | None,
+    shape: Sequence[int],
+    block: int,
+    quant_type: str,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The weight (out, in).
+
+    Args:
+        codes: (⌈n/2⌉, 1) uint8, n = out·in; the first of two numbers in the high half.
+        absmax: (⌈n/block⌉,), uint8 with double quantisation, else the bits of fp32 as int32.
+        scales: bits of fp32 as int32: the mean of all absmax, then one scale for each 256 of them; None without double
+            quantisation.
+        block: numbers that share an absmax: 32, 64, … 4096.
+        quant_type: "nf4" or "fp4".
+        dtype: bf16, fp16 or fp32.
+        out: where to put it, (out, in) of this dtype, contiguous.
+    """
+    if torch.compiler.is_compiling():
+        # Written into memory made for the call: were it a function of the codes, the compiler would find forward's and
+        # backward's alike, and keep the weight.
+        out = torch.empty(tuple(shape), dtype=dtype, device=codes.device) if out is None else out
+        _into(codes, absmax, scales, block, quant_type, out)
+        return out
+    return _dequantised(codes, absmax, scales, shape, block, quant_type, dtype, out)
+
+
+@torch.no_grad()
+def _dequantised(
+    codes: Tensor,
+    absmax: Tensor,
+    scales: Tensor | None,
+    shape: Sequence[int],
+    block: int,
+    quant_type: str,
+    dtype: torch.dtype,
+    out: Tensor | None,
+) -> Tensor:
+    if not runs_on(codes.device):
+        weight = _by_bitsandbytes(codes, absmax, scales, shape, block, quant_type, dtype)
+        return weight if out is None else out.copy_(weight)
+    from rankshift.ops.four_bit.triton import launch
+
+    if out is None:
+        out = torch.empty(tuple(shape), dtype=dtype, device=codes.device)
+    else:
+        torch.autograd.graph.increment_version(out)  # the kernel writes past autograd
+    launch(codes, absmax, scales, _table(quant_type, codes.device), block, out)
+    return out
+
+
+@torch.library.custom_op("rankshift::dequantised_into", mutates_args=("out",))
+def _into(codes: Tensor, absmax: Tensor, scales: Tensor | None, block: int, quant_type: str, out: Tensor) -> None:
+    _dequantised(codes, absmax, scales, out.shape, block, quant_type, out.dtype, out)
+
+
+@functools.cache
+def _table(quant_type: str, device: torch.device) -> Tensor:
+    """(272,) fp32: what a code of 8 bits stands for, then what one of 4 bits does."""
+    return torch.cat([dynamic_levels(), torch.tensor(LEVELS[quant_type])]).to(device)
+
+
+def _by_bitsandbytes(
+    codes: Tensor,
+    absmax: Tensor,
+    scales: Tensor | None,
+    shape: Sequence[int],
+    block: int,
+    quant_type: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    if scales is None:
+        largest = absmax.view(torch.float32)
+    else:
+        numbers, levels = scales.view(torch.float32), _table(quant_type, codes.device)[:256]
+        largest = bitsandbytes.functional.dequantize_blockwise(
+            absmax, absmax=numbers[1:], code=levels, blocksize=NESTED
+        )
+        largest = largest + numbers[0]
+    out, into = shape
+    # as one row where blocks reach from row to row: its kernel for AVX-512 takes the wrong absmax there
+    rows = (out, into) if into % block == 0 else (out * into,)
+    state = QuantState(largest, torch.Size(rows), blocksize=block, quant_type=quant_type, dtype=dtype)
+    weight: Tensor = bitsandbytes.functional.dequantize_4bit(codes, state)
+    return weight.view(out, into)
