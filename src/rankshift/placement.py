@@ -564,8 +564,10 @@ def fold(site: Site, onto: Base | None = None) -> Callable[[], None]:
 
 
 def check_foldable(sites: Iterable[Site]) -> None:
-    """Raise before the first weight changes if an adapter's bias has no bias to be added to."""
+    """Raise before the first weight changes if one cannot be written, or an adapter's bias has none to be added to."""
     for site in sites:
+        if site.active:
+            site.base.check_open(site.spec.name)
         if site.base.bias is None and any(adapter.delta_bias() is not None for adapter in site.acting()):
             raise AttachError(
                 f"{site.spec.name} has no bias to merge the adapter's bias into. Nothing was merged. Go on unmerged, "

@@ -126,6 +126,9 @@ class Adapter(Base):
         """W += delta, in the storage at the bottom."""
         self.base.add_(delta)
 
+    def check_open(self, name: str) -> None:
+        self.base.check_open(name)
+
     def rows(self, rows: slice = slice(None)) -> Tensor:
         with torch.no_grad():
             below = self.base.rows(rows)

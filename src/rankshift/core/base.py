@@ -162,6 +162,10 @@ class Base(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
 
+    def check_open(self, name: str) -> None:
+        """Raise UnsupportedLayer where the weight can be neither read nor written; ``name`` is the layer's. Methods
+        that do so only in training ask when they are attached."""
+
     def rows(self, rows: slice = slice(None)) -> Tensor:
         """A dense (k, in) copy of some rows of the whole weight. Under sharding every rank must call it."""
         raise NotImplementedError

@@ -165,6 +165,7 @@ class FlatLoRA(LoRA):
             )
 
     def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
+        base.check_open(spec.name)  # the noise is as large as the rows of W
         layer = FlatDoRALayer if self.dora else FlatLoRALayer
         return layer(base, spec, rank, self.scale_at(spec.name, rank), self)
 

@@ -271,6 +271,7 @@ class ReLoRA(Method):
         return self.rank
 
     def adapt(self, base: Base, spec: Spec, rank: int, shared: Any = None) -> Adapter:
+        base.check_open(spec.name)
         self._refuse_rounding(spec, base.exact)
         return ReLoRALayer(base, spec, rank, self.alpha / self.rank, self.lora)
 

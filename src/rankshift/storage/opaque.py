@@ -139,12 +139,14 @@ class Opaque(Base):
 
     # ---- what needs the weight
 
-    def _refuse(self, what: str) -> NoReturn:
+    def _refuse(self, why: str, what: str = "This layer's weight") -> NoReturn:
         raise UnsupportedLayer(
-            f"the weight of this layer was quantised by {self.kind}, which keeps it to itself: {what}. What stands "
-            "beside it works (LoRA, VeRA, MELoRA). For the rest load the model in 16 bits and attach with "
-            'base="nf4", "int8" or "fp8".'
+            f"{what} was quantised by {self.kind}, which keeps it to itself: {why}. What stands beside it works (LoRA, "
+            'VeRA, MELoRA). For the rest load the model in 16 bits and attach with base="nf4", "int8" or "fp8".'
         )
+
+    def check_open(self, name: str) -> None:
+        self._refuse("it can be neither read nor written", f"{name}.weight")
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
