@@ -63,7 +63,7 @@ def test_what_every_stage_trains_and_costs_is_logged(tmp_path):
     assert joint - frozen == pytest.approx(12 * adapted, rel=0.02)
     rows = costs.table(t.run.phases, t.state.log_history, t.run.step, 1e-2)
     assert [(row["label"], row["told"], row["lr"]) for row in rows] == [
-        (f"PreLoRA {name}", {"stage": k}, 1e-2) for k, name in enumerate(("full", "joint", "frozen"))
+        (f"PreLoRA {name}", {"stage": name}, 1e-2) for name in ("full", "joint", "frozen")
     ]
 
 

@@ -90,10 +90,18 @@ def table(
                 "seconds_per_update": entry.get("phase_update_seconds"),
                 "peak_memory": entry.get(MEASURED),
                 "estimated_memory": entry.get(ESTIMATED),  # weights, gradients and optimizer state
-                "told": {key.removeprefix(TOLD): value for key, value in entry.items() if key.startswith(TOLD)},
+                "told": in_words(
+                    phase.method,
+                    {key.removeprefix(TOLD): value for key, value in entry.items() if key.startswith(TOLD)},
+                ),
             }
         )
     return rows
+
+
+def in_words(method: Mapping[str, Any], told: Mapping[str, float]) -> dict[str, float | str]:
+    """What a method (as ``to_dict`` gives it) said of itself, with a stage by its name rather than its number."""
+    return {key: word if isinstance(word := method.get(key), str) else value for key, value in told.items()}
 
 
 def words(row: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankshift.run import Run
+from rankshift.train.costs import in_words
 from rankshift.train.evaluation import Measure, show
 
 _LINES = 10  # lines of a run whose output is not a terminal
@@ -143,12 +144,8 @@ def named(metrics: dict[str, float], measure: Measure) -> dict[str, float]:
 
 
 def outcome(run: Run) -> dict[str, float | str]:
-    """What the method says of itself, with a stage by its name rather than its number."""
-    found: dict[str, float | str] = {}
-    for key, value in run.metrics().items():
-        word = getattr(run.method, key, None)
-        found[key] = word if isinstance(word, str) else value
-    return found
+    """What the method says of itself, in words where it has them."""
+    return in_words(run.phases[-1].method, run.metrics())
 
 
 def said(told: Mapping[str, float | str], short: bool = False) -> str:
