@@ -56,8 +56,8 @@ def dequantised(
 
 
 def dynamic_levels() -> Tensor:
-    """(256,) fp32, ascending, as in bitsandbytes: 0, 1, and with both signs the middles of the 2ⁱ equal parts into which
-    the decade up to 10ⁱ⁻⁶ is cut, i = 0 … 6. In fp32 at every step: computed wider, some would round otherwise."""
+    """(256,) fp32, ascending, as in bitsandbytes: 0, 1, and with both signs the middles of the 2ⁱ equal parts of the
+    decade up to 10ⁱ⁻⁶, i = 0 … 6. In fp32 at every step: computed wider, some would round otherwise."""
     found = [0.0, 1.0]
     for i in range(7):
         ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")

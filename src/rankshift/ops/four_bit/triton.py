@@ -13,10 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE = (512, 4)  # runs of weights for each program, and its warps
+_EXACT = {"enable_fp_fusion": False}  # bitsandbytes rounds between a product and a sum
 
 
 def launch(codes: Tensor, absmax: Tensor, scales: Tensor | None, table: Tensor, block: int, out: Tensor) -> None:
-    """Fill ``out`` (contiguous, of 16 or 32 bits). ``table``: 256 levels of the absmax codes, then 16 of the weights."""
+    """Fill ``out`` (contiguous, of 16 or 32 bits).
+
+    Args:
+        table: 256 levels of absmax codes, then the 16 of weights.
+    """
     runs, warps = _TILE
     count, width = out.numel(), 16 // out.element_size()
     if count == 0:
@@ -26,7 +31,7 @@ def launch(codes: Tensor, absmax: Tensor, scales: Tensor | None, table: Tensor, 
             codes, absmax if scales is not None else absmax.view(torch.float32),
             table if scales is None else scales.view(torch.float32), table, out, count,
             BLOCK=block, NESTED=scales is not None, WHOLE=count % width == 0, RUNS=runs, WIDTH=width,
-            num_warps=warps, enable_fp_fusion=False,
+            num_warps=warps, **_EXACT,
         )  # fmt: skip
 
 
@@ -36,7 +41,7 @@ def _dequantise(
     BLOCK: tl.constexpr, NESTED: tl.constexpr, WHOLE: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A run is WIDTH weights side by side; WHOLE says that count is a multiple of it. No run has two absmax, and no
-    program two scales. Sums of products must not be fused: bitsandbytes rounds in between."""
+    program two scales."""
     tl.static_assert(BLOCK % WIDTH == 0 and RUNS * WIDTH <= 256 * BLOCK)
     first = tl.program_id(0).to(tl.int64) * (RUNS * WIDTH)
     left = tl.minimum(count - first, RUNS * WIDTH).to(tl.int32)
@@ -45,10 +50,7 @@ def _dequantise(
     inside = runs < left
 
     pairs = tl.arange(0, WIDTH // 2)
-    if WHOLE:
-        there = inside[:, None]
-    else:
-        there = runs[:, None] + pairs[None, :] * 2 < left
+    there = inside[:, None] if WHOLE else runs[:, None] + pairs[None, :] * 2 < left
     byte = tl.load(codes + first // 2 + (runs // 2)[:, None] + pairs[None, :], mask=there, other=0)
     block = first // BLOCK
     largest = tl.load(absmax + block + runs // BLOCK, mask=inside, other=0)
@@ -61,8 +63,5 @@ def _dequantise(
     code = (word[:, None] >> ((across ^ 1) * 4).to(tl.uint32)[None, :]) & 15  # the first of two in the high half
     level = tl.reshape(tl.gather(levels, tl.reshape(code.to(tl.int32), (RUNS * WIDTH,)), 0), (RUNS, WIDTH))
     weight = (level * largest[:, None]).to(out.dtype.element_ty)
-    if WHOLE:
-        there = inside[:, None]
-    else:
-        there = runs[:, None] + across[None, :] < left
+    there = inside[:, None] if WHOLE else runs[:, None] + across[None, :] < left
     tl.store(out + first + runs[:, None] + across[None, :], weight, mask=there)

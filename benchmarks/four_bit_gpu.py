@@ -1,0 +1,171 @@
+"""Weights out of 4 bits on one GPU: the kernel against bitsandbytes and the reference, bit by bit, then how fast.
+
+    PYTHONPATH=src python benchmarks/four_bit_gpu.py --out benchmarks/results/four_bit_gpu.json
+
+"bits": how many numbers differ. "speed": nf4 in blocks of 64, bf16, microseconds a weight: the median over replays of a
+CUDA graph that goes through so many weights that no cache holds them, and called one by one ("eager"). "copy" moves as
+many bytes, half of them each way; "fill" only writes the weight. "share": copy's time by ours. Tiles are (runs, warps).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from rankshift.ops.four_bit import dequantised, reference, triton
+from rankshift.ops.four_bit.op import _table
+from rankshift.ops.stochastic_rounding.op import runs_on
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096), (2048, 8192), (2048, 2048)]
+TILES = [(512, 4), (256, 2), (256, 4), (1024, 4), (1024, 8), (2048, 8)]
+CACHES = 256 << 20  # bytes; an H200 has 60 MB
+CHECKED = [  # shape, block, nested, dtype
+    *((shape, 64, True, BF16) for shape in SHAPES),
+    *(((4096, 4096), 64, nested, dtype) for nested in (True, False) for dtype in (BF16, FP16, FP32)),
+    *(((4096, 4096), block, True, BF16) for block in (32, 4096)),
+    *(((1001, 333), 64, nested, BF16) for nested in (True, False)),
+    *(((300, 70), 64, True, dtype) for dtype in (BF16, FP32)),
+]
+
+
+def packed(n: int, block: int, nested: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Every code is as likely as any other."""
+    codes = torch.randint(256, (-(-n // 2), 1), dtype=torch.uint8, device="cuda")
+    blocks = -(-n // block)
+    if not nested:
+        return codes, torch.rand(blocks, device="cuda").view(torch.int32), None
+    absmax = torch.randint(256, (blocks,), dtype=torch.uint8, device="cuda")
+    return codes, absmax, torch.rand(1 + -(-blocks // 256), device="cuda").view(torch.int32)
+
+
+def state(
+    absmax: Tensor, scales: Tensor | None, shape: tuple[int, int], block: int, quant_type: str, dtype: torch.dtype
+) -> bnb.QuantState:
+    common = {"shape": torch.Size(shape), "blocksize": block, "quant_type": quant_type, "dtype": dtype}
+    if scales is None:
+        return bnb.QuantState(absmax.view(FP32), **common)
+    levels = bnb.create_dynamic_map().cuda()
+    inner = bnb.QuantState(scales.view(FP32)[1:], code=levels, blocksize=256, dtype=FP32)
+    return bnb.QuantState(absmax, **common, offset=scales.view(FP32)[0], state2=inner)
+
+
+def bits() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for shape, block, nested, dtype in dict.fromkeys(CHECKED):
+        for quant_type in ("nf4", "fp4"):
+            tensors = packed(shape[0] * shape[1], block, nested)
+            ours = dequantised(*tensors, shape, block, quant_type, dtype)
+            theirs = bnb.dequantize_4bit(tensors[0], state(*tensors[1:], shape, block, quant_type, dtype))
+            plain = reference.dequantised(*tensors, shape, block, quant_type, dtype)
+            name = f"{shape}, {block}, {'nested' if nested else 'plain'}, {quant_type}, {str(dtype)[6:]}"
+            found[name] = {"bitsandbytes": int((ours != theirs).sum()), "reference": int((ours != plain).sum())}
+    shape = (32769, 65536)  # more than 2³¹ numbers; the last row begins with a block and a scale of its own
+    for nested in (True, False):
+        codes, absmax, scales = packed(shape[0] * shape[1], 64, nested)
+        last = dequantised(codes, absmax, scales, shape, 64, "nf4", BF16)[-1:]
+        if scales is not None:
+            scales = torch.cat([scales[:1], scales[-4:]])
+        row = codes[-32768:], absmax[-1024:], scales, (1, 65536), 64, "nf4", BF16
+        name = f"last row of {shape}, {'nested' if nested else 'plain'}"
+        found[name] = {"reference": int((last != reference.dequantised(*row)).sum())}
+    torch.cuda.empty_cache()
+    return found
+
+
+def microseconds(calls: list[Callable[[], object]], rounds: int = 30) -> float:
+    """Of one call, the median over rounds through all of them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return clocked(graph.replay, len(calls), rounds)
+
+
+def clocked(work: Callable[[], object], calls: int, rounds: int) -> float:
+    times = []
+    for _ in range(rounds + 3):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * start.elapsed_time(stop) / calls)
+    return statistics.median(times[3:])
+
+
+def speed(shape: tuple[int, int], nested: bool, tiles: bool) -> dict[str, Any]:
+    n = shape[0] * shape[1]
+    moved = n // 2 + n // 64 * (1 if nested else 4) + 2 * n
+    weights = [packed(n, 64, nested) for _ in range(max(2, -(-CACHES // moved)))]
+    outs = [torch.empty(shape, dtype=BF16, device="cuda") for _ in weights]
+    states = [state(*tensors[1:], shape, 64, "nf4", BF16) for tensors in weights]
+    bytes_ = [torch.empty(2, moved // 2, dtype=torch.uint8, device="cuda") for _ in weights]
+
+    ours = [
+        lambda w=w, out=out: dequantised(*w, shape, 64, "nf4", BF16, out=out)
+        for w, out in zip(weights, outs, strict=True)
+    ]
+    theirs = [
+        lambda w=w, s=s, out=out: bnb.dequantize_4bit(w[0], s, out=out)
+        for w, s, out in zip(weights, states, outs, strict=True)
+    ]
+    found: dict[str, Any] = {
+        "ours": microseconds(ours),
+        "bitsandbytes": microseconds(theirs),
+        "copy": microseconds([lambda b=b: b[1].copy_(b[0]) for b in bytes_]),
+        "fill": microseconds([lambda out=out: out.zero_() for out in outs]),
+    }
+    found["GB/s"] = {name: moved / 1e3 / found[name] for name in ("ours", "bitsandbytes", "copy")}
+    found["share"] = {name: found["copy"] / found[name] for name in ("ours", "bitsandbytes")}
+    found["eager"] = {
+        name: clocked(lambda calls=calls: [call() for call in calls], len(calls), 10)
+        for name, calls in (("ours", ours), ("bitsandbytes", theirs))
+    }
+    chosen = triton._TILE
+    for tile in TILES if tiles else ():
+        triton._TILE = tile
+        try:
+            found[f"tile {tile}"] = microseconds(ours)
+        except Exception as error:  # a tile that does not fit must not cost the others their machine time
+            found[f"tile {tile}"] = repr(error)[:300]
+    triton._TILE = chosen
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    assert runs_on(torch.device("cuda", 0)), "there is no GPU that the kernel runs on"
+    assert torch.equal(_table("nf4", torch.device("cuda", 0))[:256].cpu(), bnb.create_dynamic_map())
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "bits": bits()}
+    print(json.dumps(result, indent=1, ensure_ascii=False), flush=True)
+    result["speed"] = {}
+    for shape in SHAPES:
+        for nested in (True, False):
+            name = f"{shape[0]}×{shape[1]}, {'nested' if nested else 'plain'}"
+            result["speed"][name] = speed(shape, nested, nested)
+            print(name, json.dumps(result["speed"][name], indent=1, ensure_ascii=False), flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
