@@ -25,7 +25,7 @@ from rankshift.core.method import Method
 from rankshift.core.site import Site, Spec, linear_layers, perhaps_tied, spec_of, walk
 from rankshift.placement import Placement
 from rankshift.storage import held_as
-from rankshift.storage.quantised import Held
+from rankshift.storage.quantised import Held, held_in, marks
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def targets(
         ConfigError: no base is held in fewer bits, or the originals were not named.
         WrongBase: the originals are of another model.
     """
-    held = {name: spec for name, module, _ in walk(placement.model) if (spec := _held(name, module)) is not None}
+    held = {name: base for name, module, _ in walk(placement.model) if (base := held_in(module)) is not None}
     if onto not in get_args(Onto):
         raise ConfigError(f"onto={onto!r} is none of {', '.join(get_args(Onto))}.")
     if onto != "dequantised" and not held:
@@ -157,8 +157,8 @@ def targets(
         )
     originals = None if original is None else Originals(original)
     if originals is not None:
-        for name, shape in held.items():
-            originals.check(f"{name}.weight", shape)
+        for name, base in held.items():
+            originals.check(f"{name}.weight", base.layout.shape)
 
     def target(site: Site) -> Base | None:
         if not isinstance(site.base, Held) or onto == "dequantised":
@@ -170,34 +170,17 @@ def targets(
     return target, originals
 
 
-def _held(name: str, module: nn.Module) -> tuple[int, int] | None:
-    """The shape of a weight that is held in fewer bits."""
-    if isinstance(module, Site):
-        return module.base.layout.shape if isinstance(module.base, Held) else None
-    storage = storage_of(module)
-    return storage.measure(module)[:2] if storage is not None and issubclass(storage, Held) else None
-
-
 def release(model: nn.Module, dense: bool, originals: Originals | None = None) -> None:
     """Put plain layers where bases stand by themselves; with ``dense``, dense ones, and for every quantised layer."""
     for name, module in list(model.named_modules()):
-        storage = storage_of(module)
-        if storage is None or not issubclass(storage, Held) or not (dense or isinstance(module, Held)):
+        base = held_in(module)
+        if base is None or not (dense or isinstance(module, Held)):
             continue
         parent, _, leaf = name.rpartition(".")
-        base = storage.over(module)
         weight = None if originals is None else originals[f"{name}.weight"]
         setattr(model.get_submodule(parent), leaf, base.dequantised(weight) if dense else base.restore())
-    if dense:
-        forget(model)
-
-
-def forget(model: nn.Module) -> None:
-    """Take out of a transformers model what says that it is quantised: saved as it is, it would be loaded wrongly."""
-    config = vars(getattr(model, "config", None) or model)
-    config.pop("quantization_config", None)
-    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        vars(model).pop(name, None)
+    for place, key in marks(model) if dense else ():  # saved as it is, it would be loaded wrongly
+        del place[key]
 
 
 def _layers(model: nn.Module, specs: Sequence[Spec]) -> list[Spec]:

@@ -162,9 +162,11 @@ class Run:
                 self._keep_moments(self._moments)
             self._on.settle()
             _ATTACHED.add(self.model)
-        except BaseException:  # out of memory, Ctrl-C: the model goes back as it came
+        except BaseException as error:  # out of memory, Ctrl-C: the model goes back as it came
             self._take_off("an error")
             self._on.revert()
+            if self._held is not None and ranks is None:
+                error.add_note(f"Some of its weights may be in {self._held} now, and rounded: load the model again.")
             raise
 
     def _count_trainable(self) -> int:

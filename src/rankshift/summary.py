@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankshift.core.errors import ConfigError
 from rankshift.core.form import ConvForm, EmbeddingForm
-from rankshift.core.site import bare, base_parameters, form_of
+from rankshift.core.site import Site, bare, base_parameters, form_of, walk
 from rankshift.optim import Adam, Transform
+from rankshift.storage.quantised import held_in
 
 if TYPE_CHECKING:
     from rankshift.core.method import Method, Subspace
@@ -281,7 +282,7 @@ def summarise(run: Run, placement: Placement) -> Summary:
         method=type(run.method).__name__,
         rows=tuple(rows),
         trainable=trainable,
-        total=sum(p.numel() for p in base.values()) + extra,
+        total=sum(p.numel() for p in base.values()) + _packed(run.model) + extra,
         bytes_base=_bytes(base.values()),
         bytes_frozen=_bytes(t for t in held if not t.requires_grad and id(t) not in through),
         bytes_trainable=_bytes(learning.values()),
@@ -291,6 +292,17 @@ def summarise(run: Run, placement: Placement) -> Summary:
         left_alone=tuple(f"{leaf} (×{n})" if n > 1 else leaf for leaf, n in alone.most_common(8)),
         bytes_aside=_bytes(t for s in run.sites.values() for a in s.acting() for t in a.aside().values()),
     )
+
+
+def _packed(model: nn.Module) -> int:
+    """How many more parameters the quantised weights of a model stand for than tensors that hold them have numbers."""
+    more = 0
+    for _, module, parameter in walk(model):
+        if parameter is None and (base := held_in(module)) is not None:
+            here = base if isinstance(module, Site) else module
+            codes = sum(p.numel() for name, p in here.named_parameters(recurse=False) if name != "bias")
+            more += math.prod(base.layout.shape) - codes
+    return more
 
 
 def all_reduced(count: int, ranks: int) -> int:

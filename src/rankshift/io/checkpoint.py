@@ -121,8 +121,7 @@ def read(
         )
     manifest = inspect(folder)
     prints = manifest["base"]["prints"] if check_base else {}
-    # what this run has put into another storage is known once it is there again
-    later = {n: p for n, p in prints.items() if "storage" in p and manifest["run"].get("storage") is not None}
+    later = {name: entry for name, entry in prints.items() if "storage" in entry}  # known once it is a base again
     with returned(model):  # a run's own model, when it goes back to a state of its own
         fingerprint.compare(model, {n: p for n, p in prints.items() if n not in later}, folder)
     tensors: dict[str, Tensor] = {}

@@ -38,6 +38,7 @@ from rankshift.io.checkpoint import packed, version, write_on_first_rank
 from rankshift.methods.lora import DoRALayer, LoRA, LoRALayer
 from rankshift.methods.melora import MELoRALayer
 from rankshift.methods.vera import VeRA
+from rankshift.storage.quantised import held_in, marks
 
 FORMATS = ("peft", "merged", "compressed")
 _TASKS = {  # the end of a transformers class name → PEFT's task_type, and the heads that PEFT then wants in the file
@@ -406,6 +407,12 @@ def _merged(run: Source, directory: str | Path) -> Callable[[], None]:
     odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if odd is not None:
         raise ExportError(f"{odd} in the model's state is no tensor; safetensors cannot hold it.")
+    for name, module, _ in walk(model):  # what is held in few bits is written as it acts, in the layer's dtype
+        if (held := held_in(module)) is not None:
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+            state |= {
+                f"{name}.{leaf}": t for leaf, t in (("weight", held.rows()), ("bias", held.bias)) if t is not None
+            }
     for name, site in run.sites.items():
         if site.active:
             for leaf, value in folded(site).items():
@@ -423,7 +430,7 @@ def _merged(run: Source, directory: str | Path) -> Callable[[], None]:
             if own is None:
                 save_file(packed(state), folder / "model.safetensors")
                 return
-            with bare(model), ties_as_they_are(model):
+            with bare(model), ties_as_they_are(model), dense(model):
                 own(folder, state_dict=state)
 
     return write
@@ -434,6 +441,17 @@ def _check_not_base(model: nn.Module, directory: Path) -> None:
     base = getattr(getattr(model, "config", None), "name_or_path", None)
     if base and directory.exists() and Path(base).exists() and directory.samefile(base):
         raise NotWritable(f"{directory} is the base model itself, which its adapters need.\nName another directory.")
+
+
+@contextlib.contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """A transformers model that does not say that it is quantised, for a ``with`` block."""
+    said = [(place, key, place.pop(key)) for place, key in marks(model)]
+    try:
+        yield
+    finally:
+        for place, key, value in said:
+            place[key] = value
 
 
 @contextlib.contextmanager

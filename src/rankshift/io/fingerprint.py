@@ -54,6 +54,11 @@ def compare(model: nn.Module, taken: Mapping[str, Mapping[str, Any]], where: obj
     here: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))  # untied there may be tied here
     here |= {name: p for name, p, _ in base_parameters(model)}  # a run's own model knows its base by these names
     for name, print_ in taken.items():
+        if "storage" in print_ and (name not in here or list(here[name].shape) != list(print_["shape"])):
+            raise WrongBase(
+                f"{where} was trained on a base in {print_['storage']}, and {name.rpartition('.')[0]} is not held so "
+                f"here.\nLoad the model as it was loaded there."
+            )
         if name not in here:
             raise WrongBase(
                 f"{where} was trained on a model that has {name}; this {type(model).__name__} does not. "

@@ -102,10 +102,10 @@ class FourBit(Held):
         state = module.weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):
             raise UnsupportedLayer(
-                "its codes were repacked by an inference on the CPU. Attach before the model is called in eval()."
+                "A layer in 4 bits was called in eval() on the CPU, where bitsandbytes repacks its codes and rounds "
+                "their scales to bf16. Attach before that: load the model again."
             )
-        codes = module.weight.data
-        return cls._opened(codes.view(torch.uint8).reshape(-1, 1), state)
+        return cls._opened(module.weight.data.view(torch.uint8).reshape(-1, 1), state)
 
     @staticmethod
     def _opened(codes: Tensor, state: QuantState) -> tuple[FourBitLayout, list[Tensor]]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rankshift.core import shard
-from rankshift.core.base import HOOKS, Base, Dense, Format
+from rankshift.core.base import HOOKS, Base, Dense, Format, storage_of
 from rankshift.core.form import Form
+from rankshift.core.site import Site
 from rankshift.ops.frozen_linear import frozen_linear
 
 
@@ -259,6 +260,23 @@ class Held(Base):
         layer.weight = nn.Parameter(weight, requires_grad=False)
         fresh(layer, self)
         return layer
+
+
+def marks(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where a transformers model says that it is quantised, as (dictionary, key)."""
+    said = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+    places = [(vars(model), name) for name in said]
+    if (config := getattr(model, "config", None)) is not None:
+        places.append((vars(config), "quantization_config"))
+    return [(place, key) for place, key in places if key in place]
+
+
+def held_in(module: nn.Module) -> Held | None:
+    """The base of a layer, or of a site, whose weight is held in a storage that rounds; None of any other."""
+    base = getattr(module, "base", None) if isinstance(module, Site) else None
+    if base is None and (storage := storage_of(module)) is not None and issubclass(storage, Held):
+        base = storage.over(module)
+    return base if isinstance(base, Held) else None
 
 
 def fresh(layer: Any, base: Held) -> Any:

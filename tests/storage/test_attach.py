@@ -1,0 +1,291 @@
+"""attach(base=…) and models that came quantised: what is held, saved, merged, exported and refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import rankshift as rs
+from laws.world import batch, loss_of, tiny
+from rankshift.core.base import Dense
+from rankshift.core.errors import ConfigError, TiedWeights, UnsupportedLayer, WrongBase
+
+IDS = torch.arange(24).reshape(2, 12) % 97
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama in bf16, as files."""
+    folder = tmp_path_factory.mktemp("base")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path, four_bit: bool = False) -> Any:
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if four_bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).train()
+
+
+def trained(run: rs.Run, steps: int = 3) -> float:
+    optimizer = run.optimizer(lr=1e-2)
+    for _ in range(steps):
+        loss = run.model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    was, _ = model.training, model.eval()
+    out: Tensor = model(IDS).logits
+    model.train(was)
+    return out.float()
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def kinds(model: nn.Module) -> set[str]:
+    return {type(module).__name__ for module in model.modules()}
+
+
+# ---- models that transformers loads ----------------------------------------------------------------------------------
+
+
+def test_a_model_that_transformers_quantised_is_the_one_that_attach_quantises(saved: Path) -> None:
+    theirs = rs.attach(loaded(saved, four_bit=True), rs.LoRA(rank=4), seed=0)
+    ours = rs.attach(loaded(saved), rs.LoRA(rank=4), base="nf4", seed=0)
+    for name, site in ours.sites.items():
+        for leaf, tensor in site.base.stored.items():
+            assert torch.equal(tensor, theirs.sites[name].base.stored[leaf]), f"{name}.{leaf}"
+    assert trained(theirs) == trained(ours)
+    assert torch.equal(logits(theirs.model), logits(ours.model))
+    assert theirs.summary().total == ours.summary().total == rs.attach(loaded(saved), rs.LoRA(rank=4)).summary().total
+
+
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_saved_exported_merged_and_detached(saved: Path, four_bit: bool, tmp_path: Path) -> None:
+    run = rs.attach(loaded(saved, four_bit), rs.LoRA(rank=4), base=None if four_bit else "nf4")
+    trained(run)
+    y = logits(run.model)
+    run.save(tmp_path / "run")
+    again = rs.load(loaded(saved, four_bit), tmp_path / "run")
+    assert torch.equal(logits(again.model), y)
+
+    run.export(tmp_path / "merged", format="merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert far(logits(loaded(tmp_path / "merged")), y) < 0.02  # bf16
+    run.export(tmp_path / "peft", format="peft")
+    assert far(logits(rs.load(loaded(saved, four_bit=True), tmp_path / "peft").model), y) < 0.02
+
+    plain = again.detach()
+    assert "Linear4bit" in kinds(plain)
+    assert not kinds(plain) & {"FourBit", "Site", "LoRALayer"}
+    assert far(logits(plain), logits(loaded(saved, four_bit=True))) < 0.02
+
+    merged = run.merge()
+    assert not kinds(merged) & {"FourBit", "Site", "Linear4bit"}
+    assert far(logits(merged), y) < 0.02
+    merged.save_pretrained(tmp_path / "again")
+    assert far(logits(loaded(tmp_path / "again")), y) < 0.02
+
+
+def test_onto_what(saved: Path) -> None:
+    run = rs.attach(loaded(saved), rs.LoRA(rank=4), base="nf4")
+    trained(run)
+    y = logits(run.model)
+    off = {}
+    for onto, original in (("dequantised", None), ("original", saved), ("requantised", None)):
+        with run.merged(onto, original) as model:  # type: ignore[arg-type]
+            off[onto] = far(logits(model), y)
+        assert torch.equal(logits(run.model), y), "the base was not put back"
+    assert off["dequantised"] < 0.02 < min(off["original"], off["requantised"])
+    for source in (loaded(saved), dict(loaded(saved).named_parameters())):
+        with run.merged("original", source) as model:
+            assert far(logits(model), y) == off["original"]
+    with pytest.raises(ConfigError, match="belong together"), run.merged("original"):
+        pass
+    with pytest.raises(WrongBase, match="another model"), run.merged("original", {}):
+        pass
+    copy_of = copy.deepcopy(run.model)
+    assert torch.equal(logits(copy_of), y)
+    plain = run.merge("requantised")
+    assert "Linear4bit" in kinds(plain)
+    assert far(logits(plain), y) == pytest.approx(off["requantised"], abs=0.02)
+    dense = rs.attach(loaded(saved), rs.LoRA(rank=4))
+    with pytest.raises(ConfigError, match="no weight of this model is held in fewer bits"):
+        dense.merge("requantised")
+
+
+def test_every_linear_layer_of_the_body_is_held_whatever_is_adapted(saved: Path) -> None:
+    run = rs.attach(loaded(saved), rs.LoRA(rank=4, targets=("q_proj",)), base="nf4")
+    dense = [name for name, module in run.model.named_modules() if type(module) is nn.Linear]
+    assert dense == ["lm_head"]
+    trained(run)
+    y = logits(run.model)
+    run.add("more", rs.LoRA(rank=2, targets=("up_proj",)))
+    assert torch.equal(logits(run.model), y)
+    run.use("default", "more")
+    merged = run.merge()
+    assert not kinds(merged) & {"FourBit", "Linear4bit"}
+    assert far(logits(merged), y) < 0.02
+
+
+# ---- columns beside (QPaCA) ------------------------------------------------------------------------------------------
+
+
+def test_qpaca_trains_the_original_columns_and_the_codes_are_made_without_them() -> None:
+    model = tiny()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run = rs.attach(model, rs.PaCA(rank=3), base="nf4", seed=5)
+    assert run.sites
+    for name, site in run.sites.items():
+        at, weight = run.adapter()[name].channels, before[f"{name}.weight"]  # type: ignore[union-attr]
+        assert torch.equal(site.base.columns(at, slice(None)), weight[:, at])
+        assert torch.equal(run.adapter()[name].origin, weight[:, at])  # type: ignore[arg-type]
+        codes, state = bitsandbytes.functional.quantize_4bit(
+            weight.index_fill(1, at, 0.0), quant_type="nf4", compress_statistics=True
+        )
+        assert torch.equal(site.base.weight, codes)
+        known = bitsandbytes.functional.dequantize_4bit(codes, state).index_copy(1, at, weight[:, at])
+        assert torch.equal(site.base.dense(), known)
+    codes = {name: site.base.weight.clone() for name, site in run.sites.items()}
+    optimizer = run.optimizer(lr=1e-2)
+    for step in range(3):
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, site in run.sites.items():
+        adapter: Any = run.adapter()[name]
+        assert torch.equal(site.base.weight, codes[name])
+        want = adapter.origin + adapter.scale * adapter.D
+        assert torch.equal(site.base.dense()[:, adapter.channels], want.detach())
+    with run.disabled():
+        for name, site in run.sites.items():
+            at = run.adapter()[name].channels  # type: ignore[union-attr]
+            assert torch.equal(site.base.dense()[:, at], before[f"{name}.weight"][:, at])
+
+
+def test_qpaca_on_a_model_that_came_quantised_takes_what_there_is(saved: Path) -> None:
+    model = loaded(saved, four_bit=True)
+    layer = model.model.layers[0].mlp.up_proj
+    weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    run = rs.attach(model, rs.PaCA(rank=4))
+    adapter: Any = run.adapter()["model.layers.0.mlp.up_proj"]
+    assert torch.equal(adapter.origin, weight[:, adapter.channels])
+    called = loaded(saved, four_bit=True)
+    assert far(logits(model), logits(called)) < 0.02
+    trained(run)
+    if called.model.layers[0].mlp.up_proj.weight.shape != (4096, 1):  # where the CPU has AVX-512
+        with pytest.raises(UnsupportedLayer, match="rounds their scales"):
+            rs.attach(called, rs.PaCA(rank=4))
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method",
+    [rs.Full(), rs.GaLore(rank=2), rs.AdaRankGrad(rank=2), rs.SwitchLoRA(rank=2), rs.PreLoRA(window=1, windows=2)],
+    ids=lambda method: method.name,
+)
+def test_what_trains_the_weights_is_refused(method: rs.Method, saved: Path) -> None:
+    model = tiny()
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    with pytest.raises(ConfigError, match="trains the weights of the model"):
+        rs.attach(model, method, base="nf4", total_steps=20)
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+    with pytest.raises(UnsupportedLayer, match=r"is held in nf4|is in bfloat16"):
+        rs.attach(loaded(saved, four_bit=True), method, total_steps=20)
+
+
+def test_relora_must_say_that_it_may_lose() -> None:
+    with pytest.raises(UnsupportedLayer, match="lossy=True"):
+        rs.attach(tiny(), rs.ReLoRA(rank=2), base="nf4", total_steps=2000)
+    rs.attach(tiny(), rs.ReLoRA(rank=2, lossy=True), base="nf4", total_steps=2000)
+    with pytest.raises(UnsupportedLayer, match="redraw_every"):
+        rs.attach(tiny(), rs.PaCA(rank=2, redraw_every=5), base="nf4")
+
+
+def test_bad_bases(saved: Path) -> None:
+    with pytest.raises(ConfigError, match="none of nf4"):
+        rs.attach(tiny(), rs.LoRA(rank=2), base="nf5")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="there is none"):
+        rs.attach(nn.Sequential(nn.Conv1d(3, 4, 2)), rs.LoRA(rank=2, targets="0"), base="nf4")
+    with torch.device("meta"):
+        empty = tiny()
+    with pytest.raises(ConfigError, match="no values yet"):
+        rs.attach(empty, rs.LoRA(rank=2), base="nf4")
+    with pytest.raises(UnsupportedLayer, match="held in nf4 already"):
+        rs.attach(loaded(saved, four_bit=True), rs.LoRA(rank=2), base="fp4")
+    shared = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    shared[1].weight = shared[0].weight
+    with pytest.raises(TiedWeights, match="round one of the two"):
+        rs.attach(shared, rs.LoRA(rank=2, targets="0", tied="untie"), base="nf4")
+
+
+def test_another_base_is_not_loaded_onto(saved: Path, tmp_path: Path) -> None:
+    run = rs.attach(loaded(saved, four_bit=True), rs.LoRA(rank=2))
+    run.save(tmp_path / "run")
+    with pytest.raises(WrongBase, match="base in nf4"):
+        rs.load(loaded(saved), tmp_path / "run")
+    ours = rs.attach(tiny(), rs.LoRA(rank=2), base="nf4")
+    with pytest.raises(WrongBase, match="holds its base as"):
+        rs.attach(tiny(), rs.LoRA(rank=2)).load_state_dict(ours.state_dict())
+    one, other = (rs.attach(tiny(), rs.PaCA(rank=2), base="nf4", seed=seed) for seed in (1, 2))
+    with pytest.raises(WrongBase, match="same base= and seed"):
+        one.load_state_dict(other.state_dict())
+    rs.restore(tiny(), other.state_dict())
+    ours.save(tmp_path / "ours")
+    with pytest.raises(WrongBase, match="other values"):
+        rs.load(tiny(seed=3), tmp_path / "ours")
+
+
+def test_shift_does_not_round_away_what_was_trained() -> None:
+    run = rs.attach(tiny(), rs.LoRA(rank=2), base="nf4")
+    with pytest.raises(rs.errors.AttachError, match="would round what was trained"):
+        run.shift(rs.VeRA(rank=4))
+    assert isinstance(next(iter(run.sites.values())).base, type(next(iter(run.sites.values())).base))
+    plain = run.merge()
+    rs.attach(plain, rs.VeRA(rank=4), base="nf4")
+
+
+def test_interrupted_it_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankshift.storage.four_bit import FourBit
+
+    model, made = tiny(), []
+    whole = FourBit.quantised.__func__  # type: ignore[attr-defined]
+
+    def once(cls: Any, *args: Any, **options: Any) -> Any:
+        made.append(1)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return whole(cls, *args, **options)
+
+    monkeypatch.setattr(FourBit, "quantised", classmethod(once))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        rs.attach(model, rs.LoRA(rank=2), base="nf4")
+    assert any("load the model again" in note for note in caught.value.__notes__)
+    assert not any(isinstance(module, (rs.core.site.Site, Dense)) for module in model.modules())  # type: ignore[attr-defined]
