@@ -48,10 +48,10 @@ def e4m3(x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor, scaling: str) -> Tensor:
-    """x as it is multiplied: the quotient is taken in fp32, which decides what lies in the middle."""
+    """x as it is multiplied: brought to size in fp32, which decides what lies in the middle."""
     x = x.to(FP32)
     size = (x.abs().amax(1, keepdim=True) if scaling == "row" else x.abs().amax()) / 448
-    return e4m3((x / size).to(FP64)) * size.to(FP64)
+    return e4m3((x * (1 / size)).to(FP64)) * size.to(FP64)
 
 
 def close(value: Tensor, want: Tensor, dtype: torch.dtype) -> None:

@@ -17,14 +17,14 @@ def rounded_rows(x: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]
     wide = x.to(torch.float32)
     wide = wide if fold is None else wide * fold
     sizes = _size(torch.linalg.vector_norm(wide, torch.inf, dim=1))
-    return (wide / sizes[:, None]).to(torch.float8_e4m3fn), sizes
+    return (wide * sizes.reciprocal()[:, None]).to(torch.float8_e4m3fn), sizes
 
 
 def rounded_whole(x: Tensor) -> tuple[Tensor, Tensor]:
     """The same with one size for all of x, (1,)."""
     wide = x.to(torch.float32)
     size = _size(torch.linalg.vector_norm(wide, torch.inf).reshape(1))
-    return (wide / size).to(torch.float8_e4m3fn), size
+    return (wide * size.reciprocal()).to(torch.float8_e4m3fn), size
 
 
 def _size(largest: Tensor) -> Tensor:

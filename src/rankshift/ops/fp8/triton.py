@@ -37,4 +37,4 @@ def _rows(x, fold, codes, sizes, width, FOLD: tl.constexpr, SIZE: tl.constexpr):
     finite = tl.sum((magnitude < float("inf")).to(tl.int32), axis=0) == SIZE  # a largest number may pass over NaN
     size = tl.where(finite, tl.div_rn(tl.maximum(largest, 1e-30), 448.0), float("nan"))
     tl.store(sizes + row, size)
-    tl.store(codes + start + at, tl.div_rn(numbers, size).to(tl.float8e4nv), mask=inside)
+    tl.store(codes + start + at, (numbers * tl.div_rn(1.0, size)).to(tl.float8e4nv), mask=inside)
