@@ -152,12 +152,12 @@ def uncleared(patch: pytest.MonkeyPatch) -> None:
 def half_folded(session: Session, patch: pytest.MonkeyPatch) -> None:
     left = len(session.run.sites) // 2
 
-    def torn(site: Site) -> None:
+    def torn(site: Site, onto: Any = None) -> Callable[[], None]:
         nonlocal left
         left -= 1
         if left < 0:
             raise Killed
-        fold(site)
+        return fold(site, onto)
 
     patch.setattr("rankshift.run.fold", torn)
 
