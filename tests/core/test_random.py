@@ -156,9 +156,10 @@ def test_seed_words():
     import hashlib
 
     text = b"7\x1fdefault\x1flayers.0\x1fA"
-    assert (Key(7) / "default" / "layers.0" / "A").word == int.from_bytes(
-        hashlib.blake2b(text, digest_size=8).digest(), "little"
-    )
+    word = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    assert (Key(7) / "default" / "layers.0" / "A").word == word
+    many = (Key(7) / "default").words([("layers.0", "A"), ("layers.0", "B"), ()])
+    assert list(many) == [word, (Key(7) / "default" / "layers.0" / "B").word, (Key(7) / "default").word]
 
 
 def test_swift_numbers_are_those_of_splitmix64(monkeypatch: pytest.MonkeyPatch) -> None:

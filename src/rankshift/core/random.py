@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +42,14 @@ class Key:
     @property
     def word(self) -> int:
         """The 64-bit Philox key."""
-        text = "\x1f".join((str(self.seed), *self.path)).encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+        return next(self.words([()]))
+
+    def words(self, paths: Iterable[Sequence[str]]) -> Iterator[int]:
+        """:attr:`word` of the key under each of many paths."""
+        own = "\x1f".join((str(self.seed), *self.path))
+        for path in paths:
+            text = "\x1f".join((own, *path)).encode()
+            yield int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def _mul(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:

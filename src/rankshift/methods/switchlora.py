@@ -31,6 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,33 +64,70 @@ class SwitchLayer(LoRALayer):
     def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA, freeze: int):
         super().__init__(base, spec, rank, scale, config)
         self.silent = frozenset()
-        # plain tensors on the CPU: nobody moves, shards or broadcasts them
-        self.pool_A = torch.empty(spec.max_rank, spec.into, dtype=spec.master, device="cpu")  # (c, n)
-        self.pool_B = torch.empty(spec.max_rank, spec.out, dtype=spec.master, device="cpu")  # (c, m)
+        # by numpy, which takes some vectors of an array in a tenth of the time
+        self.ring_A, self.ring_B = (
+            torch.empty(spec.max_rank, length, dtype=spec.master, device="cpu").numpy()
+            for length in (spec.into, spec.out)
+        )
         self.clock = torch.zeros(freeze, dtype=torch.int64, device="cpu")
         """(N,): exchanges of A so far, which are those of B; then those in each of the last N − 1 updates."""
+
+    @property
+    def pool_A(self) -> Tensor:  # noqa: N802
+        """Candidates for rows of A, (c, n), on the CPU."""
+        return torch.from_numpy(self.ring_A)
+
+    @property
+    def pool_B(self) -> Tensor:  # noqa: N802
+        """Candidates for columns of B, (c, m), on the CPU."""
+        return torch.from_numpy(self.ring_B)
 
     def aside(self) -> dict[str, Tensor]:
         return {"pool_A": self.pool_A, "pool_B": self.pool_B, "clock": self.clock}
 
 
 @dataclass(frozen=True)
-class Move:
-    """What one layer does in one update."""
+class Moves:
+    """What some layers do in one update; those that exchange are first."""
 
-    layer: SwitchLayer
-    A: Tensor
-    B: Tensor
-    before: int  # exchanges so far
-    count: int  # of A now, and as many of B
-    frozen: int  # vectors of each that are frozen in this update: those of the last N updates
-    clock: list[int]  # after it
+    layers: list[SwitchLayer]
+    A: list[Tensor]
+    B: list[Tensor]
+    before: pool.Ints  # (L,), exchanges so far
+    count: pool.Ints  # (L,), of A now, and as many of B
+    frozen: pool.Ints  # (L,), vectors of each that are frozen in this update: those of the last N updates
+    clock: pool.Ints  # (L, N), after it
+
+    @property
+    def going(self) -> int:
+        """How many layers exchange."""
+        return int(np.count_nonzero(self.count))
+
+    def of(self, some: Sequence[int]) -> Moves:
+        """Those of some of the layers."""
+        at = list(some)
+        layers, A, B = [self.layers[i] for i in at], [self.A[i] for i in at], [self.B[i] for i in at]
+        return Moves(layers, A, B, self.before[at], self.count[at], self.frozen[at], self.clock[at])
+
+    def batches(self) -> list[list[Moves]]:
+        """For each device and dtype: those of layers of one shape, so many that together they stay below a bound."""
+        kinds: dict[Any, dict[Any, list[int]]] = {}
+        for i, (layer, A) in enumerate(zip(self.layers, self.A, strict=True)):
+            shape = layer.out_features, layer.in_features, shard.is_sharded(A)
+            kinds.setdefault((A.device, A.dtype), {}).setdefault(shape, []).append(i)
+        found: list[list[Moves]] = [[] for _ in kinds]
+        for batches, shapes in zip(found, kinds.values(), strict=True):
+            for some in shapes.values():
+                size = max(1, _TOGETHER // (self.A[some[0]].numel() + self.B[some[0]].numel()))
+                batches += [self.of(some[i : i + size]) for i in range(0, len(some), size)]
+        return found
 
 
 @dataclass(frozen=True)
 class Switch:
-    """Exchange vectors, reset and freeze their counterparts, in all layers of a shape at once."""
+    """Exchange vectors, reset and freeze their counterparts, in all layers together."""
 
+    rank: int
     interval: float
     ratio: float
     rho: float
@@ -106,139 +144,125 @@ class Switch:
 
     def launch(self, adapters: Sequence[Adapter], tick: Tick, void: Tensor | None = None) -> Callable[[], None]:
         moves = self.moves(adapters, tick)
-        alike: dict[Any, list[Move]] = {}
-        for move in moves:
-            A, B = move.A, move.B
-            alike.setdefault((A.shape, B.shape, A.dtype, A.device, shard.is_sharded(A)), []).append(move)
-        exchanges: list[Exchange] = []
-        for found in alike.values():
-            count = max(1, _TOGETHER // (found[0].A.numel() + found[0].B.numel()))
-            for together in (found[i : i + count] for i in range(0, len(found), count)):
-                if some := [move for move in together if move.count]:
-                    exchanges.append(exchange(some, void))
-                hold(together, tick, void)
+        late = []
+        for batches in moves.batches():
+            if going := [batch.of(range(batch.going)) for batch in batches if batch.going]:
+                late.append(exchange(going, self.rank, void))
+            hold(batches, self.rank, tick, void)
 
         def keep() -> None:
-            for done in exchanges:
-                done.put_back_()
-            if moves:
-                after = torch.tensor([move.clock for move in moves]).unbind()
-                torch._foreach_copy_([move.layer.clock for move in moves], list(after))
+            for put_back in late:
+                put_back()
+            if moves.layers:
+                after = torch.from_numpy(moves.clock).unbind()
+                torch._foreach_copy_([layer.clock for layer in moves.layers], list(after))
 
         return keep
 
-    def rate(self, rank: int, tick: Tick) -> float:
+    def rate(self, tick: Tick) -> float:
         """q(t): exchanges of A, and of B, that an update has on average; t and T are those of the phase."""
         assert tick.total is not None
         t, total = tick.step - tick.began, tick.total - tick.began
-        return rank / self.interval * math.pow(self.rho, (t + 1) / (self.ratio * total))
+        return self.rank / self.interval * math.pow(self.rho, (t + 1) / (self.ratio * total))
 
-    def moves(self, adapters: Sequence[Adapter], tick: Tick) -> list[Move]:
+    def moves(self, adapters: Sequence[Adapter], tick: Tick) -> Moves:
         """What layers do in this update; those that do nothing are left out."""
-        found: list[Move] = []
-        key = tick.key("switch")
-        for adapter in adapters:
-            assert isinstance(adapter, SwitchLayer)
-            A, B = adapter.A, adapter.B
-            rank, (before, *recent) = A.shape[0], adapter.clock.tolist()
-            q, still = self.rate(rank, tick), sum(recent)
-            u = ((key / adapter.label / adapter.site).word >> 11) * 2.0**-53  # uniform in [0, 1)
-            wish = math.floor(q) + (u < q % 1)
-            # B's pointer is r//2 ahead: A must not reach it, nor what is frozen behind it
-            count = min(wish, rank // 2 - still, adapter.pool_A.shape[0] - rank)
-            if count or still:
-                clock = [before + count, count, *recent][: len(recent) + 1]
-                found.append(Move(adapter, A, B, before, count, still + count, clock))
-        return found
+        layers = [adapter for adapter in adapters if isinstance(adapter, SwitchLayer)]
+        clocks = torch.stack([layer.clock for layer in layers]).numpy()
+        before, still = clocks[:, 0], clocks[:, 1:].sum(1)
+        q, words = self.rate(tick), tick.key("switch").words((layer.label, layer.site) for layer in layers)
+        u = np.array([word >> 11 for word in words]) * 2.0**-53  # uniform in [0, 1)
+        wish = math.floor(q) + (u < q % 1)
+        # B's pointer is r//2 ahead: A must not reach it, nor what is frozen behind it
+        spare = np.array([len(layer.ring_A) for layer in layers]) - self.rank
+        count = np.minimum(np.minimum(wish, self.rank // 2 - still), spare)
+        after = np.column_stack([before + count, count, clocks[:, 1:]])[:, : clocks.shape[1]]
+        A, B = ([layer._parameters[name] for layer in layers] for name in "AB")  # a tenth of the time of layer.A
+        moves = Moves(layers, A, B, before, count, still + count, after)  # type: ignore[arg-type]
+        return moves.of([*np.flatnonzero(count).tolist(), *np.flatnonzero((count == 0) & (still > 0)).tolist()])
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """What was taken out of layers of one shape, on its way back to their pools."""
+def exchange(batches: Sequence[Moves], rank: int, void: Tensor | None) -> Callable[[], None]:
+    """Rows of A and columns of B against candidates, in batches of layers of one shape; W takes the difference. What
+    travels does so for all batches together.
 
-    moves: Sequence[Move]
-    old: tuple[Callable[[], Tensor], Callable[[], Tensor]]  # (L, K, n), (L, K, m), on the host once they are asked for
+    Under sharding every rank must call this. Where ``void`` is 1 vectors are exchanged against themselves.
 
-    def put_back_(self) -> None:
-        """The old vectors to where they were taken from, r exchanges ago."""
-        where = [move.before - move.A.shape[0] for move in self.moves]
-        counts = [move.count for move in self.moves]
-        pool.put_back([move.layer.pool_A for move in self.moves], where, counts, self.old[0]())
-        pool.put_back([move.layer.pool_B for move in self.moves], where, counts, self.old[1]())
-
-
-def exchange(moves: Sequence[Move], void: Tensor | None) -> Exchange:
-    """Rows of A and columns of B against candidates, in layers of one shape; W takes the difference.
-
-    Under sharding every rank must call this. Where ``void`` is 1 all are exchanged against themselves.
+    Returns:
+        What puts the old vectors into the pools, to where they were taken from, r exchanges ago.
     """
-    layers, rank, device = [move.layer for move in moves], moves[0].A.shape[0], moves[0].A.device
-    starts, counts = [move.before for move in moves], [move.count for move in moves]
-    most = max(counts)
+    device = batches[0].A[0].device
+    before, count = (np.concatenate(x) for x in zip(*((b.before, b.count) for b in batches), strict=True))
+    most, sizes = int(count.max()), [len(batch.layers) for batch in batches]
+    turns = np.arange(most)[:, None] + before
+    turns = np.concatenate([turns, turns + rank // 2]) % rank  # (2K, L), rows of A that go, then columns of B
+    numbers = _sent([count[None], turns], device, void)
+    each = torch.arange(max(sizes), device=device)[:, None]
     # layers with fewer exchanges than the most go along with vectors that are exchanged against themselves
-    first, number = _sent([starts, counts], device)
-    if void is not None:
-        number = number * (1 - void)
-    each, places = torch.arange(len(moves), device=device)[:, None], torch.arange(most, device=device)
-    real = (places < number[:, None])[:, :, None]
-    rows = (first[:, None] + places) % rank  # (L, K)
-    columns = (rows + rank // 2) % rank
-
-    A, B = _stacked([move.A for move in moves]), _stacked([move.B for move in moves]).mT  # (L, r, n), (L, r, m)
-    old_A, old_B = A[each, rows], B[each, columns]  # (L, K, n), (L, K, m)
-    old = pool.given(old_A), pool.given(old_B)
-    new_A = torch.where(real, pool.taken([layer.pool_A for layer in layers], starts, most, device), old_A)
-    new_B = torch.where(real, pool.taken([layer.pool_B for layer in layers], starts, most, device), old_B)
-    # W += s·b (a − a')ᵀ with the B of now, then s·(b − b') aᵀ with the new A: as one product
-    A[each, rows] = new_A
-    left = torch.cat([B[each, rows], old_B - new_B], 1).mul_(layers[0].scale)  # (L, 2K, m)
-    right = torch.cat([old_A - new_A, A[each, columns]], 1)  # (L, 2K, n)
-    B[each, columns] = new_B
-    add_products_([layer.base for layer in layers], left.mT, right)
-    torch._foreach_copy_(*_here([move.A for move in moves], A))
-    torch._foreach_copy_(*_here([move.B for move in moves], B.mT))
-    return Exchange(moves, old)
-
-
-def hold(moves: Sequence[Move], tick: Tick, void: Tensor | None) -> None:
-    """Columns of B whose rows of A were exchanged in one of the last N updates get no gradient, and Adam knows nothing
-    of them; its count begins anew for those of this update. Likewise rows of A and columns of B.
-
-    Layers of one shape; the optimizer has no state before the first update. Where ``void`` is 1 nothing changes.
-    """
-    A, B = moves[0].A, moves[0].B
-    rank, device = A.shape[0], A.device
-    ends, counts = [move.before + move.count for move in moves], [move.count for move in moves]
-    end, number, still = _sent([ends, counts, [move.frozen for move in moves]], device)
-    age = (end[:, None] - 1 - torch.arange(rank, device=device)) % rank  # (L, r), 0: row of A that was exchanged last
-    free, older = (age >= still[:, None]).to(A.dtype), (age >= number[:, None]).float()  # 0: is held, begins anew
-    if void is not None:
-        free, older = torch.maximum(free, void.to(free.dtype)), torch.maximum(older, void)
-    ahead = rank // 2  # columns of B
-    free_A, older_A = (x.roll(ahead, 1)[:, :, None] for x in (free, older))
-    free_B, older_B = (x[:, None, :] for x in (free, older))
-    for parameters, kept, counted in (
-        ([move.A for move in moves], free_A.expand(-1, *A.shape).contiguous(), older_A),
-        ([move.B for move in moves], free_B.expand(-1, *B.shape).contiguous(), older_B),
+    real = (torch.arange(most, device=device) < numbers[0, :, None])[:, :, None]
+    rings = [rings for b in batches for rings in ([x.ring_A for x in b.layers], [x.ring_B for x in b.layers])]
+    candidates = pool.taken(rings, [b.before for b in batches for _ in "AB"], most, device)
+    removed = torch.empty_like(candidates)
+    new, old = (iter(pool.parts(vectors, rings, most)) for vectors in (candidates, removed))
+    for batch, at, mine in zip(
+        batches, numbers[1:].t().split_with_sizes(sizes), real.split_with_sizes(sizes), strict=True
     ):
-        states = [tick.state(p) for p in parameters]
-        _scale_([p.grad for p in parameters], kept)
-        for name, factors in (("exp_avg", kept), ("exp_avg_sq", kept), ("step", counted)):
-            _scale_([state.get(name) for state in states], factors)
+        layers, those = batch.layers, each[: len(at)]
+        A, B = _stacked(batch.A), _stacked(batch.B).mT  # (L, r, n), (L, r, m)
+        right, left = A[those, at], B[those, at]  # (L, 2K, n), (L, 2K, m)
+        for stack, vectors, places in ((A, right[:, :most], at[:, :most]), (B, left[:, most:], at[:, most:])):
+            next(old).copy_(vectors)
+            fresh = torch.where(mine, next(new), vectors)
+            stack[those, places] = fresh
+            vectors -= fresh
+        # W += s·b (a − a')ᵀ + s·(b − b') aᵀ as one product: no row goes whose column does, so the order is all the same
+        add_products_([layer.base for layer in layers], left.mul_(layers[0].scale).mT, right)
+        torch._foreach_copy_(*_here([*batch.A, *batch.B], [*A.unbind(), *B.mT.unbind()]))
+
+    arrived = pool.given(removed)
+
+    def put_back() -> None:
+        places = [(b.before - rank, b.count) for b in batches for _ in "AB"]
+        for some, (starts, counts), vectors in zip(rings, places, pool.parts(arrived(), rings, most), strict=True):
+            pool.put_back(some, starts, counts, vectors)
+
+    return put_back
 
 
-def _scale_(tensors: Sequence[Tensor | None], factors: Tensor) -> None:
-    """Each tensor times its factors, (L, …); None is left out."""
-    there = [t for t in tensors if t is not None]
-    if len(there) < len(tensors):
-        factors = factors[[i for i, t in enumerate(tensors) if t is not None]]
-    if there:
-        torch._foreach_mul_(*_here(there, factors))
+def hold(batches: Sequence[Moves], rank: int, tick: Tick, void: Tensor | None) -> None:
+    """Columns of B whose rows of A were exchanged in one of the last N updates get no gradient; for those of this
+    update Adam's moments and count begin anew, those of the others are zero since. Likewise rows of A and columns of B.
+
+    Batches of layers of one shape; the optimizer has no state before the first update. Where ``void`` is 1 nothing
+    changes.
+    """
+    device = batches[0].A[0].device
+    told = [np.stack([b.frozen, b.count, b.before + b.count - 1]) for b in batches]
+    numbers = _sent([np.concatenate(told, 1)], device, void)[:, :, None]
+    age = (numbers[2] - torch.arange(rank, device=device)) % rank  # (L, r), 0: row of A that was exchanged last
+    free_B = (age >= numbers[:2]).float()  # (2, L, r), of columns of B: 0 where one is held, where one begins anew
+    free_A, sizes = free_B.roll(rank // 2, 2), [len(batch.layers) for batch in batches]
+    for batch, of_A, of_B in zip(
+        batches, free_A.split_with_sizes(sizes, 1), free_B.split_with_sizes(sizes, 1), strict=True
+    ):
+        pairs: list[tuple[Tensor | None, Tensor]] = []
+        for parameters, (free, older) in ((batch.A, of_A[..., None]), (batch.B, of_B[:, :, None])):
+            # as large as they are: only then are all tensors multiplied in a few launches
+            kept = free.expand(-1, *parameters[0].shape).to(parameters[0].dtype, memory_format=torch.contiguous_format)
+            factors = kept.unbind()
+            pairs += zip([p.grad for p in parameters], factors, strict=True)
+            states = [tick.state(p) for p in parameters[: batch.going]]
+            pairs += zip([state.get("exp_avg") for state in states], factors, strict=False)
+            pairs += zip([state.get("exp_avg_sq") for state in states], factors, strict=False)
+            pairs += zip([state.get("step") for state in states], older.unbind(), strict=False)
+        if there := [(t, factor) for t, factor in pairs if t is not None]:
+            torch._foreach_mul_(*_here(*zip(*there, strict=True)))
 
 
-def _sent(numbers: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
-    """Numbers of each layer on the device, which nobody waits for."""
-    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True).unbind()
+def _sent(numbers: Sequence[pool.Ints], device: torch.device, void: Tensor | None) -> Tensor:
+    """Numbers of each layer on the device, which nobody waits for; zero where ``void`` is 1."""
+    there = pool.sent(torch.from_numpy(np.concatenate(numbers)), device)
+    return there if void is None else there.masked_fill_(void.bool(), 0)
 
 
 def _stacked(parameters: Sequence[Tensor]) -> Tensor:
@@ -246,10 +270,10 @@ def _stacked(parameters: Sequence[Tensor]) -> Tensor:
     return torch.stack([shard.whole(p) for p in parameters] if shard.is_sharded(parameters[0]) else list(parameters))
 
 
-def _here(tensors: Sequence[Tensor], values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """What of each tensor is held here, and of its values, (L, …)."""
+def _here(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What of each tensor is held here, and of its values."""
     if not shard.is_sharded(tensors[0]):
-        return list(tensors), list(values.unbind())
+        return list(tensors), list(values)
     parts = [shard.local(t) for t in tensors]
     return [part for part, _ in parts], [v[held] for v, (_, held) in zip(values, parts, strict=True)]
 
@@ -393,7 +417,7 @@ class SwitchLoRA(Method):
         return {"A": Vectors(0), "B": Vectors(1)}.get(name.rpartition(".")[2])
 
     def events(self) -> tuple[Event, ...]:
-        return (Switch(self.interval, self.ratio, self.rho),) if self.interval < math.inf else ()
+        return (Switch(self.rank, self.interval, self.ratio, self.rho),) if self.interval < math.inf else ()
 
     def cannot_ride(self, optimizer: torch.optim.Optimizer) -> str:
         if isinstance(optimizer, Optimizer):

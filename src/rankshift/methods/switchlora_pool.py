@@ -11,12 +11,17 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rankshift.core.errors import ConfigError
 from rankshift.core.random import Key
 from rankshift.core.site import Spec
+
+Ints = NDArray[np.int64]
+Rings = Sequence[NDArray[np.floating]]  # pools of one size, (c, length) each
 
 
 def candidates(key: Key, shape: tuple[int, int], std: float, dtype: torch.dtype) -> Tensor:
@@ -57,20 +62,30 @@ def available() -> int:
     return free if limit == "max" else min(free, int(limit))
 
 
-def arcs(start: int, count: int, size: int) -> list[slice]:
-    """``count`` places of a ring from ``start`` on, as one slice or two."""
-    start %= size
-    over = start + count - size
-    return [slice(start, start + count)] if over <= 0 else [slice(start, size), slice(0, over)]
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def taken(pools: Sequence[Tensor], starts: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """``count`` candidates of each pool, all of one size, from a place on, (L, count, length), on the device: in one
-    transfer, that the host does not wait for."""
-    c, length = pools[0].shape
-    host = torch.empty(len(pools), count, length, dtype=pools[0].dtype, device="cpu", pin_memory=device.type == "cuda")
-    parts = [pool[arc] for pool, start in zip(pools, starts, strict=True) for arc in arcs(start, count, c)]
-    torch.cat(parts, out=host.view(-1, length))
+def parts(vectors: Tensor, groups: Sequence[Rings], count: int) -> list[Tensor]:
+    """What of one tensor with ``count`` vectors of each ring belongs to each group of rings, (L, count, length)."""
+    lengths = [rings[0].shape[1] for rings in groups]
+    pieces = vectors.split_with_sizes(
+        [len(rings) * count * length for rings, length in zip(groups, lengths, strict=True)]
+    )
+    return [piece.view(-1, count, length) for piece, length in zip(pieces, lengths, strict=True)]
+
+
+def taken(groups: Sequence[Rings], starts: Sequence[Ints], count: int, device: torch.device) -> Tensor:
+    """``count`` candidates of each ring from a place on, as :func:`parts` finds them, on the device: in one transfer,
+    that the host does not wait for."""
+    total = sum(len(rings) * count * rings[0].shape[1] for rings in groups)
+    dtype = torch.from_numpy(groups[0][0]).dtype
+    host = torch.empty(total, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    for rings, begins, part in zip(groups, starts, parts(host, groups, count), strict=True):
+        places = (begins[:, None] + np.arange(count)) % len(rings[0])
+        for ring, at, out in zip(rings, places, part.numpy(), strict=True):
+            ring.take(at, 0, out, "wrap")  # any mode but the first, with which it buffers
     return host.to(device, non_blocking=True)
 
 
@@ -90,13 +105,10 @@ def given(vectors: Tensor) -> Callable[[], Tensor]:
     return here
 
 
-def put_back(pools: Sequence[Tensor], starts: Sequence[int], counts: Sequence[int], vectors: Tensor) -> None:
-    """The first ``counts`` of each pool's ``vectors``, (L, K, length), into places from ``starts`` on."""
-    into, what, c = [], [], pools[0].shape[0]
-    for pool, start, count, rows in zip(pools, starts, counts, vectors.unbind(), strict=True):
-        done = 0
-        for arc in arcs(start, count, c):
-            into.append(pool[arc])
-            what.append(rows[done : done + arc.stop - arc.start])
-            done += arc.stop - arc.start
-    torch._foreach_copy_(into, what)
+def put_back(rings: Rings, starts: Ints, counts: Ints, vectors: Tensor) -> None:
+    """The first ``counts`` of each ring's ``vectors``, (L, K, length), into places from ``starts`` on."""
+    c = len(rings[0])
+    for ring, start, count, rows in zip(rings, (starts % c).tolist(), counts.tolist(), vectors.numpy(), strict=True):
+        fit = min(count, c - start)  # up to the end of the ring, then on from its beginning
+        ring[start : start + fit] = rows[:fit]
+        ring[: count - fit] = rows[fit:count]

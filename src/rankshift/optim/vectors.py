@@ -9,6 +9,7 @@ its m, v and t together: with t left as it was, its first steps would be several
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,7 +23,7 @@ from rankshift.core.random import Key
 from rankshift.optim.moments import Wide, adopt
 from rankshift.optim.transform import Hyper
 
-_TOGETHER = 1 << 24  # numbers of parameters that are stepped at once: two more of each are held meanwhile
+_TOGETHER = 1 << 24  # numbers of parameters that are stepped at once: one more of each is held meanwhile
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,16 @@ class Vectors:
         states: Sequence[dict[str, Tensor]],
         hyper: Hyper,
     ) -> None:
-        held = [shard.held(p) for p in parameters]
-        for batch in _alike(held):
-            ps, gs = [held[i] for i in batch], [shard.held(gradients[i]) for i in batch]
-            ms, vs, steps = ([shard.held(states[i][name]) for i in batch] for name in ("exp_avg", "exp_avg_sq", "step"))
-            _step(ps, gs, ms, vs, steps, hyper)
+        lists = [list(parameters), list(gradients)]
+        lists += ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        if any(shard.is_sharded(p) for p in parameters):
+            lists = [[shard.held(t) for t in tensors] for tensors in lists]
+        kinds: dict[tuple[torch.dtype, torch.device], dict[torch.Size, list[int]]] = {}
+        for index, p in enumerate(lists[0]):
+            kinds.setdefault((p.dtype, p.device), {}).setdefault(p.shape, []).append(index)
+        for shapes in kinds.values():
+            order = [index for found in shapes.values() for index in found]
+            _step([[tensors[index] for index in order] for tensors in lists], self.axis, hyper)
 
     def retract(self, states: Sequence[dict[str, Tensor]], hyper: Hyper) -> None:
         """Nothing: it counts on the device, which did not."""
@@ -70,21 +76,24 @@ class Vectors:
         return adopt(Wide(), saved, fresh, tuple(p.shape), p, shard.is_sharded(p))
 
 
-def _alike(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of parameters of one shape and kind, so many that together they stay below a bound."""
-    kinds: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
-    for index, p in enumerate(parameters):
-        kinds.setdefault((p.shape, p.dtype, p.device), []).append(index)
-    for (shape, _, _), found in kinds.items():
-        count = max(1, _TOGETHER // max(1, shape.numel()))
-        for start in range(0, len(found), count):
-            yield found[start : start + count]
+def _alike(parameters: Sequence[Tensor]) -> Iterator[slice]:
+    """Runs of parameters of one shape, so many that together they stay below a bound."""
+    start = 0
+    for shape, found in itertools.groupby(p.shape for p in parameters):
+        stop, count = start + len(list(found)), max(1, _TOGETHER // max(1, shape.numel()))
+        for begin in range(start, stop, count):
+            yield slice(begin, min(begin + count, stop))
+        start = stop
 
 
-def _step(
-    ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], vs: list[Tensor], steps: list[Tensor], hyper: Hyper
-) -> None:
-    """One update of tensors of one shape, (…); their counts broadcast."""
+@torch.no_grad()
+def _step(tensors: Sequence[list[Tensor]], axis: int, hyper: Hyper) -> None:
+    """One update of matrices of one dtype and device, those of one shape in a row; their vectors lie along ``axis``.
+
+    Args:
+        tensors: them, their gradients, first and second moments, and counts.
+    """
+    ps, gs, ms, vs, steps = tensors
     (beta1, beta2), dtype, void = hyper.betas, ps[0].dtype, hyper.void
     taken = 1.0 if void is None else 1 - void.double()  # 0: nothing may change after all
     torch._foreach_add_(steps, taken if isinstance(taken, float) else taken.to(steps[0].dtype))
@@ -105,10 +114,23 @@ def _step(
         maximize=False,
         found_inf=void,
     )
-    t = torch.stack(steps).to(torch.float64).clamp_(min=1)  # 1 − β^t in double, as torch has it, then rounded once
-    length = (-hyper.lr * taken / (1 - beta1**t)).to(dtype)
-    spread = torch.stack(vs).sqrt_().div_((1 - beta2**t).sqrt_().to(dtype)).add_(hyper.eps)
+    if hyper.lr == 0:
+        return
     if hyper.weight_decay:
         keep = 1 - hyper.lr * hyper.weight_decay * taken
         torch._foreach_mul_(ps, keep if isinstance(keep, float) else keep.to(dtype))
-    torch._foreach_add_(ps, list(torch.stack(ms).mul_(length).div_(spread)))
+    # lr·d = m / (a √v + b), with an a and a b for each vector: in double, as torch has 1 − β^t, then rounded once
+    t = torch.cat(steps, axis).flatten().to(torch.float64).clamp_(min=1)
+    b = (1 - beta1**t).div_(hyper.lr)
+    a = b / (1 - beta2**t).sqrt_()
+    b.mul_(hyper.eps)
+    if void is not None:
+        b += void / taken  # inf where nothing may change
+    runs = list(_alike(ps))
+    sizes = [(run.stop - run.start) * steps[run.start].numel() for run in runs]
+    for run, *factors in zip(
+        runs, a.to(dtype).split_with_sizes(sizes), b.to(dtype).split_with_sizes(sizes), strict=True
+    ):
+        a, b = (x.view(run.stop - run.start, *steps[run.start].shape) for x in factors)
+        spread = torch.stack(vs[run]).sqrt_().mul_(a).add_(b)
+        torch._foreach_addcdiv_(ps[run], ms[run], spread.unbind(), value=-1.0)
