@@ -236,6 +236,17 @@ def test_every_order_of_lora_is_the_same_layer(dtype: torch.dtype, forward: str,
     close(x.grad, dy.to(FP64) @ merged, dtype)
 
 
+def test_an_input_that_was_made_narrower_decides() -> None:
+    """FSDP2's mixed precision casts the input of a layer that was loaded in fp32; a wider one is cast as ever."""
+    wide, narrow = ours(linear(12, 20, FP32)), ours(linear(12, 20, BF16))
+    x = seeded(5, 20, seed=3, dtype=BF16)
+    W = wide.weight.view(torch.float8_e4m3fn).to(FP64) * wide.scales.view(FP32).to(FP64)[:, None]
+    y = wide.linear(x)
+    assert y.dtype is BF16
+    close(y, rounded(x, "row") @ W.t() + wide.bias.to(FP64), BF16)
+    assert torch.equal(narrow.linear(x.float()), narrow.linear(x).float())
+
+
 # ---- columns beside
 
 

@@ -49,7 +49,7 @@ class Format:
 
     @property
     def computes(self) -> torch.dtype | None:
-        """What the layer computes in without autocast; None: in the dtype of its input."""
+        """What the layer computes in without autocast unless its input is narrower; None: in the dtype of its input."""
         return None
 
     def dense(self, *packed: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ def compute_dtype(
     """What a layer computes in here, and a ``with`` block in which nothing is cast again."""
     kind = x.device.type
     castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
-    own = x.dtype if format is None or format.computes is None else format.computes
+    own = x.dtype
+    if format is not None and format.computes is not None and x.dtype.itemsize >= format.computes.itemsize:
+        own = format.computes  # but for an input that was made narrower: FSDP2's mixed precision does that
     dtype = torch.get_autocast_dtype(kind) if _autocast(kind) else own
     return dtype, torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext()
 
