@@ -64,13 +64,12 @@ class SwitchLayer(LoRALayer):
     def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA, freeze: int):
         super().__init__(base, spec, rank, scale, config)
         self.silent = frozenset()
-        # by numpy, which takes some vectors of an array in a tenth of the time
+        # by numpy: to read and write a few numbers of each layer takes it a tenth of the time
         self.ring_A, self.ring_B = (
             torch.empty(spec.max_rank, length, dtype=spec.master, device="cpu").numpy()
             for length in (spec.into, spec.out)
         )
-        self.clock = torch.zeros(freeze, dtype=torch.int64, device="cpu")
-        """(N,): exchanges of A so far, which are those of B; then those in each of the last N − 1 updates."""
+        self.counts = np.zeros(freeze, np.int64)
 
     @property
     def pool_A(self) -> Tensor:  # noqa: N802
@@ -81,6 +80,12 @@ class SwitchLayer(LoRALayer):
     def pool_B(self) -> Tensor:  # noqa: N802
         """Candidates for columns of B, (c, m), on the CPU."""
         return torch.from_numpy(self.ring_B)
+
+    @property
+    def clock(self) -> Tensor:
+        """(N,), on the CPU: exchanges of A so far, which are those of B; then those in each of the last N − 1
+        updates."""
+        return torch.from_numpy(self.counts)
 
     def aside(self) -> dict[str, Tensor]:
         return {"pool_A": self.pool_A, "pool_B": self.pool_B, "clock": self.clock}
@@ -110,11 +115,11 @@ class Moves:
         return Moves(layers, A, B, self.before[at], self.count[at], self.frozen[at], self.clock[at])
 
     def batches(self) -> list[list[Moves]]:
-        """For each device and dtype: those of layers of one shape, so many that together they stay below a bound."""
+        """For each type, dtype and device of A: layers of one shape, so many that they stay below a bound."""
         kinds: dict[Any, dict[Any, list[int]]] = {}
         for i, (layer, A) in enumerate(zip(self.layers, self.A, strict=True)):
-            shape = layer.out_features, layer.in_features, shard.is_sharded(A)
-            kinds.setdefault((A.device, A.dtype), {}).setdefault(shape, []).append(i)
+            shape = layer.out_features, layer.in_features
+            kinds.setdefault((type(A), A.dtype, A.device), {}).setdefault(shape, []).append(i)
         found: list[list[Moves]] = [[] for _ in kinds]
         for batches, shapes in zip(found, kinds.values(), strict=True):
             for some in shapes.values():
@@ -153,9 +158,8 @@ class Switch:
         def keep() -> None:
             for put_back in late:
                 put_back()
-            if moves.layers:
-                after = torch.from_numpy(moves.clock).unbind()
-                torch._foreach_copy_([layer.clock for layer in moves.layers], list(after))
+            for layer, after in zip(moves.layers, moves.clock, strict=True):
+                layer.counts[:] = after
 
         return keep
 
@@ -168,7 +172,7 @@ class Switch:
     def moves(self, adapters: Sequence[Adapter], tick: Tick) -> Moves:
         """What layers do in this update; those that do nothing are left out."""
         layers = [adapter for adapter in adapters if isinstance(adapter, SwitchLayer)]
-        clocks = torch.stack([layer.clock for layer in layers]).numpy()
+        clocks = np.stack([layer.counts for layer in layers])
         before, still = clocks[:, 0], clocks[:, 1:].sum(1)
         q, words = self.rate(tick), tick.key("switch").words((layer.label, layer.site) for layer in layers)
         u = np.array([word >> 11 for word in words]) * 2.0**-53  # uniform in [0, 1)

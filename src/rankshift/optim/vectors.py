@@ -9,7 +9,6 @@ its m, v and t together: with t left as it was, its first steps would be several
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -52,16 +51,16 @@ class Vectors:
         states: Sequence[dict[str, Tensor]],
         hyper: Hyper,
     ) -> None:
-        lists = [list(parameters), list(gradients)]
-        lists += ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-        if any(shard.is_sharded(p) for p in parameters):
-            lists = [[shard.held(t) for t in tensors] for tensors in lists]
-        kinds: dict[tuple[torch.dtype, torch.device], dict[torch.Size, list[int]]] = {}
-        for index, p in enumerate(lists[0]):
-            kinds.setdefault((p.dtype, p.device), {}).setdefault(p.shape, []).append(index)
+        tensors = [list(parameters), list(gradients)]
+        tensors += ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        kinds: dict[tuple[type, torch.dtype, torch.device], dict[torch.Size, list[int]]] = {}
+        for index, p in enumerate(parameters):
+            kinds.setdefault((type(p), p.dtype, p.device), {}).setdefault(p.shape, []).append(index)
         for shapes in kinds.values():
-            order = [index for found in shapes.values() for index in found]
-            _step([[tensors[index] for index in order] for tensors in lists], self.axis, hyper)
+            some = [[each[index] for found in shapes.values() for index in found] for each in tensors]
+            if shard.is_sharded(some[0][0]):
+                some = [[shard.held(t) for t in each] for each in some]
+            _step(some, [len(found) for found in shapes.values()], self.axis, hyper)
 
     def retract(self, states: Sequence[dict[str, Tensor]], hyper: Hyper) -> None:
         """Nothing: it counts on the device, which did not."""
@@ -76,22 +75,24 @@ class Vectors:
         return adopt(Wide(), saved, fresh, tuple(p.shape), p, shard.is_sharded(p))
 
 
-def _alike(parameters: Sequence[Tensor]) -> Iterator[slice]:
-    """Runs of parameters of one shape, so many that together they stay below a bound."""
+def _runs(ps: Sequence[Tensor], counts: Sequence[int]) -> Iterator[slice]:
+    """Runs of tensors, so many of each shape, that together stay below a bound."""
     start = 0
-    for shape, found in itertools.groupby(p.shape for p in parameters):
-        stop, count = start + len(list(found)), max(1, _TOGETHER // max(1, shape.numel()))
-        for begin in range(start, stop, count):
-            yield slice(begin, min(begin + count, stop))
+    for count in counts:
+        most, stop = max(1, _TOGETHER // max(1, ps[start].numel())), start + count
+        for begin in range(start, stop, most):
+            yield slice(begin, min(begin + most, stop))
         start = stop
 
 
 @torch.no_grad()
-def _step(tensors: Sequence[list[Tensor]], axis: int, hyper: Hyper) -> None:
-    """One update of matrices of one dtype and device, those of one shape in a row; their vectors lie along ``axis``.
+def _step(tensors: Sequence[list[Tensor]], counts: Sequence[int], axis: int, hyper: Hyper) -> None:
+    """One update of matrices of one dtype and device.
 
     Args:
-        tensors: them, their gradients, first and second moments, and counts.
+        tensors: them, their gradients, first and second moments, and step counts.
+        counts: how many there are of each shape, in a row.
+        axis: along which their vectors are counted.
     """
     ps, gs, ms, vs, steps = tensors
     (beta1, beta2), dtype, void = hyper.betas, ps[0].dtype, hyper.void
@@ -126,7 +127,7 @@ def _step(tensors: Sequence[list[Tensor]], axis: int, hyper: Hyper) -> None:
     b.mul_(hyper.eps)
     if void is not None:
         b += void / taken  # inf where nothing may change
-    runs = list(_alike(ps))
+    runs = list(_runs(ps, counts))
     sizes = [(run.stop - run.start) * steps[run.start].numel() for run in runs]
     for run, *factors in zip(
         runs, a.to(dtype).split_with_sizes(sizes), b.to(dtype).split_with_sizes(sizes), strict=True
