@@ -543,7 +543,7 @@ def fold(site: Site, onto: Base | None = None) -> Callable[[], None]:
             for tensor, was in zip(tensors, kept, strict=True):
                 shard.local(tensor)[0].copy_(was)
         before.changed = changed
-        if dense is not before:
+        if site.base is not before:
             site.rest_on(before)
 
     try:
@@ -554,7 +554,7 @@ def fold(site: Site, onto: Base | None = None) -> Callable[[], None]:
                 assert before.bias is not None
                 before.bias.copy_(before.bias.to(bias.dtype) + bias)
         site.link(())
-        if dense is not before:
+        if (dense := dense.rounded()) is not before:
             site.rest_on(dense)
     except BaseException:
         undo()

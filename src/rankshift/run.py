@@ -32,6 +32,7 @@ from rankshift.holding import Onto
 from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
 from rankshift.optim import Adam, Optimizer, Transform
 from rankshift.optim.backward import Backward, FusedOptimizer, check_flag, refuse_apart, refuse_method, refuse_settings
+from rankshift.parity import Parity, parity
 from rankshift.placement import (
     DEFAULT,
     Placement,
@@ -796,6 +797,21 @@ class Run:
                 shard.settle(self.model)
                 for put_back in undo:
                     put_back()
+
+    def parity(self, inputs: Tensor | Mapping[str, Any], onto: Onto = "dequantised", original: Any = None) -> Parity:
+        """The model as it acts beside the merged one, on sample inputs: logits, KL, and what is left of the change of
+        each layer; prints as a table. In eval mode, without gradients; the run goes on unchanged.
+
+        Under FSDP2 every rank must call this, and compares on its own inputs; a base in fewer bits is compared there
+        with onto="requantised" alone.
+
+        Args:
+            inputs: what the model is called with, a tensor or a mapping of names; padded ones (``attention_mask``) do
+                not count.
+            onto, original: as in :meth:`merge`.
+        """
+        self._open()
+        return parity(self, inputs, onto, original)
 
     @contextlib.contextmanager
     def _suspend(self, how: str) -> Iterator[None]:

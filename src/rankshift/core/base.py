@@ -223,6 +223,10 @@ class Base(nn.Module):
         """A base in which ``add_`` rounds no more than the layer's dtype does: itself, if it is one."""
         return self
 
+    def rounded(self) -> Base:
+        """A base with everything rounded into its storage, as :meth:`restore` does it: itself, if it is one."""
+        return self
+
 
 class Dense(Base):
     """The layer's own parameters, in the dtype and layout they came in. Takes them over; copies nothing."""

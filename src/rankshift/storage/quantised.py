@@ -63,6 +63,8 @@ class Held(Base):
 
     layout: Layout
     at: Tensor  # (k,) int64, sorted: which columns are held beside
+    lent: bool = False
+    """The columns beside came out of the codes, for a tenant: when there is none, the codes are what acts."""
 
     def __init__(self, module: nn.Module, layout: Layout, tensors: list[Tensor]):
         super().__init__()
@@ -147,13 +149,18 @@ class Held(Base):
         return {name: p for name in names if (p := self._parameters.get(name)) is not None}
 
     @property
+    def divided(self) -> bool:
+        """Whether the columns beside act in place of what the codes say of them."""
+        return self.columns_beside is not None and not (self.lent and self.tenant is None)
+
+    @property
     def format(self) -> Format:  # type: ignore[override]
-        return self.layout if self.columns_beside is None else self.layout.beside
+        return self.layout.beside if self.divided else self.layout
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
         tensors = tuple(p for name in self.names if (p := self._parameters.get(name)) is not None)
-        return tensors if self.columns_beside is None else (self.columns_beside, self.at, *tensors)
+        return (self.columns_beside, self.at, *tensors) if self.divided else tensors
 
     @property
     def hooks(self) -> dict[str, Any]:
@@ -175,7 +182,7 @@ class Held(Base):
     def _whole(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out, in) as it acts, a new tensor, in another dtype if one is named. Under sharding every rank must call."""
         layout = self.layout if dtype is None else replace(self.layout, dtype=dtype)
-        format = layout if self.columns_beside is None else layout.beside
+        format = layout.beside if self.divided else layout
         return format.dense(*map(shard.whole, self.packed))
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
@@ -190,6 +197,7 @@ class Held(Base):
         change = delta(slice(None)).to(after.device)
         after = after.add_(change) if after.dtype == change.dtype else after + change
         if self.columns_beside is not None:
+            self.lent = False
             shard.assign_(self.columns_beside, after[:, self.at].to(self.columns_beside.dtype))
             after.index_fill_(1, self.at, 0.0)
         _, tensors = self.quantised(after, self.kind, **self.options)
@@ -222,7 +230,9 @@ class Held(Base):
         if bool(torch.isin(at, self.at).all()):
             return
         union = torch.unique(torch.cat([self.at, at]))
+        lent = self.columns_beside is None or self.lent
         self._beside(union, self._whole()[:, union])
+        self.lent = lent
 
     def _beside(self, at: Tensor, columns: Tensor) -> None:
         self.at = at
@@ -248,6 +258,9 @@ class Held(Base):
 
     def plainly(self) -> Base:
         return Dense(self.dequantised(), self.form)
+
+    def rounded(self) -> Base:
+        return self if self.columns_beside is None else self.over(self.plain())
 
     def dequantised(self, weight: Tensor | None = None) -> nn.Linear:
         """A dense layer with the weight as it acts, or with another."""
