@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import rankshift as rs
 from rankshift.core.base import Dense, storage_of
 from rankshift.core.errors import ConfigError, UnsupportedLayer
 from rankshift.core.form import Form
@@ -263,6 +265,7 @@ def test_columns_beside_are_multiplied_by_themselves(
     base = ours(layer, None if late else at, scaling, backward)
     if late:
         assert torch.equal(base.columns(at, slice(0, 12)), base.dense()[:, at])
+        base.house(Mock())
     else:
         assert torch.equal(base.columns(at, slice(0, 12)), layer.weight[:, at])
         assert not base.weight[:, at].any()
@@ -295,6 +298,7 @@ def test_columns_that_were_only_borrowed_leave_the_bits() -> None:
     base.put_(at, base.columns(at, slice(0, 12)))
     assert base.columns_beside is not None
     assert torch.equal(base.plain().weight, before)
+    base.house(Mock())
     base.put_(at, torch.full((12, 2), 9.0))
     again = FP8.over(base.plain()).dense()
     assert torch.equal(again[:, at], torch.full((12, 2), 9.0, dtype=BF16)), "the largest of its row is exact"
@@ -385,3 +389,22 @@ def test_compiled_it_is_one_graph() -> None:
         compiled = torch.compile(base.linear, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), want)
         base.columns(at, slice(0, 16))
+
+
+def test_without_a_tenant_lent_columns_are_those_of_the_codes() -> None:
+    """To the bit: beside they are multiplied in 16 bits."""
+    model = nn.Sequential(ours(linear(16, 32, BF16)).plain())
+    x = seeded(8, 32, seed=3, dtype=BF16)
+    before = model(x)
+    run = rs.attach(model, rs.PaCA(rank=4, targets=["0"]))
+    optimizer = run.optimizer(lr=0.1)
+    for _ in range(2):
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = model(x)
+    assert not torch.equal(trained, before)
+    with run.disabled():
+        assert torch.equal(model(x), before)
+    assert torch.equal(model(x), trained)
+    assert torch.equal(run.detach()(x), before)
