@@ -242,8 +242,9 @@ class Held(Base):
     def settled(self) -> list[Tensor]:
         """The layout's tensors with the columns beside rounded into them: as they are, where that changes nothing."""
         tensors: list[Tensor] = [p for name in self.names if (p := self._parameters.get(name)) is not None]
-        if self.columns_beside is None:
+        if not self.divided:
             return tensors
+        assert self.columns_beside is not None
         columns = shard.whole(self.columns_beside)
         if torch.equal(self.layout.dense(*map(shard.whole, tensors))[:, self.at].to(columns.dtype), columns):
             return tensors
