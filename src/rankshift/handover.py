@@ -195,6 +195,8 @@ def _succeed(
     new._on, new._frozen, new._parted = run._on, run._frozen, parted
     run._on.succeed(name, heirs, member)
     new._changed = changed | run._on.train_in_place(method)
+    if method.holds is not None and new._held is None:
+        new._hold(method, method.holds, fresh=False)
     new._driver.audience, new._driver.trainable = run._on.audience, run._on.required
     new._driver.skips, new._driver.began = run.skipped, run.step
     lr = _hand_on(run, new, method)

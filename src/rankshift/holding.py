@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Literal, get_args
 
 import torch
@@ -67,15 +68,23 @@ def check(placement: Placement, method: Method, kind: str) -> None:
     storage.check({spec.device for spec in layers})
 
 
-def hold(placement: Placement, method: Method, kind: str, fresh: bool) -> None:
+def check_kind(model: nn.Module, kind: str) -> None:
+    """Raise ConfigError where there is no such storage, or the model's device cannot compute with it."""
+    held_as(kind).check({parameter.device for parameter in model.parameters()})
+
+
+def hold(placement: Placement, method: Method, kind: str, fresh: bool) -> float:
     """Put the model's linear layers into a storage, adapted or not, but for what the method trains where it is. A layer
     without an adapter is the base itself. Interrupted, it leaves some layers in the storage.
 
     Args:
         fresh: adapters stand as they were made, and measure anew what they know of the weight.
+
+    Returns:
+        How far adapted layers are off now, ‖Ŵ − W‖ / ‖W‖ on average.
     """
     model, storage = placement.model, held_as(kind)
-    sites = placement.sites
+    sites, off = placement.sites, []
     for spec in _layers(model, [site.spec for site in sites.values()]):
         site = sites.get(spec.name)
         if site is None:
@@ -88,7 +97,10 @@ def hold(placement: Placement, method: Method, kind: str, fresh: bool) -> None:
             adapters = [site[name] for name in site.adapters]
             kept = [columns for adapter in adapters if (columns := adapter.keeps) is not None]
             site.leave()
+            before = site.base.dense().detach()
             site.rest_on(storage.of(site.base, kind, torch.unique(torch.cat(kept)) if kept else None))
+            off.append(_off(before, site.base.dense()))
+            del before
             for adapter in adapters if fresh else ():
                 adapter.rebased()
     left = [name for name, site in sites.items() if not isinstance(site.base, Held)]
@@ -97,6 +109,7 @@ def hold(placement: Placement, method: Method, kind: str, fresh: bool) -> None:
             'base="%s" holds linear layers; %s%s stay as they are.',
             kind, ", ".join(left[:3]), f" and {len(left) - 3} more" if left[3:] else "",
         )  # fmt: skip
+    return mean(off) if off else 0.0
 
 
 Onto = Literal["dequantised", "original", "requantised"]
@@ -181,6 +194,13 @@ def release(model: nn.Module, dense: bool, originals: Originals | None = None) -
         setattr(model.get_submodule(parent), leaf, base.dequantised(weight) if dense else base.restore())
     for place, key in marks(model) if dense else ():  # saved as it is, it would be loaded wrongly
         del place[key]
+
+
+def _off(before: Tensor, after: Tensor) -> float:
+    """‖after − before‖ / ‖before‖."""
+    wide = torch.promote_types(before.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(before, dtype=wide)
+    return float(torch.linalg.vector_norm(after - before, dtype=wide) / norm.clamp_min(torch.finfo(wide).tiny))
 
 
 def _layers(model: nn.Module, specs: Sequence[Spec]) -> list[Spec]:

@@ -90,6 +90,8 @@ def attach(
             f"This {type(model).__name__} has a method attached. Use run.add(name, method) for a second adapter, "
             "run.shift(method) to go on with another method, or run.merge() to end the run."
         )
+    if method.final.holds is not None:
+        holding.check_kind(model, method.final.holds)
     run = Run(model, seed=seed, total_steps=total_steps)
     run.coming = then  # type: ignore[assignment]
     handover.foresee(run, method)
@@ -144,8 +146,8 @@ class Run:
         self._on.undo = []
         try:
             self._on.build(name, method, self.seed, data, ranks, saved)
-            if self._held is not None and ranks is None:
-                holding.hold(self._on, method, self._held, fresh=True)
+            if (kind := self._held or method.holds) is not None and ranks is None:
+                self._hold(method, kind, fresh=True)
             if self.phases:  # what was one tensor with something that may have been trained
                 self._changed |= {name for name, _, _ in base_parameters(self.model)} - known
             self._changed |= self._on.train_in_place(method)
@@ -169,6 +171,20 @@ class Run:
             if self._held is not None and ranks is None:
                 error.add_note(f"Some of its weights may be in {self._held} now, and rounded: load the model again.")
             raise
+
+    def _hold(self, method: Method, kind: str, fresh: bool) -> None:
+        """Put the frozen layers into a storage; see :func:`rankshift.holding.hold`."""
+        for site in self._on.sites.values():
+            site.base.changed |= site.spec.weight in self._changed  # and so will all be that holds it
+        off = holding.hold(self._on, method, kind, fresh)
+        if self._held is None and method.holds == kind and self.step:
+            _log.warning(
+                "Step %d: weights are held in %s from here on, off by %.2g %% of their size.",
+                self.step,
+                kind,
+                100 * off,
+            )
+        self._held = kind
 
     def _count_trainable(self) -> int:
         return sum(p.numel() for _, p in self.trainable())
@@ -1107,8 +1123,7 @@ class Run:
         theirs = {name: tensor for name, tensor in tensors.items() if hold is None or not name.startswith("base/")}
         _copy(theirs, places)
         if hold is not None:
-            holding.hold(self._on, self.method, hold, fresh=False)
-            self._held = hold
+            self._hold(self.method, hold, fresh=False)
             if self._storage() != storage:
                 raise WrongBase(f"The saved run holds its base as {storage}; here it comes to {self._storage()}.")
             _copy({name: tensor for name, tensor in tensors.items() if name not in theirs}, self._on.kept())
@@ -1127,6 +1142,8 @@ class Run:
         format: Literal["peft", "merged", "compressed"] = "peft",
         profile: Literal["exact", "portable"] = "exact",
         adapter: str | None = None,
+        onto: Onto = "dequantised",
+        original: Any = None,
     ) -> Path:
         """Write what other programs load.
 
@@ -1136,6 +1153,8 @@ class Run:
 
         Args:
             adapter: which one; by default those that are active (for "peft" there must be exactly one).
+            onto, original: of a plain model whose base is held in fewer bits, as in :meth:`merge`. "requantised" is
+                written as bitsandbytes' layers, which transformers loads.
 
         Raises:
             ExportError: the format cannot hold this method exactly.
@@ -1146,10 +1165,16 @@ class Run:
         self._open()
         if adapter is not None:
             self._on.known(adapter)
+        _, originals = holding.targets(self._on, onto, original)
+        if format != "merged" and onto != "dequantised":
+            raise ConfigError(f'onto="{onto}" is for a plain model, format="merged", not for {format!r}.')
+        read, packed = None if originals is None else originals.__getitem__, onto == "requantised"
         self._on.link(self._on.active if adapter is None else (adapter,))
         try:
-            with self._on.returned():
-                return export(self, directory, format=format, profile=profile, adapter=adapter)
+            with self.merged(onto) if packed else self._on.returned():
+                return export(
+                    self, directory, format=format, profile=profile, adapter=adapter, packed=packed, original=read
+                )
         finally:
             self._on.link(self._on.active)
 

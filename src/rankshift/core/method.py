@@ -213,6 +213,11 @@ class Method:
         return False
 
     @property
+    def holds(self) -> str | None:
+        """The storage that the adapted layers are put into when a phase of this method begins; None: as they are."""
+        return None
+
+    @property
     def solitary(self) -> str:
         """Why no other adapter may stand beside one of this method, as words after its name; "" where one may."""
         return ""

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,9 @@ class PreLoRA(Method):
     """r_min, of the layer of each family that moves least. The code's default."""
     max_rank: int = 32
     """r_max, r_min times a power of two, of the one that moves most. The code's default; 10 % of ViT-L/16 takes 64."""
+    quantise: Literal["nf4", "fp4", "int8", "fp8"] | None = None
+    """Storage of the adapted layers from the freeze on: 4 or 8 bits a weight instead of 32. That rounds them, once, and
+    the log says by how much; none leaves them as they are. Not in the paper."""
     stage: str = "full"
     """Where the run is: "full", "joint" or "frozen". Set by the run; begin with "full"."""
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -195,6 +198,10 @@ class PreLoRA(Method):
         return () if self.stage == "full" else self.second.events()
 
     # ---- phases
+
+    @property
+    def holds(self) -> str | None:
+        return self.quantise if self.stage == "frozen" else None
 
     @property
     def solitary(self) -> str:
