@@ -289,3 +289,50 @@ def test_interrupted_it_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> No
         rs.attach(model, rs.LoRA(rank=2), base="nf4")
     assert any("load the model again" in note for note in caught.value.__notes__)
     assert not any(isinstance(module, (rs.core.site.Site, Dense)) for module in model.modules())  # type: ignore[attr-defined]
+
+
+# ---- exported onto what ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp4", "int8"])
+def test_exported_requantised_it_is_what_transformers_loads(saved: Path, base: Any, tmp_path: Path) -> None:
+    run = rs.attach(loaded(saved), rs.LoRA(rank=4, targets=("q_proj", "down_proj")), base=base)
+    trained(run)
+    y, before = logits(run.model), json.dumps(run.model.config.to_dict(), default=str)  # type: ignore[operator,union-attr]
+    run.export(tmp_path / "few", format="merged", onto="requantised")
+    assert torch.equal(logits(run.model), y)
+    assert json.dumps(run.model.config.to_dict(), default=str) == before  # type: ignore[operator,union-attr]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "few", dtype=torch.bfloat16).train()
+    merged = run.merge("requantised")
+    layers = {name: m for name, m in merged.named_modules() if type(m).__module__.startswith("bitsandbytes")}
+    assert len(layers) == 14
+    for name, module in theirs.named_modules():
+        assert (name in layers) is type(module).__module__.startswith("bitsandbytes")
+        if name in layers:
+            assert torch.equal(module.weight.view(-1), layers[name].weight.view(-1)), name  # type: ignore[operator,union-attr]
+    ids = {"input_ids": IDS}
+    assert torch.equal(theirs(**ids).logits, merged(**ids).logits)
+
+
+def test_exported_onto_the_originals_it_is_what_merge_leaves(saved: Path, tmp_path: Path) -> None:
+    run = rs.attach(loaded(saved), rs.LoRA(rank=4, targets=("q_proj", "down_proj")), base="nf4")
+    trained(run)
+    run.export(tmp_path / "model", format="merged", onto="original", original=saved)
+    wrote, merged = loaded(tmp_path / "model").state_dict(), run.merge("original", saved).state_dict()
+    assert wrote.keys() == merged.keys()
+    assert all(torch.equal(wrote[name], merged[name]) for name in wrote)
+    was = loaded(saved).state_dict()
+    moved = {name for name in was if not torch.equal(was[name], wrote[name])}
+    assert len(moved) == 4, moved  # what was not adapted is the original again
+
+
+def test_exports_that_cannot_be(saved: Path, tmp_path: Path) -> None:
+    run = rs.attach(loaded(saved), rs.LoRA(rank=4), base="fp8")
+    with pytest.raises(rs.errors.ExportError, match="our own format"):
+        run.export(tmp_path / "few", format="merged", onto="requantised")
+    with pytest.raises(ConfigError, match="is for a plain model"):
+        run.export(tmp_path / "peft", onto="requantised")
+    with pytest.raises(ConfigError, match="belong together"):
+        run.export(tmp_path / "few", format="merged", onto="original")
+    assert not any(tmp_path.iterdir())
+    run.export(tmp_path / "few", format="merged")

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -34,11 +35,12 @@ from rankshift.core.method import Method, from_dict
 from rankshift.core.site import Replica, Site, bare, base_parameters, embeddings_untied, walk
 from rankshift.io import peft, peft_vera
 from rankshift.io.atomic import MODEL, PEFT, SIGN, replacing
-from rankshift.io.checkpoint import packed, version, write_on_first_rank
+from rankshift.io.checkpoint import packed as contiguous
+from rankshift.io.checkpoint import version, write_on_first_rank
 from rankshift.methods.lora import DoRALayer, LoRA, LoRALayer
 from rankshift.methods.melora import MELoRALayer
 from rankshift.methods.vera import VeRA
-from rankshift.storage.quantised import held_in, marks
+from rankshift.storage.quantised import Held, held_in, marks
 
 FORMATS = ("peft", "merged", "compressed")
 _TASKS = {  # the end of a transformers class name → PEFT's task_type, and the heads that PEFT then wants in the file
@@ -89,8 +91,22 @@ class Source(Protocol):
         ...
 
 
-def export(run: Source, directory: str | Path, *, format: str, profile: str, adapter: str | None) -> Path:
-    """Write the directory; see :meth:`Run.export`. Every rank must call this; rank 0 writes."""
+def export(
+    run: Source,
+    directory: str | Path,
+    *,
+    format: str,
+    profile: str,
+    adapter: str | None,
+    packed: bool = False,
+    original: Callable[[str], Tensor] | None = None,
+) -> Path:
+    """Write the directory; see :meth:`Run.export`. Every rank must call this; rank 0 writes.
+
+    Args:
+        packed: what is held in few bits is written so, as it is.
+        original: what is added to there instead, by the names of the weights.
+    """
     for what, value, known in (("format", format, FORMATS), ("profile", profile, ("exact", "portable"))):
         if value not in known:
             raise ConfigError(f"export has no {what} {value!r}. {nearest(str(value), known)}")
@@ -99,7 +115,9 @@ def export(run: Source, directory: str | Path, *, format: str, profile: str, ada
 
         write = compressed.write(run, directory)
     else:
-        write = _peft(run, directory, profile == "portable", adapter) if format == "peft" else _merged(run, directory)
+        portable = profile == "portable"
+        plain = format == "merged"
+        write = _merged(run, directory, packed, original) if plain else _peft(run, directory, portable, adapter)
     write_on_first_rank(run.model, directory, write, iter(()))
     return Path(directory)
 
@@ -158,7 +176,7 @@ def _peft(run: Source, directory: str | Path, portable: bool, adapter: str | Non
     def write() -> None:
         with replacing(directory, PEFT) as folder:
             named = {peft.PREFIX + key: tensor for key, tensor in tensors.items()} | pair
-            save_file(packed(named), folder / peft.WEIGHTS, metadata={"format": "pt"})
+            save_file(contiguous(named), folder / peft.WEIGHTS, metadata={"format": "pt"})
             (folder / peft.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     return write
@@ -371,13 +389,14 @@ def _also_matched(model: nn.Module, modules: Mapping[str, Any]) -> list[str]:
 # ---- a plain model ---------------------------------------------------------------------------------------------------
 
 
-def folded(site: Site) -> dict[str, Tensor]:
+def folded(site: Site, original: Tensor | None = None) -> dict[str, Tensor]:
     """The layer's own tensors by name with its acting adapters in them, whole; the site is not touched.
 
-    W + Σ ΔW is taken in fp32 (float64 on a float64 base) and rounded once, as in ``Run.merge``.
+    W + Σ ΔW is taken in fp32 (float64 on a float64 base) and rounded once, as in ``Run.merge``. ``original`` is another
+    W, which is written to.
     """
     acting, form = site.acting(), site.spec.form
-    weight = site.base.rows()  # (…, out, in)
+    weight = site.base.rows() if original is None else original  # (…, out, in)
     delta = site.change()
     with torch.no_grad():
         every = slice(0, weight.shape[-2])
@@ -399,7 +418,9 @@ def folded(site: Site) -> dict[str, Tensor]:
     return out
 
 
-def _merged(run: Source, directory: str | Path) -> Callable[[], None]:
+def _merged(
+    run: Source, directory: str | Path, packed: bool, original: Callable[[str], Tensor] | None
+) -> Callable[[], None]:
     """Gather the plain state (on every rank) and return what writes it."""
     model, first = run.model, shard.rank() == 0
     with bare(model):
@@ -407,15 +428,26 @@ def _merged(run: Source, directory: str | Path) -> Callable[[], None]:
     odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if odd is not None:
         raise ExportError(f"{odd} in the model's state is no tensor; safetensors cannot hold it.")
-    for name, module, _ in walk(model):  # what is held in few bits is written as it acts, in the layer's dtype
-        if (held := held_in(module)) is not None:
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-            state |= {
-                f"{name}.{leaf}": t for leaf, t in (("weight", held.rows()), ("bias", held.bias)) if t is not None
-            }
+    held = {name: base for name, module, _ in walk(model) if (base := held_in(module)) is not None}
+
+    def unrounded(name: str) -> Tensor | None:
+        """A copy of the original of a weight that is held in few bits."""
+        if original is None or name not in held:
+            return None
+        return original(f"{name}.weight").detach().to(held[name].weight.device, held[name].dtype, copy=True)
+
+    said = _quantisation(model, held) if packed else {}
+    for name, base in held.items():  # written as it acts, in the layer's dtype
+        state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+        if packed:
+            parts: dict[str, Tensor | None] = {**base.plain().state_dict()}
+        else:
+            weight = unrounded(name)
+            parts = {"weight": base.rows() if weight is None else weight, "bias": base.bias}
+        state |= {f"{name}.{leaf}": tensor for leaf, tensor in parts.items() if tensor is not None}
     for name, site in run.sites.items():
         if site.active:
-            for leaf, value in folded(site).items():
+            for leaf, value in folded(site, unrounded(name)).items():
                 state[name if site.spec.form.stacked else f"{name}.{leaf}"] = value.cpu() if first else None
     for name, value in state.items():
         if value is not None:
@@ -428,9 +460,9 @@ def _merged(run: Source, directory: str | Path) -> Callable[[], None]:
             (folder / SIGN).write_text(json.dumps({"rankshift": version()}) + "\n")
             own = getattr(model, "save_pretrained", None)
             if own is None:
-                save_file(packed(state), folder / "model.safetensors")
+                save_file(contiguous(state), folder / "model.safetensors")
                 return
-            with bare(model), ties_as_they_are(model), dense(model):
+            with bare(model), ties_as_they_are(model), dense(model, said):
                 own(folder, state_dict=state)
 
     return write
@@ -443,13 +475,44 @@ def _check_not_base(model: nn.Module, directory: Path) -> None:
         raise NotWritable(f"{directory} is the base model itself, which its adapters need.\nName another directory.")
 
 
+def _quantisation(model: nn.Module, held: Mapping[str, Held]) -> dict[str, Any]:
+    """What config.json says of a model whose linear layers, but for some, are held by bitsandbytes.
+
+    Raises:
+        ExportError: nobody else reads them.
+    """
+    kinds = {(base.kind, base.dtype, *base.options.items()) for base in held.values()}
+    if len(kinds) > 1 or any(base.kind == "fp8" for base in held.values()):
+        odd = "fp8, which is our own format" if len(kinds) == 1 else "formats that differ from layer to layer"
+        raise ExportError(f'The base is held in {odd}: no other program reads it. Export onto="dequantised".')
+    if any(map(shard.is_sharded, model.parameters())):
+        raise ExportError(
+            'onto="requantised" is written by one process, and this model is sharded. Save the run, load it in one '
+            "process, and export there."
+        )
+    base = next(iter(held.values()))
+    if base.kind == "int8":
+        said = {"load_in_8bit": True, "llm_int8_threshold": base.options["threshold"]}
+    else:
+        said = {"load_in_4bit": True, "bnb_4bit_quant_type": base.kind}
+        said["bnb_4bit_use_double_quant"] = base.options["nested"]
+        said["bnb_4bit_compute_dtype"] = str(base.dtype).removeprefix("torch.")
+    dense = [name for name, m, parameter in walk(model) if parameter is None and type(m) is nn.Linear]
+    return {"quant_method": "bitsandbytes", **said, "llm_int8_skip_modules": dense}
+
+
 @contextlib.contextmanager
-def dense(model: nn.Module) -> Iterator[None]:
-    """A transformers model that does not say that it is quantised, for a ``with`` block."""
+def dense(model: nn.Module, instead: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
+    """A transformers model that does not say that it is quantised, or only ``instead``, for a ``with`` block."""
     said = [(place, key, place.pop(key)) for place, key in marks(model)]
+    config: Any = getattr(model, "config", None)
+    if instead:
+        config.quantization_config = dict(instead)
     try:
         yield
     finally:
+        if instead:
+            del config.quantization_config
         for place, key, value in said:
             place[key] = value
 
