@@ -93,6 +93,7 @@ def measured(ids: torch.Tensor, rounds: int, compile_blocks: bool) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--compiled-only", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
@@ -102,7 +103,8 @@ def main() -> None:
         "date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "rankshift": rs.__version__},
     }  # fmt: skip
-    for name, compile_blocks in (("blocks compiled", True), ("eager", False)):
+    kinds = (("blocks compiled", True), ("eager", False))
+    for name, compile_blocks in kinds[:1] if options.compiled_only else kinds:
         result[name] = measured(ids, options.rounds, compile_blocks)
         print(name, json.dumps(result[name], indent=1), flush=True)
         if options.out:

@@ -93,8 +93,9 @@ class Arm:
     """A model in one stage, and its steps."""
 
     def __init__(
-        self, shape: dict[str, int], stage: str, then: rs.Method, pixels: Tensor, labels: Tensor, compiled: bool
-    ):
+        self, shape: dict[str, int], stage: str, then: rs.Method, quantise: Any, pixels: Tensor, labels: Tensor,
+        compiled: bool,
+    ):  # fmt: skip
         self.pixels, self.labels = pixels, labels
         torch.manual_seed(0)
         with torch.device(pixels.device):
@@ -107,6 +108,7 @@ class Arm:
                 then=then, min_rank=then.rank, max_rank=then.rank, window=NEVER if stage == "full" else 1, windows=2,
                 joint=0 if isinstance(then, rs.PaCA) else NEVER if stage == "joint" else 1,
                 minimum=NEVER if stage == "full" else 0, weight_change=NEVER, loss_change=NEVER,
+                quantise=quantise,
             )  # fmt: skip
             self.run = rs.attach(self.model, method)
             self.optimizer = self.run.optimizer(lr=1e-4)
@@ -160,8 +162,12 @@ def steps(options: argparse.Namespace) -> None:
     torch._dynamo.config.automatic_dynamic_shapes = False  # the second arm's code is as good as the first's
     began = time.perf_counter()
     shape = SMALL if options.toy else LARGE
-    then = [rs.PaCA(rank=int(r)) if m == "paca" else rs.LoRA(rank=int(r), alpha=2 * int(r)) for m, r in options.then]
-    wanted = [("AdamW", then[0]), ("full", then[0]), ("joint", then[0]), *(("frozen", method) for method in then)]
+    then = [
+        (rs.PaCA(rank=int(r)) if m == "paca" else rs.LoRA(rank=int(r), alpha=2 * int(r)), *(kind or [None]))
+        for m, r, *kind in options.then
+    ]
+    wanted = [(stage, then[0][0], None) for stage in ("AdamW", "full", "joint")]
+    wanted += [("frozen", method, kind) for method, kind in then]
     x, _ = images(options.images, "train")
     tables: list[dict[str, Any]] = []
     for compiled in [True, False] if options.compile == "both" else [options.compile == "yes"]:
@@ -171,7 +177,7 @@ def steps(options: argparse.Namespace) -> None:
             labels = torch.randint(1000, (size,), device=device)
             arms: dict[str, Arm] = {}
             rows: dict[str, dict[str, Any]] = {}
-            for stage, method in wanted:
+            for stage, method, kind in wanted:
                 if time.perf_counter() - began > options.deadline:
                     break
                 gc.collect()
@@ -179,7 +185,8 @@ def steps(options: argparse.Namespace) -> None:
                     torch.cuda.empty_cache()
                 before = torch.cuda.memory_allocated() if device == "cuda" else 0
                 name = stage if stage in ("AdamW", "full") else f"{stage}, {type(method).__name__} r {method.rank}"
-                arm = arms[name] = Arm(shape, stage, method, pixels, labels, compiled)
+                name += "" if kind is None else f", {kind}"
+                arm = arms[name] = Arm(shape, stage, method, kind, pixels, labels, compiled)
                 for _ in range(3):
                     arm.step()
                 synchronize()
@@ -206,7 +213,7 @@ def steps(options: argparse.Namespace) -> None:
                 row["x_full"] = row["ms"] / full["ms"]
                 row["x_full_memory"] = row.get("peak_gib", 1) / full.get("peak_gib", 1)
                 print(
-                    f"{name:22} {row['ms']:8.1f} ms (p10 {row['p10']:.1f}, p90 {row['p90']:.1f}) × {row['x_full']:.3f}"
+                    f"{name:28} {row['ms']:8.1f} ms (p10 {row['p10']:.1f}, p90 {row['p90']:.1f}) × {row['x_full']:.3f}"
                     f"   {row.get('peak_gib', 0):7.2f} GiB × {row['x_full_memory']:.3f}   trainable "
                     f"{row['trainable'] / 1e6:6.1f} M = {100 * row['trainable'] / row['parameters']:.1f} %",
                     flush=True,
@@ -514,7 +521,7 @@ def main() -> None:
     verb.add_argument(
         "--then", type=lambda text: text.split(":"), nargs="+",
         default=[["lora", "64"], ["lora", "16"], ["paca", "64"]],
-        help="methods to freeze to, as lora:64 or paca:64; the first is a LoRA",
+        help="methods to freeze to, as lora:64, paca:64 or lora:16:fp8; the first is a LoRA in 32 bits",
     )  # fmt: skip
     verb.add_argument("--rounds", type=int, default=20)
     verb.add_argument("--compile", choices=("yes", "no", "both"), default="both")
