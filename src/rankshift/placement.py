@@ -409,21 +409,22 @@ class Placement:
         """The method of the current phase: that of the first adapter."""
         return self.members[DEFAULT if DEFAULT in self.members else next(iter(self.members))].method
 
-    def trainable(self) -> Iterator[tuple[str, nn.Parameter, Method]]:
-        """(name, tensor, whose) of everything that trains: sites, whole copies, base parameters in place."""
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter, Method, str]]:
+        """(name, tensor, whose, its name in the adapter or "") of everything that trains: sites, whole copies, base
+        parameters in place."""
         for name in self.active:
             prefix, method = "" if name == DEFAULT else f"{name}:", self.members[name].method
             for site, adapter in self.adapter(name).items():
                 for leaf, parameter in adapter.named_parameters():
                     if parameter.requires_grad:
-                        yield f"{prefix}{site}.{leaf}", parameter, method
+                        yield f"{prefix}{site}.{leaf}", parameter, method, leaf
             for site, replica in self.replicas().items():
                 if name in replica.copies:
                     for leaf, parameter in replica.copies[name].named_parameters():
-                        yield f"{prefix}{site}.{leaf}", parameter, method
+                        yield f"{prefix}{site}.{leaf}", parameter, method, ""
         for base_name, parameter, _ in base_parameters(self.model):
             if parameter.requires_grad:
-                yield base_name, parameter, self.method
+                yield base_name, parameter, self.method, ""
 
     def required(self) -> Iterator[tuple[str, Tensor, Needs]]:
         """(name, tensor, what its first gradient must be) of everything that trains."""

@@ -174,6 +174,7 @@ class Run:
 
     def _hold(self, method: Method, kind: str, fresh: bool) -> None:
         """Put the frozen layers into a storage; see :func:`rankshift.holding.hold`."""
+        self._on.settle()  # who can undo what was built keeps every weight
         for site in self._on.sites.values():
             site.base.changed |= site.spec.weight in self._changed  # and so will all be that holds it
         off = holding.hold(self._on, method, kind, fresh)
@@ -263,7 +264,7 @@ class Run:
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, tensor) of everything that trains, in a fixed order: sites, whole copies, base parameters in place."""
-        return ((name, parameter) for name, parameter, _ in self._on.trainable())
+        return ((name, parameter) for name, parameter, *_ in self._on.trainable())
 
     def summary(self) -> Summary:
         """Matched layers, trainable and total parameters, bytes; prints as a table."""
@@ -357,14 +358,11 @@ class Run:
                 )
         owned = list(self._on.trainable())
         check_dtypes(self._on.sites)
-        factors: dict[str, float] = {}
-        for method in {id(method): method for _, _, method in owned}.values():
-            factors |= method.learning_rates([name for name, _, owner in owned if owner is method])
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for name, tensor, method in owned:
-            transform: Transform = method.transform(name, tensor, self._on.projected.get(name)) or Adam()
-            decays = method.decays(name, tensor) and (decay is None or decay(name, tensor))
-            factor = factors.get(name, 1.0)
+        for name, tensor, method, leaf in owned:
+            transform: Transform = method.transform(name, tensor, self._on.projected.get(name), leaf) or Adam()
+            decays = method.decays(name, tensor, leaf) and (decay is None or decay(name, tensor))
+            factor = method.learning_rate(name, leaf)
             group = groups.setdefault(
                 (transform, factor, decays),
                 {"params": [], "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0},
@@ -377,7 +375,7 @@ class Run:
         optimizer.told = self._told  # no copy, as of the ranks
         if self._moments is not None and self.step == self.phases[-1].start:
             optimizer.take_over(self._moments, self._parted)
-            self._moments = {name: optimizer.state[p] for name, p, _ in owned if optimizer.state.get(p)}
+            self._moments = {name: optimizer.state[p] for name, p, *_ in owned if optimizer.state.get(p)}
         self._driver.check_gradients = check_gradients
         hooks = Backward(optimizer, self._driver, clip_each).hooks(self.model) if fused_backward else None
         self._since = time.monotonic()

@@ -231,7 +231,7 @@ def summarise(run: Run, placement: Placement) -> Summary:
         for a in site.acting() for t in [*a.parameters(), *a.buffers()]
     }  # fmt: skip
     trained = list(placement.trainable())
-    learning = {name: t for name, t, _ in trained if id(t) not in through} | {name: base[name] for name in projected}
+    learning = {name: t for name, t, *_ in trained if id(t) not in through} | {name: base[name] for name in projected}
     kinds: dict[str, list[tuple[str, int, int]]] = {}
     shapes: dict[str, set[str]] = {}
     factors = 0
@@ -275,8 +275,8 @@ def summarise(run: Run, placement: Placement) -> Summary:
     )  # fmt: skip
     held = [t for s in run.sites.values() for a in s.acting() for t in [*a.parameters(), *a.buffers()]]
     state = sum(
-        _state(_transform(method, name, tensor, placement.projected.get(name)), tensor, ranks_now.get(name))
-        for name, tensor, method in trained
+        _state(_transform(method, name, tensor, placement.projected.get(name), leaf), tensor, ranks_now.get(name))
+        for name, tensor, method, leaf in trained
     )
     return Summary(
         method=type(run.method).__name__,
@@ -286,7 +286,7 @@ def summarise(run: Run, placement: Placement) -> Summary:
         bytes_base=_bytes(base.values()),
         bytes_frozen=_bytes(t for t in held if not t.requires_grad and id(t) not in through),
         bytes_trainable=_bytes(learning.values()),
-        bytes_gradients=_bytes(t for _, t, _ in trained),
+        bytes_gradients=_bytes(t for _, t, *_ in trained),
         bytes_optimizer=state + _bytes(through.values()),
         bytes_adamw=sum(_state(Adam(), tensor) for tensor in learning.values()),
         left_alone=tuple(f"{leaf} (×{n})" if n > 1 else leaf for leaf, n in alone.most_common(8)),
@@ -314,9 +314,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _transform(method: Method, name: str, tensor: Tensor, spec: Spec | None) -> Transform:
+def _transform(method: Method, name: str, tensor: Tensor, spec: Spec | None, leaf: str) -> Transform:
     try:
-        transform: Transform | None = method.transform(name, tensor, spec)
+        transform: Transform | None = method.transform(name, tensor, spec, leaf)
     except ConfigError:  # it cannot be trained as it stands, which is for run.optimizer() to say
         transform = None
     return transform or Adam()

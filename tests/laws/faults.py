@@ -74,7 +74,7 @@ class Faulty(LoRA):
         if isinstance(adapter, Unsaved):
             adapter.factor.fill_(1.5)
 
-    def transform(self, name: str, tensor: Tensor, spec: Spec | None = None) -> Any:
+    def transform(self, name: str, tensor: Tensor, spec: Spec | None, leaf: str) -> Any:
         return LateKey() if self.fault == "transform invents a key" else None
 
 

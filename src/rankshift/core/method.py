@@ -150,12 +150,13 @@ class Method:
         """Whether this parameter of the model is trained where it is. ``adapted``: it belongs to a site's base."""
         return False
 
-    def learning_rates(self, names: Sequence[str]) -> dict[str, float]:
-        """Factors on lr by the name of a trainable tensor; 1 where none is given."""
-        return {}
+    def learning_rate(self, name: str, leaf: str) -> float:
+        """The factor on lr of a trainable tensor. ``leaf``: its name in the adapter, such as "A"; "" where it is the
+        model's own, whatever that calls it."""
+        return 1.0
 
-    def decays(self, name: str, tensor: Tensor) -> bool:
-        """Whether weight decay may apply to a trainable tensor."""
+    def decays(self, name: str, tensor: Tensor, leaf: str) -> bool:
+        """Whether weight decay may apply to a trainable tensor; ``leaf`` as above."""
         return True
 
     def projects(self, model: nn.Module) -> dict[str, Spec]:
@@ -163,8 +164,9 @@ class Method:
         They train in place."""
         return {}
 
-    def transform(self, name: str, tensor: Tensor, spec: Spec | None = None) -> Any:
-        """The optimizer transform of a trainable tensor; None for AdamW. ``spec``: where :meth:`projects` named one."""
+    def transform(self, name: str, tensor: Tensor, spec: Spec | None, leaf: str) -> Any:
+        """The optimizer transform of a trainable tensor; None for AdamW. ``spec``: where :meth:`projects` named one;
+        ``leaf`` as above."""
         return None
 
     def must_learn(self, name: str) -> bool:

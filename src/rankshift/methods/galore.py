@@ -179,8 +179,8 @@ class GaLore(Method):
     def must_learn(self, name: str) -> bool:
         return False
 
-    def transform(self, name: str, tensor: Tensor, spec: Spec | None = None) -> Any:
-        if self.gradient == "projected" and name.rpartition(".")[2] == galore_projected.LEAF:
+    def transform(self, name: str, tensor: Tensor, spec: Spec | None, leaf: str) -> Any:
+        if leaf == galore_projected.LEAF:
             return Inside.of(self.project(Form()))
         self._check_rounding(name, tensor.dtype)
         if spec is not None:

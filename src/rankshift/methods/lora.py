@@ -375,8 +375,8 @@ class LoRA(Method):
     def own_bias(self) -> bool:
         return self.lora_bias
 
-    def learning_rates(self, names: Sequence[str]) -> dict[str, float]:
-        return {name: self.lr_ratio for name in names if name.endswith(".B")} if self.lr_ratio != 1 else {}
+    def learning_rate(self, name: str, leaf: str) -> float:
+        return self.lr_ratio if leaf == "B" else 1.0
 
     def events(self) -> tuple[Event, ...]:
         return (Precondition(),) if self.precondition else ()

@@ -262,8 +262,8 @@ class PCLoRA(Method):
         if adapter.C is not None:
             adapter.C.zero_()
 
-    def decays(self, name: str, tensor: Tensor) -> bool:
-        return not name.endswith(".C")  # it stands in for a bias
+    def decays(self, name: str, tensor: Tensor, leaf: str) -> bool:
+        return leaf != "C"  # it stands in for a bias
 
     # ---- the schedule
 

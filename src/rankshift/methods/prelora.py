@@ -188,11 +188,11 @@ class PreLoRA(Method):
     def must_learn(self, name: str) -> bool:
         return False  # models own parameters that a task never reaches, such as BERT's pooler
 
-    def learning_rates(self, names: Sequence[str]) -> dict[str, float]:
-        return self.second.learning_rates(names) if self.stage != "full" else {}
+    def learning_rate(self, name: str, leaf: str) -> float:
+        return self.second.learning_rate(name, leaf) if leaf else 1.0
 
-    def decays(self, name: str, tensor: Tensor) -> bool:
-        return self.second.decays(name, tensor)
+    def decays(self, name: str, tensor: Tensor, leaf: str) -> bool:
+        return self.second.decays(name, tensor, leaf)
 
     def events(self) -> tuple[Event, ...]:
         return () if self.stage == "full" else self.second.events()

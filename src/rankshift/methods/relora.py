@@ -291,7 +291,7 @@ class ReLoRA(Method):
     def must_learn(self, name: str) -> bool:
         return False  # models own parameters that a task never reaches, such as BERT's pooler
 
-    def transform(self, name: str, tensor: Tensor, spec: Spec | None = None) -> Any:
+    def transform(self, name: str, tensor: Tensor, spec: Spec | None, leaf: str) -> Any:
         return Adam(Wide(), "stochastic") if narrow(tensor.dtype) else None
 
     def events(self) -> tuple[Event, ...]:

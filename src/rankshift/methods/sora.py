@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -201,11 +201,11 @@ class SoRA(Method):
 
     # ---- the model
 
-    def learning_rates(self, names: Sequence[str]) -> dict[str, float]:
-        return {name: self.gate_lr_ratio for name in names if name.endswith(".g")} if self.gate_lr_ratio != 1 else {}
+    def learning_rate(self, name: str, leaf: str) -> float:
+        return self.gate_lr_ratio if leaf == "g" else 1.0
 
-    def decays(self, name: str, tensor: Tensor) -> bool:
-        return not name.endswith(".g")  # T_ξ is what makes gates small
+    def decays(self, name: str, tensor: Tensor, leaf: str) -> bool:
+        return leaf != "g"  # T_ξ is what makes gates small
 
     def events(self) -> tuple[Event, ...]:
         return (Prox(self.stages[self.stage]),)

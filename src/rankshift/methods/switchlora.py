@@ -407,18 +407,16 @@ class SwitchLoRA(Method):
     def must_learn(self, name: str) -> bool:
         return False  # models own parameters that a task never reaches, such as BERT's pooler
 
-    def learning_rates(self, names: Sequence[str]) -> dict[str, float]:
-        if self.rest_lr_ratio == 1:
-            return {}
-        return {name: self.rest_lr_ratio for name in names if name.rpartition(".")[2] not in ("A", "B")}
+    def learning_rate(self, name: str, leaf: str) -> float:
+        return 1.0 if leaf else self.rest_lr_ratio
 
-    def transform(self, name: str, tensor: Tensor, spec: Spec | None = None) -> Any:
+    def transform(self, name: str, tensor: Tensor, spec: Spec | None, leaf: str) -> Any:
         if narrow(tensor.dtype):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ConfigError(
                 f"{name} is in {kind}, where small steps are lost. Load the model in fp32 and train under autocast."
             )
-        return {"A": Vectors(0), "B": Vectors(1)}.get(name.rpartition(".")[2])
+        return {"A": Vectors(0), "B": Vectors(1)}.get(leaf)
 
     def events(self) -> tuple[Event, ...]:
         return (Switch(self.rank, self.interval, self.ratio, self.rho),) if self.interval < math.inf else ()

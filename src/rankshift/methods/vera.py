@@ -307,10 +307,9 @@ class VeRA(Method):
     def must_learn(self, name: str) -> bool:
         return self.bias != "all"  # models own biases that a task never reaches, such as BERT's pooler
 
-    def learning_rates(self, names: Sequence[str]) -> dict[str, float]:
-        if self.head_lr_ratio == 1:
-            return {}
-        return {name: self.head_lr_ratio for name in names if self._in_head(name.partition(":")[2] or name)}
+    def learning_rate(self, name: str, leaf: str) -> float:
+        head = not leaf and self._in_head(name.partition(":")[2] or name)
+        return self.head_lr_ratio if head else 1.0
 
     def _in_head(self, name: str) -> bool:
         return any(matches(part, pattern) for part in prefixes(name) for pattern in self.modules_to_save)
