@@ -7,6 +7,7 @@ anything is rounded: PaCA its columns, PiSSA what it subtracts.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rankshift.core.base import Base, Dense, storage_of
-from rankshift.core.errors import ConfigError, MissingFile, TiedWeights, UnsupportedLayer, WrongBase
+from rankshift.core.errors import ConfigError, MissingFile, TargetError, TiedWeights, UnsupportedLayer, WrongBase
 from rankshift.core.form import Form
 from rankshift.core.method import Method
 from rankshift.core.site import Site, Spec, linear_layers, perhaps_tied, spec_of, walk
@@ -33,14 +34,31 @@ _log = logging.getLogger(__name__)
 _TAKEN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check(placement: Placement, method: Method, kind: str) -> None:
-    """Raise, before anything changes, where a method or the model cannot do with weights held like this."""
-    model, storage = placement.model, held_as(kind)
+def check_method(method: Method, kind: str) -> None:
+    """Raise where a method cannot do with weights held like this whatever the model, or there is no such storage."""
+    _check_trains(method, kind)
+    side = 1 << 20  # of a layer that no rank is too large for
+    spec = Spec("A linear layer", side, side, Form(), torch.float32, torch.device("cpu"))
+    with contextlib.suppress(TargetError):  # where such a layer is refused in 32 bits too, the storage is not why
+        method.fit(spec)
+        spec = replace(spec, storage=kind)
+    if spec.storage == kind:
+        method.fit(spec)
+
+
+def _check_trains(method: Method, kind: str) -> None:
+    held_as(kind)
     if method.trains_base:
         raise ConfigError(
             f'{type(method).__name__} trains the weights of the model, and base="{kind}" holds them rounded, for good. '
             "Leave base=None, or train beside them: LoRA, VeRA, PaCA, MELoRA."
         )
+
+
+def check(placement: Placement, method: Method, kind: str) -> None:
+    """Raise, before anything changes, where a method or the model cannot do with weights held like this."""
+    model, storage = placement.model, held_as(kind)
+    _check_trains(method, kind)
     specs = [spec_of(model, name) for name in method.sites(model)]
     for spec in specs:
         method.fit(replace(spec, storage=kind) if type(spec.form) is Form else spec)
@@ -92,6 +110,7 @@ def hold(placement: Placement, method: Method, kind: str, fresh: bool) -> float:
             module = model.get_submodule(spec.name)
             if storage_of(module) is None and not method.in_place(spec.weight, adapted=False):
                 setattr(model.get_submodule(parent), leaf, storage.of(Dense(module, Form()), kind))
+            del module  # and with it its weight, before the next is read
             continue
         if isinstance(site.base, Dense):
             adapters = [site[name] for name in site.adapters]

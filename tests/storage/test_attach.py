@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import rankshift as rs
 from laws.world import batch, loss_of, tiny
 from rankshift.core.base import Dense
 from rankshift.core.errors import ConfigError, TiedWeights, UnsupportedLayer, WrongBase
+from rankshift.storage.four_bit import FourBit
 
 IDS = torch.arange(24).reshape(2, 12) % 97
 
@@ -272,9 +274,24 @@ def test_shift_does_not_round_away_what_was_trained() -> None:
     rs.attach(plain, rs.VeRA(rank=4), base="nf4")
 
 
-def test_interrupted_it_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankshift.storage.four_bit import FourBit
+def test_each_weight_is_let_go_before_the_next_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is never a second copy of the model."""
+    model = tiny(blocks=3)
+    weights = [weakref.ref(module.weight) for module in model.modules() if isinstance(module, nn.Linear)]
+    alive = []
+    whole = FourBit.quantised.__func__  # type: ignore[attr-defined]
 
+    def seen(cls: Any, *args: Any, **options: Any) -> Any:
+        alive.append(sum(weight() is not None for weight in weights))
+        return whole(cls, *args, **options)
+
+    monkeypatch.setattr(FourBit, "quantised", classmethod(seen))
+    rs.attach(model, rs.LoRA(rank=2, targets=("q", "up")), base="nf4")
+    assert alive == list(range(len(weights), len(weights) - len(alive), -1))
+    assert len(alive) >= 6
+
+
+def test_interrupted_it_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = tiny(), []
     whole = FourBit.quantised.__func__  # type: ignore[attr-defined]
 
