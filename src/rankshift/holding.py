@@ -20,10 +20,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from rankshift.core import shard
 from rankshift.core.base import Base, Dense, storage_of
-from rankshift.core.errors import ConfigError, MissingFile, TargetError, TiedWeights, UnsupportedLayer, WrongBase
+from rankshift.core.errors import (
+    AttachError,
+    ConfigError,
+    MissingFile,
+    TargetError,
+    TiedWeights,
+    UnsupportedLayer,
+    WrongBase,
+)
 from rankshift.core.form import Form
 from rankshift.core.method import Method
+from rankshift.core.phase import Then
 from rankshift.core.site import Site, Spec, linear_layers, perhaps_tied, spec_of, walk
 from rankshift.placement import Placement
 from rankshift.storage import held_as
@@ -34,9 +44,10 @@ _log = logging.getLogger(__name__)
 _TAKEN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_method(method: Method, kind: str) -> None:
-    """Raise where a method cannot do with weights held like this whatever the model, or there is no such storage."""
-    _check_trains(method, kind)
+def check_method(method: Method, kind: str, coming: Sequence[Then] = ()) -> None:
+    """Raise where a method, or what is to follow it, cannot do with weights held like this whatever the model is; or
+    there is no such storage."""
+    _check_trains(method, kind, coming)
     side = 1 << 20  # of a layer that no rank is too large for
     spec = Spec("A linear layer", side, side, Form(), torch.float32, torch.device("cpu"))
     with contextlib.suppress(TargetError):  # where such a layer is refused in 32 bits too, the storage is not why
@@ -46,19 +57,25 @@ def check_method(method: Method, kind: str) -> None:
         method.fit(spec)
 
 
-def _check_trains(method: Method, kind: str) -> None:
+def _check_trains(method: Method, kind: str, coming: Sequence[Then]) -> None:
     held_as(kind)
     if method.trains_base:
         raise ConfigError(
             f'{type(method).__name__} trains the weights of the model, and base="{kind}" holds them rounded, for good. '
             "Leave base=None, or train beside them: LoRA, VeRA, PaCA, MELoRA."
         )
+    if coming:
+        raise ConfigError(
+            f"{type(method).__name__} is to go on as {type(coming[0].method).__name__}, and a phase that ends folds "
+            f'what it trained into the weights: base="{kind}" would round most of that away. Give one method, or leave '
+            "base=None."
+        )
 
 
-def check(placement: Placement, method: Method, kind: str) -> None:
+def check(placement: Placement, method: Method, kind: str, coming: Sequence[Then] = ()) -> None:
     """Raise, before anything changes, where a method or the model cannot do with weights held like this."""
     model, storage = placement.model, held_as(kind)
-    _check_trains(method, kind)
+    _check_trains(method, kind, coming)
     specs = [spec_of(model, name) for name in method.sites(model)]
     for spec in specs:
         method.fit(replace(spec, storage=kind) if type(spec.form) is Form else spec)
@@ -188,6 +205,11 @@ def targets(
             "mapping of its tensors or a directory."
         )
     originals = None if original is None else Originals(original)
+    if onto != "requantised" and any(shard.is_sharded(t) for base in held.values() for t in base.stored.values()):
+        raise AttachError(
+            "The base is held in fewer bits and sharded by FSDP2, which knows no dense weights in their place. Save "
+            'the run and merge it in one process (rs.load, or "rankshift merge"), or merge onto="requantised".'
+        )
     if originals is not None:
         for name, base in held.items():
             originals.check(f"{name}.weight", base.layout.shape)

@@ -685,6 +685,9 @@ def quantised(case: Case, engine: Engine, kind: str = "nf4") -> str:
         now = {name: base.rows() for name, base in bases.items()}  # every rank
     for name, weight in beside.items():
         assert bases[name].changed or torch.equal(now[name], weight), f"the base of {name} was changed"
+    if engine == "fsdp2":
+        with pytest.raises(rs.errors.AttachError, match="merge it in one process"), run.merged():
+            pass
     if engine == "one":
         acting = evaluate(session.model)
         with run.merged() as plain:
