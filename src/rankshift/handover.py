@@ -155,7 +155,7 @@ def _anew(run: Run, method: Method, data: Iterable[Any] | None) -> Run:
                 changed.add(f"{name}.bias")
     for name, replica in run._on.replicas().items():
         changed.update(f"{name}.{leaf}" for leaf, _ in replica.base.named_parameters())
-    before, states = {name for name, _, _ in base_parameters(run.model)}, run._driver.states()
+    before, states = {name for name, _, _ in base_parameters(run.model)}, _states(run)
     new = type(run)(run.model, seed=run.seed, total_steps=run.total_steps, start=run.step)
     new._frozen, new._on.frozen = run._frozen, run._on.frozen  # the base is not as it came now
     new._parted = _parted(run, states)
@@ -186,7 +186,7 @@ def _succeed(
     run: Run, method: Method, estates: Mapping[str, Estate], heirs: Mapping[str, Adapter], member: Member
 ) -> Run:
     """The next phase with adapters that take over this one's values; the base is not touched."""
-    changed, states = run.changed, run._driver.states()  # what a site that goes now knows of its base too
+    changed, states = run.changed, _states(run)  # what a site that goes now knows of its base too
     name = run._on.active[0]
     prefix = "" if name == DEFAULT else f"{name}:"
     before = {f"{prefix}{site}.{leaf}": p for site, a in run.adapter(name).items() for leaf, p in a.named_parameters()}
@@ -221,6 +221,14 @@ def _succeed(
     new._listen()
     run._closed, run._moments = "shift()", {}  # who keeps this run keeps no moments with it
     return new
+
+
+def _states(run: Run) -> dict[str, Mapping[str, Tensor]]:
+    """Adam's moments by the name of a tensor; of a phase without an update those of the phase before. What another
+    optimizer keeps in its own way is no matter."""
+    kept = run._moments if run._moments is not None and run.step == run.phases[-1].start else {}
+    foreign = run._driver.ridden is not None and not isinstance(run._driver.ridden, Optimizer)
+    return {**kept, **({} if foreign else run._driver.states())}
 
 
 def _parted(run: Run, states: Mapping[str, Mapping[str, Tensor]], taken: Set[str] = frozenset()) -> dict[str, str]:

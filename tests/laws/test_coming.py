@@ -533,6 +533,62 @@ def test_other_optimizers_states_stay_behind(caplog: pytest.LogCaptureFixture) -
     after.steps(2)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_adams_states_of_another_optimizer_stay_behind_whether_it_knows_names(
+    named: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = rs.attach(tiny(), FULL, total_steps=20)
+    trainable = list(run.trainable())
+    optimizer = torch.optim.AdamW(trainable if named else [p for _, p in trainable], lr=0.1)
+    run.carry(optimizer)
+    loss_of(run.model.train(), batch(0)).backward()
+    optimizer.step()
+    after = Session("one", run.shift(Full(targets="q")))
+    assert not after.optimizer.state
+    assert "(blocks.0.q.weight, blocks.0.q.bias), whose moments AdamW kept in its own way." in caplog.text
+
+
+SPARSER = rs.SoRA(rank=4, alpha=8, sparsity=(0.01, 0.02, 0.03))  # no gate closes
+
+
+@pytest.mark.parametrize(
+    ("method", "between", "to", "more"),
+    [
+        (FULL, [rs.ReLoRA(rank=2, targets="down")], FULL, {"blocks.0.down.weight"}),
+        (FULL, [Full(), rs.SwitchLoRA(rank=2, targets="down")], Full(), {"blocks.0.down.weight"}),
+        (SPARSER, [replace(SPARSER, stage=1)], replace(SPARSER, stage=2), set()),
+    ],
+    ids=["folded", "folded twice", "taken over"],
+)
+def test_moments_go_through_a_phase_without_an_update(
+    method: Method, between: list[Method], to: Method, more: set[str]
+) -> None:
+    """Whether that had an optimizer or not; what it froze, or folded, begins anew."""
+    for optimizer in (False, True):
+        session = Session("one", rs.attach(tiny(), method, total_steps=20)).steps(3)
+        states = {n: {k: t.clone() for k, t in session.optimizer.state[p].items()} for n, p in session.run.trainable()}
+        run = session.run
+        for middle in between:
+            run = run.shift(middle)
+            if optimizer:
+                run.optimizer(lr=1e-3)
+        after = Session("one", run.shift(to))
+        assert gone_along(states, after) == {name for name, _ in after.run.trainable()} - more
+        late = Session("one", after.steps(1).run.shift(FULL)).run
+        assert late.step == 4, "and only what an update was taken from counts then"
+
+
+def test_moments_of_long_ago_are_not_those_of_now() -> None:
+    """A phase whose updates another optimizer took."""
+    _, after = changed(FULL, FULL)
+    run = after.run
+    optimizer = torch.optim.SGD([p for _, p in run.trainable()], lr=0.1)
+    run.carry(optimizer)
+    loss_of(run.model.train(), batch(0)).backward()
+    optimizer.step()
+    assert not Session("one", run.shift(FULL)).optimizer.state
+
+
 def test_a_shift_without_an_optimizer() -> None:
     run = rs.attach(tiny(), FULL, total_steps=20).shift(LORA).shift(FULL)
     assert route(run) == [("full", 0, 0), ("lora", 0, 0), ("full", 0, None)]
