@@ -135,6 +135,10 @@ def _swaps_data(adapter: Adapter, tick: Tick) -> None:
     adapter.B.data = adapter.B.data.clone()  # type: ignore[union-attr]
 
 
+def _into_the_codes(adapter: Adapter, tick: Tick) -> None:
+    adapter.base.weight.bitwise_xor_(1)
+
+
 _EVENTS: dict[str, Any] = {
     "remembers in an attribute": _remembers,
     "event draws from torch": _draws,
@@ -142,6 +146,7 @@ _EVENTS: dict[str, Any] = {
     "event draws from Python": _python,
     "thinks its part is all": _thinks_its_part_is_all,
     "writes behind the back": _behind_the_back,
+    "writes into the codes": _into_the_codes,
     "flips what trains": (_flips, Moment.WINDOW),
     "adds a parameter": _new_parameter,
     "adds a key": _new_key,

@@ -14,8 +14,12 @@ from laws.faults import Faulty, FaultyPulse, Unsettled
 from laws.pool import Pool
 from laws.pulse import registered
 from laws.world import Engine
+from rankshift import holding
+from rankshift.core.base import Dense
 from rankshift.core.method import Method
 from rankshift.methods import LoRA
+from rankshift.storage.four_bit import FourBit
+from rankshift.storage.quantised import Held
 
 
 def verdict(law: Callable[..., None], method: Method, engine: Engine, off: Method | None = None) -> str:
@@ -110,9 +114,25 @@ def test_changes_that_are_no_sum_are_found() -> None:
     assert "both are not W" in verdict(laws.several, LoRA(rank=4, dora=True), "one")
 
 
-def test_a_quantised_base_that_is_served_untested_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rs, "attach", lambda model, method, base, **options: model)
-    assert "put the laws on it" in verdict(laws.unquantised, LoRA(rank=4), "one")
+def test_a_quantised_base_that_is_another_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = LoRA(rank=4)
+    with monkeypatch.context() as broken:
+        whole = FourBit.quantised.__func__  # type: ignore[attr-defined]
+        broken.setattr(FourBit, "quantised", classmethod(lambda cls, w, kind, **o: whole(cls, 1.1 * w, kind, **o)))
+        assert "not what bitsandbytes makes of it" in verdict(laws.quantised, method, "one")
+    with monkeypatch.context() as broken:
+        broken.setattr(Held, "plainly", lambda base: Dense(base.dequantised(1.1 * base.dense()), base.form))
+        assert "merged onto what it was trained on" in verdict(laws.quantised, method, "one")
+    with monkeypatch.context() as broken:
+        broken.setattr(holding, "release", lambda *_: None)
+        assert "is left in the merged model" in verdict(laws.quantised, LoRA(rank=4, targets="up"), "one")
+    with monkeypatch.context() as broken:
+        broken.setattr(holding, "hold", lambda *_: 0.0)
+        assert "nothing is held" in verdict(laws.quantised, method, "one")
+
+
+def test_codes_that_are_written_behind_the_back_are_found() -> None:
+    assert "base.weight differs in its bits" in verdict(laws.quantised, Faulty(fault="writes into the codes"), "one")
 
 
 PARALLEL: list[tuple[Callable[..., None], Method, str, tuple[Engine, ...]]] = [
