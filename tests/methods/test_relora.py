@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import rankshift as rs
 from rankshift.core.base import Dense
 from rankshift.core.errors import AttachError, ConfigError, ExportError, RankTooLarge, UnsupportedLayer
+from rankshift.core.event import Tick
 from rankshift.core.random import Key
 from rankshift.core.schedule import jagged_cosine
 from rankshift.methods.relora import forget_, renew_
@@ -669,7 +670,7 @@ def test_a_rate_that_does_not_warm_up_is_told_of_once(caplog: pytest.LogCaptureF
                 loop.schedule.step()
             else:
                 loop.optimizer.param_groups[0]["lr"] = 1e-2
-        return [record.getMessage() for record in caplog.records if record.name == "rankshift.methods.relora"]
+        return [record.getMessage() for record in caplog.records if record.getMessage().startswith("ReLoRA")]
 
     with caplog.at_level(logging.WARNING):
         assert told(METHOD, True) == []
@@ -678,4 +679,19 @@ def test_a_rate_that_does_not_warm_up_is_told_of_once(caplog: pytest.LogCaptureF
         assert "run.scheduler(optimizer)" in text
         assert told(rs.ReLoRA(rank=2, every=4, rewarm=0), False) == []
         (text,) = told(rs.ReLoRA(rank=2, every=10), True)
-        assert text.startswith("ReLoRA(every=10): 10 updates are left of this run, so it never restarts")
+        assert text.startswith("ReLoRA(every=10) has 10 updates in this phase at most, so it never restarts")
+
+
+def test_that_it_never_restarts_is_told_once_and_beforehand(caplog: pytest.LogCaptureFixture):
+    """Of a phase that another is to follow too; and what is due is asked more than once an update."""
+    with caplog.at_level(logging.WARNING, "rankshift"):
+        for every, count in ((5, 1), (4, 0)):
+            caplog.clear()
+            then = [rs.Then(rs.ReLoRA(rank=2, every=every), steps=3), rs.Then(rs.Full(), steps=5)]
+            rs.attach(mlp(), rs.Full(), total_steps=20, then=then).optimizer()
+            assert caplog.text.count(f"ReLoRA(every={every}) has 5 updates in this phase at most") == count
+        caplog.clear()
+        event, first = rs.ReLoRA(rank=2, every=9).events()[0], Tick(0, 9, 0, torch.optim.AdamW([torch.ones(1)]))
+        assert not event.due(first)
+        assert not event.due(first)
+        assert not caplog.text

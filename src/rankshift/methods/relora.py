@@ -124,15 +124,7 @@ class Restart:
     landmark: ClassVar[str] = "restart"
 
     def due(self, tick: Tick) -> bool:
-        """As said; and in the first update, whether none will come is told."""
         taken = tick.step - tick.began
-        left = math.inf if tick.total is None else tick.total - tick.began
-        if taken == 0 and tick.optimizer is not None and self.every >= left:
-            _log.warning(
-                "ReLoRA(every=%d): %d updates are left of this run, so it never restarts and is LoRA. Set every below "
-                "that.",
-                self.every, left,
-            )  # fmt: skip
         return taken > 0 and taken % self.every == 0
 
     def apply(self, adapter: Adapter, tick: Tick) -> None:
@@ -319,6 +311,14 @@ class ReLoRA(Method):
                 "warm-up, or set every, or cycle, higher."
             )
         return partial(jagged_cosine, total=total, warmup=warmup, cycle=cycle, rewarm=self.warming, floor=self.floor)
+
+    def check_span(self, start: int, end: int, total: int | None) -> str:
+        if self.every is None or self.every < end - start:
+            return ""
+        return (
+            f"ReLoRA(every={self.every}) has {end - start} updates in this phase at most, so it never restarts and is "
+            "LoRA. Set every below that."
+        )
 
     @property
     def adjustable(self) -> frozenset[str]:
