@@ -192,7 +192,7 @@ def _succeed(
     before = {f"{prefix}{site}.{leaf}": p for site, a in run.adapter(name).items() for leaf, p in a.named_parameters()}
     parted = _parted(run, states, before.keys())
     new = type(run)(run.model, seed=run.seed, total_steps=run.total_steps, start=run.step)
-    new._on, new._frozen, new._parted = run._on, run._frozen, parted
+    new._on, new._frozen, new._parted, new._held = run._on, run._frozen, parted, run._held
     run._on.succeed(name, heirs, member)
     new._changed = changed | run._on.train_in_place(method)
     if method.holds is not None and new._held is None:

@@ -125,7 +125,9 @@ def hold(placement: Placement, method: Method, kind: str, fresh: bool) -> float:
         if site is None:
             parent, _, leaf = spec.name.rpartition(".")
             module = model.get_submodule(spec.name)
-            if storage_of(module) is None and not method.in_place(spec.weight, adapted=False):
+            if (known := storage_of(module)) is not None:
+                setattr(model.get_submodule(parent), leaf, known.over(module))
+            elif not method.in_place(spec.weight, adapted=False):
                 setattr(model.get_submodule(parent), leaf, storage.of(Dense(module, Form()), kind))
             del module  # and with it its weight, before the next is read
             continue

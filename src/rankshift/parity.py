@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rankshift.core import shard
 from rankshift.core.base import Base, exactly
-from rankshift.core.errors import AttachError, ConfigError
+from rankshift.core.errors import ConfigError
 from rankshift.core.site import Site
 from rankshift.holding import Onto, targets
 from rankshift.placement import check_foldable, fold
-from rankshift.storage.quantised import Held
 
 if TYPE_CHECKING:
     from rankshift.run import Run
@@ -74,12 +72,6 @@ def parity(run: Run, inputs: Tensor | Mapping[str, Any], onto: Onto, original: A
     """See :meth:`Run.parity`."""
     check_foldable(run.sites.values())
     target, _ = targets(run._on, onto, original)
-    held = any(site.active and isinstance(site.base, Held) for site in run.sites.values())
-    if held and onto != "requantised" and any(map(shard.is_sharded, run.model.parameters())):
-        raise AttachError(
-            f'Under FSDP2 a base in few bits is compared with onto="requantised" alone: merged onto "{onto}" its '
-            "layers would be dense ones that FSDP2 does not know. Save the run, load it in one process, compare there."
-        )
     was = [module for module in run.model.modules() if module.training]
     try:
         run.model.eval()

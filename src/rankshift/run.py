@@ -41,6 +41,7 @@ from rankshift.placement import (
     fold,
     weight_names,
 )
+from rankshift.storage import Kind
 from rankshift.summary import Compression, Projections, Summary, compression, projections, summarise
 
 _log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ _HALF_MERGED = (
 def attach(
     model: nn.Module,
     method: Method,
-    base: Literal["nf4", "int8", "fp8"] | None = None,
+    base: Kind | None = None,
     seed: int = 0,
     total_steps: int | None = None,
     *,
@@ -68,7 +69,7 @@ def attach(
     Args:
         model: any ``nn.Module``. Its weights are frozen; what the method trains is added or unfrozen.
         method: what to train, e.g. ``rs.LoRA(rank=16)``.
-        base: storage of the frozen weights; None leaves them as they are.
+        base: storage of the frozen weights, in fewer bits; None leaves them as they are.
         seed: of everything the method draws. Global random state is neither read nor changed.
         total_steps: updates of the whole run, for methods whose schedule needs it.
         data: batches (keyword dictionaries or tensors) for methods that look at data before they start.
@@ -96,7 +97,7 @@ def attach(
     run.coming = then  # type: ignore[assignment]
     handover.foresee(run, method)
     if base is not None:
-        holding.check(run._on, method, base)
+        holding.check(run._on, method, base, run.coming)
         run._held = base
     run._begin(method, data)
     return run

@@ -50,6 +50,7 @@ class Summary:
     bytes_optimizer: int  # its state for what trains, at the ranks of now
     bytes_adamw: int  # AdamW's state for the same tensors
     left_alone: tuple[str, ...]  # modules with weights outside every site that do not train
+    held: tuple[tuple[str, int, float], ...] = ()  # (storage, layers, bits a weight) of those in fewer bits
     bytes_aside: int = 0  # what adapters hold on the CPU of every rank: SwitchLoRA's candidates
 
     @property
@@ -62,6 +63,12 @@ class Summary:
         of the same model."""
         return all_reduced(self.bytes_gradients, ranks), all_reduced(self.bytes_base, ranks)
 
+    @property
+    def stored(self) -> str:
+        """ ", 196 layers in nf4 (4.13 bits a weight)"; "" where none is in fewer bits than it computes in."""
+        parts = [f"{count} layers in {kind} ({bits:.3g} bits a weight)" for kind, count, bits in self.held]
+        return "".join(f", {part}" for part in parts)
+
     def __str__(self) -> str:
         saved = 100 * (1 - self.bytes_optimizer / max(1, self.bytes_adamw))
         lines = [
@@ -71,7 +78,7 @@ class Summary:
             ),
             "",
             f"{self.method}: {self.trainable:,} of {self.total:,} parameters train ({self.percent:.2f} %)",
-            f"base {size(self.bytes_base)}, trained {size(self.bytes_trainable)}, "
+            f"base {size(self.bytes_base)}{self.stored}, trained {size(self.bytes_trainable)}, "
             f"gradients {size(self.bytes_gradients)}, optimizer {size(self.bytes_optimizer)}"
             + (f" ({saved:.0f} % below AdamW's {size(self.bytes_adamw)})" if saved >= 1 else "")
             + (f", frozen beside the base {size(self.bytes_frozen)}" if self.bytes_frozen else "")
@@ -289,6 +296,7 @@ def summarise(run: Run, placement: Placement) -> Summary:
         bytes_gradients=_bytes(t for _, t, *_ in trained),
         bytes_optimizer=state + _bytes(through.values()),
         bytes_adamw=sum(_state(Adam(), tensor) for tensor in learning.values()),
+        held=_held(run.model),
         left_alone=tuple(f"{leaf} (×{n})" if n > 1 else leaf for leaf, n in alone.most_common(8)),
         bytes_aside=_bytes(t for s in run.sites.values() for a in s.acting() for t in a.aside().values()),
     )
@@ -303,6 +311,18 @@ def _packed(model: nn.Module) -> int:
             codes = sum(p.numel() for name, p in here.named_parameters(recurse=False) if name != "bias")
             more += math.prod(base.layout.shape) - codes
     return more
+
+
+def _held(model: nn.Module) -> tuple[tuple[str, int, float], ...]:
+    """(storage, layers, bits a weight) of those in fewer bits, with scales and columns beside."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for _, module, parameter in walk(model):
+        if parameter is None and (base := held_in(module)) is not None:
+            found.setdefault(base.kind, []).append((_bytes(base.stored.values()), math.prod(base.layout.shape)))
+    return tuple(
+        (kind, len(layers), 8 * sum(held for held, _ in layers) / sum(count for _, count in layers))
+        for kind, layers in found.items()
+    )
 
 
 def all_reduced(count: int, ranks: int) -> int:

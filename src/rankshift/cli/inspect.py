@@ -84,7 +84,10 @@ def _native(directory: Path) -> list[tuple[str, str]]:
     manifest = checkpoint.inspect(directory)
     run, base = manifest["run"], manifest["base"]
     lines = [("directory", f"{directory}, written by rankshift {manifest.get('rankshift')}")]
-    lines.append(("base", f"{base.get('name') or 'without a name'} ({base['class']})"))
+    held = run.get("storage")
+    kinds = [held["kind"]] if held else sorted({p["storage"] for p in base["prints"].values() if "storage" in p})
+    words = f", held in {' and '.join(kinds)}" if kinds else ""
+    lines.append(("base", f"{base.get('name') or 'without a name'} ({base['class']}){words}"))
     for name, adapter in run["adapters"].items():
         lines.append(("adapter", name + ("" if name in run["active"] else " (not active)")))
         lines.append(("method", method_words(adapter["method"])))

@@ -31,7 +31,9 @@ def conform(value: Any, hint: Any, where: str) -> Any:
                 return conform(value, option, where)
             except ConfigError as error:
                 errors.append(str(error))
-        raise ConfigError(f"{where} = {value!r} is not {describe(hint)}.")
+        choices = [str(a) for option in args if get_origin(option) is Literal for a in get_args(option)]
+        close = nearest(value, choices) if choices and isinstance(value, str) else ""
+        raise ConfigError(f"{where} = {value!r} is not {describe(hint)}.{f' {close}' if 'mean' in close else ''}")
     if hint is None or hint is type(None):
         ok = value is None
     elif origin is Literal:

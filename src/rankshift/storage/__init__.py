@@ -6,6 +6,7 @@ The dense one, the format models come in, is in core. Formats are loaded when a 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -14,7 +15,8 @@ from rankshift.core.errors import ConfigError
 from rankshift.storage.opaque import Opaque
 from rankshift.storage.quantised import Held
 
-KINDS = ("nf4", "fp4", "int8", "fp8")
+Kind = Literal["nf4", "fp4", "int8", "fp8"]
+KINDS: tuple[str, ...] = get_args(Kind)
 
 
 def held_as(kind: str) -> type[Held]:

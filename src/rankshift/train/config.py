@@ -29,11 +29,13 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from rankshift.core.config import check_keys, conform, field_docs, hints, plain
-from rankshift.core.errors import ConfigError, MissingFile, beside, nearest
+from rankshift.core.errors import ConfigError, MissingFile, TargetError, beside, nearest
 from rankshift.core.method import spelled, to_dict
 from rankshift.core.phase import WHEN, Then, check_phases
 from rankshift.core.schedule import check_warmup
+from rankshift.holding import check_method
 from rankshift.methods import LoRA, Method, methods
+from rankshift.storage import Kind
 from rankshift.train import bundled
 
 Task = Literal["causal-lm", "masked-lm", "sequence-classification", "regression", "image-classification"]
@@ -184,6 +186,9 @@ class TrainConfig:
     phases: tuple[PhaseConfig, ...] = ()
     """Instead of method: several, one after the other, each with its fields, until (when the next one begins, all but
     the last) and lr, e.g. [{method: full, until: {steps: 1000}}, {method: lora, rank: 8, lr: 1e-3}]."""
+    base: Kind | None = None
+    """Storage of the frozen weights, in fewer bits: nf4 or fp4 (4 bits; nf4 under lora is QLoRA), int8, or fp8, which
+    multiplies in 8 bits too. None: as the model comes. (What the base is, says model.)"""
     train: LoopConfig = field(default_factory=LoopConfig)
     """Length and speed."""
     prompt: str | None = None
@@ -210,6 +215,11 @@ class TrainConfig:
         for method in self.methods if self.train.fused_backward else ():
             if method.waits:
                 yield f"train.fused_backward: {type(method).__name__} as configured {method.waits}. Leave it out."
+        if self.base is not None:
+            try:
+                check_method(self.methods[0], self.base, self.then)
+            except (ConfigError, TargetError) as error:
+                yield f"base: {error}"
         yield from self.too_short(self.train.steps)
         if not self.model:
             yield "model is empty. Write model=PATH_OR_HUB_ID."

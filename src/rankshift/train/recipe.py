@@ -367,6 +367,8 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
         report.write_text(directory / CONFIG, _HEADER + settings.write(config))
     summary = run.summary()
     _line(console, "method", _describe(config, run) + f" · {summary.trainable:,} of {summary.total:,} parameters train")
+    if summary.stored:
+        _line(console, "base", f"{size(summary.bytes_base)}{summary.stored}")
     if summary.bytes_optimizer < summary.bytes_adamw:
         _line(
             console, "state", f"of the optimizer {size(summary.bytes_optimizer)}, AdamW's {size(summary.bytes_adamw)}"
@@ -525,6 +527,7 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
     trainer = Counting(
         model=job.model,
         method=config.method,
+        base=config.base,
         then=config.then,
         args=args,
         train_dataset=job.examples.train,

@@ -35,10 +35,13 @@ from rankshift.core.method import Method, compare, from_dict, to_dict
 from rankshift.core.phase import Then, listed
 from rankshift.core.schedule import check_warmup
 from rankshift.core.site import base_parameters
+from rankshift.holding import check_method
 from rankshift.io.atomic import explain
 from rankshift.io.checkpoint import MANIFEST, TRAINER, read
+from rankshift.io.export import dense
 from rankshift.optim.backward import check_flag, refuse_apart, refuse_method, refuse_settings
 from rankshift.run import Run, attach, restore
+from rankshift.storage import Kind
 from rankshift.train import costs, timeline
 from rankshift.train.callback import News, without_screens
 
@@ -74,6 +77,7 @@ class Trainer(transformers.Trainer):
         model: the base; or leave it out and give ``run``.
         args: transformers' TrainingArguments. ``args.seed`` is the seed of the method too.
         method: attached to ``model``. Exactly one of ``method`` and ``run`` is given.
+        base: storage of the frozen weights, as in ``rs.attach``: "nf4" under LoRA is QLoRA.
         run: a run that exists already.
         then: methods to go on with, and when, after ``method``. A run has its own. A learning rate that one does not
             say is the one before it.
@@ -99,6 +103,7 @@ class Trainer(transformers.Trainer):
         args: TrainingArguments | None = None,
         *,
         method: Method | None = None,
+        base: Kind | None = None,
         run: Run | None = None,
         then: Sequence[Then] = (),
         calibration: Iterable[Any] | None = None,
@@ -120,9 +125,12 @@ class Trainer(transformers.Trainer):
         first = run.method if run is not None else method
         if not isinstance(first, Method):
             raise ConfigError(f"Trainer needs a method such as rs.LoRA(rank=16); got {type(first).__name__}.")
-        if run is not None and then:
-            raise ConfigError("then= goes with method=. A run that exists has what rs.attach(…, then=[…]) gave it.")
+        if run is not None and (then or base is not None):
+            what = "then=" if then else "base="
+            raise ConfigError(f"{what} goes with method=. A run that exists has what rs.attach(…, {what}…) gave it.")
         coming = listed(then) if run is None else run.coming
+        if base is not None:
+            check_method(first, base, coming)
         self._check_optimizers(first, model, coming, rest)
         self._settle(args, model, first, coming)
         check_flag(fused_backward)
@@ -131,7 +139,8 @@ class Trainer(transformers.Trainer):
         self._calibration = calibration
         if any(one.method.needs_data for one in coming):  # more than one phase may look at it
             self._calibration = self._batches(first, coming)
-        super().__init__(model, args, callbacks=[_Watch(self), *(callbacks or ())], **rest)
+        with dense(model):  # it takes no quantised model whose adapters it does not know
+            super().__init__(model, args, callbacks=[_Watch(self), *(callbacks or ())], **rest)
         self._refuse_engines()
         if fused_backward and not self.is_fsdp_enabled:
             refuse_apart(model.parameters())
@@ -147,7 +156,7 @@ class Trainer(transformers.Trainer):
         planned = self._planned_updates()
         if run is None:
             assert method is not None
-            run = attach(model, method, seed=args.seed, total_steps=planned, data=self._prepared(), then=coming)
+            run = attach(model, method, base, args.seed, planned, data=self._prepared(), then=coming)
         self.run = run
         self._planned = run.total_steps if planned is None else planned
         run.total_steps = self._planned
