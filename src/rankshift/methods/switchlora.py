@@ -250,17 +250,19 @@ def hold(batches: Sequence[Moves], rank: int, tick: Tick, void: Tensor | None) -
         batches, free_A.split_with_sizes(sizes, 1), free_B.split_with_sizes(sizes, 1), strict=True
     ):
         pairs: list[tuple[Tensor | None, Tensor]] = []
+        counts: list[tuple[Tensor | None, Tensor]] = []
         for parameters, (free, older) in ((batch.A, of_A[..., None]), (batch.B, of_B[:, :, None])):
-            # as large as they are: only then are all tensors multiplied in a few launches
-            kept = free.expand(-1, *parameters[0].shape).to(parameters[0].dtype, memory_format=torch.contiguous_format)
+            # as large as they are, and in their order: only then are all tensors multiplied in a few launches
+            kept = free.to(parameters[0].dtype).expand(-1, *parameters[0].shape).contiguous()
             factors = kept.unbind()
             pairs += zip([p.grad for p in parameters], factors, strict=True)
             states = [tick.state(p) for p in parameters[: batch.going]]
             pairs += zip([state.get("exp_avg") for state in states], factors, strict=False)
             pairs += zip([state.get("exp_avg_sq") for state in states], factors, strict=False)
-            pairs += zip([state.get("step") for state in states], older.unbind(), strict=False)
-        if there := [(t, factor) for t, factor in pairs if t is not None]:
-            torch._foreach_mul_(*_here(*zip(*there, strict=True)))
+            counts += zip([state.get("step") for state in states], older.contiguous().unbind(), strict=False)
+        for some in (pairs, counts):
+            if there := [(t, factor) for t, factor in some if t is not None]:
+                torch._foreach_mul_(*_here(*zip(*there, strict=True)))
 
 
 def _sent(numbers: Sequence[pool.Ints], device: torch.device, void: Tensor | None) -> Tensor:
