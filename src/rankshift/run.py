@@ -129,6 +129,7 @@ class Run:
         self._driver = Driver(self._on.audience, seed, _count(total_steps), self._on.required, start)
         self._driver.objection = self._objection
         self._driver.counted = self._counted
+        self._driver.passed = self._passed
         self._post: Any = None
 
     # ---- building
@@ -541,6 +542,11 @@ class Run:
             )
         end = self.phase_end
         length = (total if end is None else end) - start
+        if length < 1 and end is not None:
+            raise ConfigError(
+                f"This phase of {kind} began at update {start}, and what is to follow was due at update {end} already. "
+                "run.due() names it: run = run.shift(method); or take it off with run.coming = ()."
+            )
         if length < 1:
             raise ConfigError(
                 f"This phase of {kind} began at update {start}, and the run was to end at {total}. Set run.total_steps "
@@ -579,7 +585,7 @@ class Run:
         if not torch.is_grad_enabled() or not self.model.training:
             return task
         if self.watch is not None:
-            self.watch.hear(task)
+            self.watch.hear(task, self._accumulates)
         lesson = self._lesson(args, kwargs) if self._ear.listening else None
         for name in self._on.active:
             task = self._on.members[name].method.objective(task, lesson)
@@ -628,8 +634,15 @@ class Run:
 
     def _overdue(self) -> str:
         """Why, where the phase has ended and its next has not begun."""
-        if self.due() is None:
+        due = self.due()
+        if due is None:
             return ""
+        if self.step == self.phases[-1].start:
+            return (
+                f"{type(due).__name__} was due already when this phase of {type(self.method).__name__} began, at "
+                f"update {self.step}: a shift by hand leaves the list of phases as it is. Go on with run.shift(run.due()), or "
+                "take it off the list with run.coming = ()."
+            )
         return (
             f"This phase of {type(self.method).__name__} ended at update {self.step}, and the next has not begun. "
             "After each update ask run.due(); where it names a method: run = run.shift(method), and a new optimizer "
@@ -686,6 +699,16 @@ class Run:
         if self.coming and self.coming[0].minutes is not None:
             now = time.monotonic()
             self._seconds, self._since = shard.from_first(self._seconds + now - self._since), now
+
+    def _passed(self) -> None:
+        """An update was skipped."""
+        if self.watch is not None:
+            self.watch.skip()
+
+    def _accumulates(self) -> bool:
+        """Whether there are gradients of what trains; taken for granted of sharded tensors, which may have theirs
+        elsewhere until they are reduced."""
+        return any(p.grad is not None or shard.is_sharded(p) for _, p in self.trainable())
 
     def due(self) -> Method | None:
         """The next phase's method, when the current one, or :attr:`coming`, says that it is time; the same on every
@@ -964,7 +987,8 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values. With the model's and the optimizer's state: an exact resume.
 
-        Under FSDP2 every rank must call this; tensors are whole.
+        Under FSDP2, and wherever the run watches the loss (PreLoRA, ``Then(loss=…)`` and the like), every rank must
+        call this; tensors are whole.
         """
         return {**self.describe(), "tensors": dict(self.tensors())}
 
@@ -1128,7 +1152,8 @@ class Run:
             _copy({name: tensor for name, tensor in tensors.items() if name not in theirs}, self._on.kept())
 
     def save(self, directory: str | Path) -> Path:
-        """Write the run as a native directory, atomically; :func:`load` reads it. Every rank may call; one writes."""
+        """Write the run as a native directory, atomically; :func:`load` reads it. Every rank must call this; one
+        writes."""
         from rankshift.io.checkpoint import save
 
         self._open()

@@ -26,6 +26,7 @@ def snapshots(*losses, norm=1.0):
         ({"minutes": math.inf}, "minutes=inf"),
         ({"loss_change": 0.0}, "loss_change=0.0"),
         ({"weight_change": math.nan}, "weight_change=nan"),
+        ({"loss": math.nan}, "loss=nan"),
         ({"loss": 1.0, "window": 0}, "window=0"),
         ({"loss_change": 1.0, "windows": 1}, "a change is between two windows at least"),
         ({"steps": 3, "lr": 0.0}, "a learning rate, above 0"),

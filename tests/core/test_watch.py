@@ -1,5 +1,6 @@
 """The watch over a phase: window means, norms, and the partial-convergence test of PreLoRA, by hand."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -104,6 +105,8 @@ def test_losses_add_up_exactly_whoever_adds_them():
         watch = Watch(Wish(10_000))
         for i in order:
             watch.hear(values[i])
+        assert watch.open().tolist() == [0, 0], "no update was taken yet"
+        watch.look(1, dict)
         totals.append(watch.open().tolist())
     assert totals[0] == totals[1] == [math.fsum(values.tolist()), 1000.0]
 
@@ -124,6 +127,75 @@ def test_going_on_in_the_middle_of_a_window():
         second.look(step, dict)
     assert second.snapshots == whole.snapshots
     assert len(whole.snapshots) == 3
+
+
+W = torch.ones((), requires_grad=True)
+
+
+def heard(watch, value):
+    """A batch of this loss; it is to be trained on by ``backward()``."""
+    loss = W * value
+    watch.hear(loss, lambda: W.grad is not None)
+    return loss
+
+
+def test_what_was_heard_for_an_update_that_is_skipped_does_not_count():
+    watch = Watch(Wish(2))
+    for value in (1.0, math.nan):
+        heard(watch, value).backward()
+    assert watch.heard
+    watch.skip()
+    assert not watch.heard
+    W.grad = None
+    for step, values in ((1, (2.0, 3.0)), (2, (4.0,))):
+        for value in values:
+            heard(watch, value).backward()
+        watch.look(step, dict)
+        assert not watch.heard
+        W.grad = None
+    assert [s.loss for s in watch.snapshots] == [3.0]
+
+
+@pytest.mark.parametrize("way", ["no step", "no backward"])
+def test_a_batch_that_made_no_step_does_not_count(way):
+    """As with a loss scaler that leaves the step out, or a loop that goes on to the next batch."""
+    watch = Watch(Wish(1))
+    for value in (50.0, 70.0):
+        loss = heard(watch, value)
+        if way != "no backward":
+            loss.backward()
+    W.grad = None
+    for value in (1.0, 3.0):
+        heard(watch, value).backward()
+    watch.look(1, dict)
+    assert [s.loss for s in watch.snapshots] == [2.0]
+    W.grad = None
+
+
+def test_losses_of_one_backward_pass_all_count():
+    for together in (lambda a, b: (a + b).backward(), lambda a, b: torch.autograd.backward([b, a])):
+        watch = Watch(Wish(1))
+        together(heard(watch, 1.0), heard(watch, 3.0))
+        heard(watch, 5.0).backward()
+        watch.look(1, dict)
+        assert [s.loss for s in watch.snapshots] == [3.0]
+        W.grad = None
+
+
+@pytest.mark.parametrize("loss", [W * 4.0, torch.tensor(4.0)], ids=["elsewhere", "no graph"])
+def test_a_loss_that_is_trained_on_by_another_tensor_counts(loss):
+    watch = Watch(Wish(1))
+    watch.hear(loss)
+    watch.look(1, dict)
+    assert [s.loss for s in watch.snapshots] == [4.0]
+
+
+def test_numbers_that_are_none_can_be_saved():
+    seen = Snapshot(3, math.nan, {"a": math.inf, "b": 1.5})
+    text = json.dumps(seen.to_mapping(), allow_nan=False)
+    again = Snapshot.from_mapping(json.loads(text))
+    assert math.isnan(again.loss)
+    assert again.norms == {"a": math.inf, "b": 1.5}
 
 
 def test_norms_are_of_float64():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import rankshift as rs
 from laws import laws
 from laws.pool import Pool
 from laws.world import Engine, Session, batch, evaluate, gap, loss_of, same, tiny
+from rankshift.core import event
 from rankshift.core.errors import ConfigError, RankTooLarge, TrainingError, WrongBase
 from rankshift.core.method import Method
 from rankshift.methods import Full, GaLore, LoRA
@@ -90,6 +92,21 @@ def test_a_shift_of_ones_own_leaves_the_list_as_it_is() -> None:
     assert session.steps(1).run.due() == LORA
 
 
+def test_a_phase_by_hand_that_begins_when_the_list_is_due_says_so() -> None:
+    session = begin("one", [rs.Then(LORA, steps=4)]).steps(4)
+    late = session.run.shift(rs.ReLoRA(rank=2, every=3))
+    optimizer = late.optimizer(lr=1e-2)
+    with pytest.raises(ConfigError, match=r"began at update 4, and what is to follow was due at update 4 already"):
+        late.scheduler(optimizer)
+    loss_of(late.model.train(), batch(0)).backward()
+    with pytest.raises(TrainingError, match=r"LoRA was due already when this phase of ReLoRA began, at update 4"):
+        optimizer.step()
+    late.coming = ()  # as it says
+    late.scheduler(optimizer)
+    optimizer.step()
+    assert late.step == 5
+
+
 def test_an_update_after_the_end_of_a_phase_is_refused() -> None:
     session = begin("one", [rs.Then(LORA, steps=2)]).steps(2)
     before = session.state()
@@ -132,6 +149,72 @@ def test_a_window_has_the_mean_of_its_micro_batches(accumulate: int) -> None:
     assert [step for step, _ in seen] == [4, 6]
     assert [loss for _, loss in seen] == pytest.approx(losses.reshape(3, 2).mean(1)[1:].tolist(), rel=1e-6)
     assert session.run.watch.snapshots[0].norms == {}
+
+
+def spoil(session: Session, ways: str) -> None:
+    """A batch of huge or no loss whose update is not taken; of two micro-batches where they accumulate."""
+    model, run = session.wrapped.train(), session.run
+    for way in ways:
+        run.loss(loss_of(model, batch(99)) * 1e6).backward()
+        run.loss(loss_of(model, batch(98)) * (math.nan if way == "s" else 1e5)).backward()
+        if way == "s":  # skipped: gradients are not finite
+            before = run.skipped
+            session.optimizer.step()
+            assert run.skipped == before + 1
+        model.zero_grad()  # else the loop left the step out
+        if way == "n":  # and there not even a backward pass is made
+            run.loss(loss_of(model, batch(97)) * 1e7)
+
+
+def heard_of(ahead: bool, ways: str, engine: Engine = "one", on: int | None = None) -> list[tuple[int, float]]:
+    """Snapshots of 6 updates, with batches between them that made no step."""
+    with pytest.MonkeyPatch.context() as patch:
+        if ahead:
+            patch.setattr(event, "_on_one_gpu", lambda gradients: True)
+        session = begin(engine, [rs.Then(LORA, loss=0.0, loss_change=1e-6, windows=3, window=2)], accumulate=2)
+        for _ in range(6):
+            if ways and (on is None or on == session.run.step):
+                spoil(session, ways)
+            session.step()
+        assert session.run.watch is not None
+        return [(s.step, s.loss) for s in session.run.watch.snapshots]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ways", ["s", "l", "n", "sln"])
+def test_losses_of_updates_that_were_not_taken_do_not_count(ways: str, ahead: bool) -> None:
+    """Ahead: as on a GPU, where the update is launched before anybody knows."""
+    assert heard_of(ahead, ways) == heard_of(ahead, "")
+    assert len(heard_of(ahead, "")) == 3
+
+
+def spoilt_on_ranks() -> list[Any]:
+    return [heard_of(False, ways, "ddp", 3) for ways in ("", "sln")]
+
+
+def test_nor_under_ddp_where_every_rank_has_the_same(pool: Pool) -> None:
+    (one, spoilt), (two, too) = pool.run(spoilt_on_ranks)
+    assert one == two == spoilt == too
+
+
+def test_a_step_that_a_loss_scaler_leaves_out_does_not_count() -> None:
+    seen = []
+    for scale in (1.0, 2.0**127):  # which overflows and is halved, again and again
+        run = rs.attach(tiny(), FULL, total_steps=20, then=[rs.Then(LORA, loss=0.0, window=2)])
+        optimizer = torch.optim.SGD([p for _, p in run.trainable()], lr=0.01)
+        run.carry(optimizer)
+        scaler, calls = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=99), 0
+        while run.step < 2:
+            scaler.scale(run.loss(loss_of(run.model.train(), batch(run.step)) * 100)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            calls += 1
+        assert run.skipped == 0, "the run was not asked"
+        assert run.watch is not None
+        seen.append((calls, [s.loss for s in run.watch.snapshots]))
+    assert seen[0][0] == 2 < seen[1][0]
+    assert seen[1][1] == pytest.approx(seen[0][1], rel=1e-6)
 
 
 def test_it_is_due_once_the_mean_of_a_window_is_low_enough() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import re
 import weakref
@@ -322,14 +323,30 @@ def test_accumulated_batches_are_all_heard_and_updates_are_counted():
     assert [s.loss for s in seen] == pytest.approx([mean, mean], rel=1e-6)
 
 
+def test_a_batch_whose_update_was_skipped_is_not_looked_at():
+    loop, straight = begun(), begun().steps(4)
+    for step in range(4):
+        loop.run.loss(math.nan * loop.run.model(IDS).sum()).backward()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        loop.step()
+        assert (loop.run.step, loop.run.skipped) == (step + 1, step + 1)
+    assert loop.run.watch.snapshots == straight.run.watch.snapshots
+    assert loop.run.due() == straight.run.due() is not None
+
+
 def test_a_window_with_a_loss_that_is_no_number_has_not_converged():
+    """Of an update that was taken, because its gradients are numbers."""
     loop = begun(lr=0.0)
     loop.step()
-    loop.run.loss(math.nan * loop.run.model(IDS).sum()).backward()
+    loop.run.loss(loop.run.model(IDS).square().mean() + math.nan).backward()
     loop.optimizer.step()
     loop.optimizer.zero_grad()
-    assert (loop.run.step, loop.run.skipped) == (1, 1)
-    for _ in range(4):
+    assert (loop.run.step, loop.run.skipped) == (2, 0)
+    json.dumps(loop.run.describe(), allow_nan=False)
+    again = rs.restore(net(), loop.run.state_dict())
+    assert math.isnan(again.watch.snapshots[0].loss)
+    for _ in range(3):
         loop.step()
         assert loop.run.due() is None
     loop.step()

@@ -186,6 +186,7 @@ class Driver:
     refusal: str = ""  # why no update can be taken now
     objection: Callable[[], str] = str  # likewise, asked when gradients are there
     counted: Callable[[], None] = lambda: None  # called when an update was taken
+    passed: Callable[[], None] = lambda: None  # called when one was skipped
     sentry: Sentry = field(default_factory=Sentry)  # while no optimizer is ridden
     taken: dict[int, float] | None = None
     """Where the backward pass itself updates: the largest magnitude in each gradient that it has used since the last
@@ -424,6 +425,8 @@ class Driver:
                     keep()
             self._late, optimizer.void = [], None  # type: ignore[attr-defined]
         group = optimizer.param_groups[0]
+        if self._skip:
+            self.passed()
         if self._bad:
             group["skipped"] += 1
             self._streak += 1

@@ -45,7 +45,8 @@ class Phase:
 @dataclass(frozen=True)
 class Then:
     """A method to go on with, and when: at the first of ``steps``, ``minutes``, ``loss``, and convergence, which is
-    ``loss_change`` and ``weight_change`` together. All count from the beginning of the phase before."""
+    ``loss_change`` and ``weight_change`` together. All count from the beginning of the phase before it in the list; a
+    shift by hand comes in between and changes nothing of that, but windows begin anew with every phase."""
 
     method: Method
     steps: int | None = None
@@ -78,6 +79,8 @@ class Then:
         for name in (*said, "window"):
             if name != "loss" and not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"Then({self._kind}, {name}={getattr(self, name)}): it must be above 0.")
+        if self.loss is not None and not math.isfinite(self.loss):
+            raise ConfigError(f"Then({self._kind}, loss={self.loss}): a number is needed.")
         if self.windows < 2:
             raise ConfigError(f"Then({self._kind}, windows={self.windows}): a change is between two windows at least.")
         if self.steps is not None:

@@ -6,7 +6,9 @@ has moved much (the partial-convergence test of PreLoRA, Krishuthapa et al. 2025
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +39,8 @@ class Snapshot:
     norms: Mapping[str, float]  # ‖W‖_F of each weight, by name
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"step": self.step, "loss": self.loss, "norms": dict(self.norms)}
+        """Plain values; a number that is none as a text, because JSON has no word for it."""
+        return {"step": self.step, "loss": _plain(self.loss), "norms": {k: _plain(v) for k, v in self.norms.items()}}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Snapshot:
@@ -46,22 +48,53 @@ class Snapshot:
         return cls(int(values["step"]), float(values["loss"]), {k: float(v) for k, v in values["norms"].items()})
 
 
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+@dataclass(eq=False)
+class _Heard:
+    """One batch's loss, until the update that it is for is taken or not."""
+
+    loss: Tensor
+    before: list[_Heard]  # those of this update whose backward pass had been made by then
+    counts: bool = False  # its backward pass was made, and its gradients were not thrown away
+
+
 @dataclass(eq=False)
 class Watch:
-    """Hears the loss of every batch and takes a snapshot at the end of every window."""
+    """Hears the loss of every batch and takes a snapshot at the end of every window. What counts are the losses of
+    updates that were taken."""
 
     wish: Wish
     snapshots: list[Snapshot] = field(default_factory=list)  # the last ones, oldest first
-    heard: bool = False  # a loss since the last update
-    _sum: Tensor | float = 0.0  # in float64
+    _heard: list[_Heard] = field(default_factory=list)  # since the last update
+    _sum: Tensor | float = 0.0  # in float64, of this window
     _count: int = 0
 
-    def hear(self, loss: Tensor) -> None:
-        """One batch's loss, a scalar. Waits for no device."""
+    @property
+    def heard(self) -> bool:
+        """Whether there was a loss since the last update."""
+        return bool(self._heard)
+
+    def hear(self, loss: Tensor, accumulates: Callable[[], bool] = lambda: True) -> None:
+        """One batch's loss, a scalar. Waits for no device.
+
+        Args:
+            accumulates: whether gradients of earlier batches are there, as a backward pass begins. If not, their losses
+                do not count: an update that a loop, or a loss scaler, leaves out makes no step.
+        """
         value = loss.detach().float().double()  # sums of these are exact, so it matters not who adds what
-        self._sum = value.clone() if isinstance(self._sum, float) and self._sum == 0 else self._sum + value
-        self._count += 1
-        self.heard = True
+        heard = _Heard(value, [other for other in self._heard if other.counts])
+        self._heard.append(heard)
+        if loss.requires_grad and not torch.compiler.is_compiling():
+            loss.register_hook(functools.partial(_begun, heard, accumulates))  # type: ignore[no-untyped-call]
+        else:
+            heard.counts = True
+
+    def skip(self) -> None:
+        """The update was not taken: what was heard for it is of no use."""
+        self._heard.clear()
 
     def look(self, step: int, weights: Callable[[], Mapping[str, Tensor]]) -> None:
         """An update was taken, ``step`` of the phase; at the end of a window every rank must be here.
@@ -69,7 +102,11 @@ class Watch:
         Args:
             weights: gives what :attr:`Wish.weights` names; asked at the end of a window.
         """
-        self.heard = False
+        losses = [heard.loss for heard in self._heard if heard.counts] or [heard.loss for heard in self._heard]
+        self._heard.clear()
+        for loss in losses:
+            self._sum = loss if isinstance(self._sum, float) and self._sum == 0 else self._sum + loss
+        self._count += len(losses)
         if step % self.wish.window:
             return
         loss, count = self.open().tolist()
@@ -78,14 +115,24 @@ class Watch:
         del self.snapshots[: -self.wish.keep]
 
     def open(self) -> Tensor:
-        """(2,), sum and count of the window that is not over, of all ranks; every rank must call this."""
+        """(2,), sum and count of the window that is not over, of the updates that were taken and of all ranks; every
+        rank must call this."""
         return shard.total(torch.tensor([float(self._sum), float(self._count)], dtype=torch.float64))
 
     def load(self, snapshots: Sequence[Mapping[str, Any]], window: Tensor) -> None:
         """Go on from what was saved. The first rank goes on with the sum of all."""
         self.snapshots = [Snapshot.from_mapping(values) for values in snapshots]
         self._sum, self._count = (float(window[0]), int(window[1])) if shard.rank() == 0 else (0.0, 0)
-        self.heard = False
+        self._heard.clear()
+
+
+def _begun(heard: _Heard, accumulates: Callable[[], bool], gradient: Tensor) -> None:
+    """A backward pass begins at this loss."""
+    if heard.before and not accumulates():
+        for other in heard.before:
+            other.counts = False
+    heard.before = []
+    heard.counts = True
 
 
 def norms(weights: Mapping[str, Tensor]) -> dict[str, float]:
