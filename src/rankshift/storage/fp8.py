@@ -58,9 +58,9 @@ class FP8Layout(Layout):
 
     def times_without(self, at: Tensor | None, x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
         """x Wᵀ + bias in 8 bits, without the columns ``at`` of both."""
-        rounded, sizes = rounded_rows(x) if self.scaling == "row" else rounded_whole(x)
         if at is not None:
-            rounded.view(torch.uint8).index_fill_(1, at, 0)
+            x = x.index_fill(1, at, 0)
+        rounded, sizes = rounded_rows(x) if self.scaling == "row" else rounded_whole(x)
         codes, scales = packed[0].view(E4M3), packed[1].view(torch.float32)
         return product(rounded, codes, sizes, scales, bias, x.dtype)
 
