@@ -44,7 +44,7 @@ def foresee(run: Run, method: Method) -> None:
         with contextlib.suppress(TiedWeights):  # likewise what the phases before untie
             if before is not None:
                 run._on.plan(now, ())
-            if after is not None:
+            if before is not None or after is not None:
                 _check_end(run, now, after)
         before = now
 
@@ -54,14 +54,15 @@ def _takes_over(before: Method, after: Method) -> bool:
     return type(before) is type(after) and type(after).inherit is not Method.inherit
 
 
-def _check_end(run: Run, method: Method, then: Then) -> None:
-    """Raise where the end of a phase of this method could not be seen, or what it trained not be folded then."""
+def _check_end(run: Run, method: Method, then: Then | None) -> None:
+    """Raise where the end of a phase of this method could not be seen, or what it trained not be folded where ``then``
+    begins."""
     sites = {spec.name for spec in run._on.plan(method, ())[0]}
     frozen = run._on.frozen if method.trains_base else frozenset()
     names = {name for name, _, _ in base_parameters(run.model)}
     trained = {name for name in names if method.in_place(name, name.rpartition(".")[0] in sites)}
     run._wish(method, then, (trained | method.projects(run.model).keys()) - frozen)
-    if method.own_bias and not _takes_over(method, then.method):
+    if then is not None and method.own_bias and not _takes_over(method, then.method):
         for spec in run._on.plan(method.final, ())[0]:
             if f"{spec.name}.bias" not in names:
                 raise AttachError(
@@ -104,8 +105,8 @@ def shift(run: Run, method: Method, data: Iterable[Any] | None) -> Run:
     with run._on.bare():
         if estates is None:
             run._on.plan(method, data)
-        if coming:
-            _check_end(run, method, coming[0])
+        if coming or estates is None:
+            _check_end(run, method, coming[0] if coming else None)
     if estates is None:
         check_foldable(run.sites.values())
         _check_exact(run)

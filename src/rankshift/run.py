@@ -26,7 +26,7 @@ from rankshift.core.lesson import Ear, Lesson
 from rankshift.core.method import Method, compare
 from rankshift.core.phase import Phase, Then, listed
 from rankshift.core.schedule import check_warmup, cosine
-from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, form_of, separate
+from rankshift.core.site import Replica, Site, Stack, base_parameters, embeddings_untied, form_of, known_as, separate
 from rankshift.core.watch import Watch, Wish
 from rankshift.holding import Onto
 from rankshift.methods import from_dict, to_dict  # with all methods: what a saved state names must be known
@@ -640,8 +640,8 @@ class Run:
         if self.step == self.phases[-1].start:
             return (
                 f"{type(due).__name__} was due already when this phase of {type(self.method).__name__} began, at "
-                f"update {self.step}: a shift by hand leaves the list of phases as it is. Go on with run.shift(run.due()), or "
-                "take it off the list with run.coming = ()."
+                f"update {self.step}: a shift by hand leaves the list of phases as it is. Go on with "
+                "run.shift(run.due()), or take it off the list with run.coming = ()."
             )
         return (
             f"This phase of {type(self.method).__name__} ended at update {self.step}, and the next has not begun. "
@@ -677,6 +677,15 @@ class Run:
     def _wish(self, method: Method, then: Then | None, trained: Set[str]) -> Wish | None:
         """What to watch in a phase that ``then`` follows, where these parameters train in place."""
         own = method.watches(self.model)
+        if own is not None and own.weights:
+            names = known_as(self.model, own.weights)
+            looked = tuple(name for name in own.weights if names[name] in trained)
+            if not looked:
+                raise ConfigError(
+                    f"{type(method).__name__} looks at the weights of the layers in targets, and none of them trains: "
+                    "they were frozen (requires_grad=False). Unfreeze one before attach(), or choose other targets."
+                )
+            own = replace(own, weights=looked)
         if then is None or not then.looks:
             return own
         if own is not None:
@@ -691,14 +700,16 @@ class Run:
     def _counted(self) -> None:
         """An update was taken."""
         if self.watch is not None:
-            wanted = self.watch.wish.weights
-            self.watch.look(
-                self.step - self.phases[-1].start,
-                lambda: {name: p for name, p, _ in base_parameters(self.model) if name in wanted},
-            )
+            self.watch.look(self.step - self.phases[-1].start, self._looked_at)
         if self.coming and self.coming[0].minutes is not None:
             now = time.monotonic()
             self._seconds, self._since = shard.from_first(self._seconds + now - self._since), now
+
+    def _looked_at(self) -> dict[str, nn.Parameter]:
+        """The weights that the watch looks at, by name."""
+        assert self.watch is not None
+        weights = {name: p for name, p, _ in base_parameters(self.model)}
+        return {name: weights[at] for name, at in known_as(self.model, self.watch.wish.weights).items()}
 
     def _passed(self) -> None:
         """An update was skipped."""

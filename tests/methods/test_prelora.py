@@ -776,9 +776,91 @@ def test_a_shared_weight_may_get_one_of_its_own_at_the_switch(joint: int):
             step()
     step()
     assert model.lm_head.base.weight is not model.model.embed_tokens.weight
-    assert run.adapter()["lm_head"].rank == 4, "of `then`: what is shared is not looked at"
+    assert run.adapter()["lm_head"].rank == 1, "the only one of its family"
     again = rs.restore(llama()[0], run.state_dict())
     assert torch.equal(again.model.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+class Shared(nn.Module):
+    """A head that is tied to the embedding, registered before or after it; and layers that share one weight."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        parts = {"embed": nn.Embedding(11, 8), "head": nn.Linear(8, 11)}
+        for name in (first, *(parts.keys() - {first})):
+            setattr(self, name, parts[name])
+        self.up = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head.weight, self.up[2].weight = self.embed.weight, self.up[0].weight
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                p.copy_(normal(Key(0) / name.replace("head.weight", "embed.weight"), tuple(p.shape), 0.4, dtype=D))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for up in self.up:
+            x = x + up(x).tanh()
+        return self.head(x)[..., :5]
+
+
+def test_shared_weights_are_looked_at_whichever_was_registered_first():
+    seen = []
+    for first in ("embed", "head"):
+        method = of(targets=("head", "up.*"), tied="untie", then=rs.LoRA(rank=8, alpha=6), min_rank=1, max_rank=2)
+        loop = Loop(rs.attach(Shared(first).double().train(), method, seed=1))
+        assert set(loop.run.watch.wish.weights) == {"head.weight", "up.0.weight", "up.1.weight", "up.2.weight"}
+        loop.steps(4)
+        tables = [snapshot.norms for snapshot in loop.run.watch.snapshots]
+        assert all(norms["up.0.weight"] == norms["up.2.weight"] for norms in tables)
+        assert tables[-1]["head.weight"] == pytest.approx(loop.run.model.embed.weight.norm().item(), rel=1e-12)
+        before = out(loop.run.model)
+        loop.turn()
+        assert (out(loop.run.model) - before).abs().max() <= 1e-12
+        ranks = {site: adapter.rank for site, adapter in loop.run.adapter().items()}
+        assert ranks == loop.run.method.ranks
+        assert ranks["head"] == 1, "of a family of one"
+        assert {ranks["up.0"], ranks["up.1"]} == {1, 2}
+        assert ranks["up.2"] == ranks["up.0"], "they are one weight"
+        seen.append((ranks, tables))
+    assert seen[0][0] == seen[1][0]
+    for one, other in zip(seen[0][1], seen[1][1], strict=True):
+        assert one == pytest.approx(other, rel=1e-9)
+
+
+def test_a_shared_weight_that_moves_holds_back():
+    """Also where there is no other: a test of nothing would pass at once."""
+    for tau, on in ((1e-9, False), (NEVER, True)):
+        loop = Loop(rs.attach(Shared("embed").double(), of(targets="head", tied="untie", weight_change=tau)))
+        for _ in range(4):
+            loop.step()
+        assert (loop.run.due() is not None) is on
+
+
+def test_where_no_weight_can_be_looked_at_it_is_refused():
+    method = of(targets="all-linear", exclude=("head",))
+
+    def frozen() -> Net:
+        model = net()
+        for block in model.blocks:
+            block.up.requires_grad_(False), block.down.requires_grad_(False)
+        return model
+
+    for first, then, text in (
+        (method, [], "PreLoRA looks at the weights of the layers in targets, and none of them trains"),
+        (rs.LoRA(rank=1), [rs.Then(method, steps=2)], "none of them trains"),
+        (rs.Full(), [rs.Then(method, steps=2), rs.Then(rs.Full(), steps=9)], "none of them trains"),
+    ):
+        model = frozen()
+        before = {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
+        with pytest.raises(ConfigError, match=text):
+            rs.attach(model, first, then=then)
+        now = dict(model.named_parameters())
+        assert all(now[n].requires_grad is r and torch.equal(now[n], t) for n, (r, t) in before.items())
+    run = rs.attach(frozen(), rs.LoRA(rank=1))
+    with pytest.raises(ConfigError, match="none of them trains"):
+        run.shift(method)
+    assert run.method == rs.LoRA(rank=1), "its phase goes on"
+    run = rs.attach(net(), rs.LoRA(rank=1)).shift(method)  # frozen by the run, not by the user
+    assert len(run.watch.wish.weights) == 8
 
 
 def test_weights_that_were_frozen_before_stay_so_and_are_not_looked_at():

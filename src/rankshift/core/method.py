@@ -251,7 +251,8 @@ class Method:
         return False
 
     def watches(self, model: nn.Module) -> Wish | None:
-        """What :meth:`next` wants to know of the training so far: ``run.watch`` has it. None: nothing."""
+        """What :meth:`next` wants to know of the training so far: ``run.watch`` has it, of those weights that train.
+        None: nothing."""
         return None
 
     def next(self, run: Any) -> Method | None:

@@ -544,6 +544,13 @@ def spec_of(model: nn.Module, name: str) -> Spec:
     return Spec(name, out, into, form, weight.dtype, weight.device)
 
 
+def known_as(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The name under which :func:`base_parameters` has each of these: of weights that are tied it has one."""
+    first = {id(p): name for name, p, _ in base_parameters(model)}
+    known = set(first.values())
+    return {name: name if name in known else first[id(model.get_parameter(name))] for name in names}
+
+
 def perhaps_tied(model: nn.Module, specs: Iterable[Spec]) -> list[Spec]:
     """Those whose weight or module stands in several places, by one walk over the model: the rest is not tied."""
     held = Counter(id(p) for module in model.modules() for p in module._parameters.values())

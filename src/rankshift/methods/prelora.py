@@ -38,7 +38,7 @@ from rankshift.core.errors import ConfigError, RankTooLarge, UnsupportedLayer
 from rankshift.core.event import Event
 from rankshift.core.method import Estate, Method, Shared
 from rankshift.core.random import Key
-from rankshift.core.site import Spec, base_parameters, check_tied, perhaps_tied, select, spec_of
+from rankshift.core.site import Spec, check_tied, perhaps_tied, select, spec_of
 from rankshift.core.watch import Wish, by_family, changes, converged
 from rankshift.methods.lora import LoRA
 
@@ -210,8 +210,7 @@ class PreLoRA(Method):
     def watches(self, model: nn.Module) -> Wish | None:
         if self.stage != "full":
             return None
-        trained = {name for name, p, _ in base_parameters(model) if p.requires_grad}  # not what was frozen before
-        return Wish(self.window, tuple(s.weight for s in self._layers(model) if s.weight in trained), self.windows)
+        return Wish(self.window, tuple(spec.weight for spec in self._layers(model)), self.windows)
 
     def check_span(self, start: int, end: int, total: int | None) -> str:
         """Refuses a phase that is too short for its windows, and warns of one that ends before it freezes."""
