@@ -18,7 +18,7 @@ from rankshift.core.errors import AttachError, ConfigError, ExportError, RankToo
 from rankshift.core.event import Tick
 from rankshift.core.random import Key
 from rankshift.core.schedule import jagged_cosine
-from rankshift.methods.relora import forget_, renew_
+from rankshift.methods.relora import ReLoRALayer, forget_, merge_, renew_
 
 D = torch.float64
 
@@ -582,6 +582,39 @@ def test_a_storage_that_rounds_anew_is_refused_unless_asked_for(monkeypatch: pyt
         rs.attach(model, METHOD)
     assert model[0] is layer
     rs.attach(model, rs.ReLoRA(rank=2, lossy=True))
+
+
+@pytest.mark.parametrize(("size", "share"), [(0.005, 0.9), (0.3, 0.5)])
+def test_what_rounding_takes_of_a_merge_is_measured(size: float, share: float):
+    """Against the weight before and after it. A small change does not survive four bits, a large one does in part."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 128))
+    run = rs.attach(model, rs.ReLoRA(rank=2, lossy=True, targets="0"), base="nf4", total_steps=2000)
+    (adapter,), (site,) = run.adapter().values(), run.sites.values()
+    assert isinstance(adapter, ReLoRALayer)
+    before = site.base.rows()
+    nn.init.normal_(adapter.B)
+    with torch.no_grad():
+        adapter.B.mul_(size * before.norm() / adapter.delta().norm())
+    change = adapter.delta().detach()
+    assert adapter.lost is None
+    merge_(adapter)
+    want = float((site.base.rows() - before - change).norm() / change.norm())
+    assert adapter.lost == pytest.approx(want, rel=1e-4)
+    assert adapter.lost > share if size < 0.1 else adapter.lost < share
+
+
+@pytest.mark.parametrize("base", ["int8", None])
+def test_what_rounding_takes_of_a_merge_is_said(base: Any, caplog: pytest.LogCaptureFixture):
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+    run = rs.attach(model, rs.ReLoRA(rank=2, every=2, lossy=base is not None, rewarm=0), base=base, total_steps=8)
+    optimizer = run.optimizer(lr=3e-3)
+    with caplog.at_level("WARNING", "rankshift"):
+        for step in range(3):
+            model(torch.ones(2, 64)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert ("merge_loss" in run.metrics()) == ("rounding took" in caplog.text) == (step == 2 and bool(base))
 
 
 @pytest.mark.parametrize(

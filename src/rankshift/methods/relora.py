@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,19 +57,28 @@ class ReLoRALayer(LoRALayer):
     """One cycle's layer, and how many there were before it."""
 
     restarts: Tensor  # (), int64
+    lost: float | None = None
+    """Of the change that was merged last, the share that rounding took: ‖(W' − W) − ΔW‖ / ‖ΔW‖; None if none to speak
+    of."""
 
     def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA):
         super().__init__(base, spec, rank, scale, config)
         self.register_buffer("restarts", torch.zeros((), dtype=torch.int64, device=spec.device))
 
 
-def merge_(adapter: LoRALayer) -> None:
+def merge_(adapter: ReLoRALayer) -> None:
     """W ← W + s·B A, rounded once to W's dtype. Under sharding every rank must call this; each forms the rows of W that
     it holds."""
     A, B = adapter.whole_factors()
     if A.device.type != "mps":  # which has none
         A, B = A.double(), B.double()  # float64: neither autocast nor TF32 touches the product
-    adapter.base.add_(lambda rows: adapter.scale * (B[..., rows, :] @ A))
+    base = adapter.base
+    before = base.rows() if narrow(base.dtype) or not base.exact else None
+    base.add_(lambda rows: adapter.scale * (B[..., rows, :] @ A))
+    if before is not None:
+        change = adapter.scale * (B @ A)
+        came = base.rows().to(change.dtype) - before.to(change.dtype)
+        adapter.lost = float((came - change).norm() / change.norm().clamp_min(torch.finfo(change.dtype).tiny))
 
 
 def renew_(adapter: LoRALayer, key: Key) -> None:
@@ -140,6 +150,13 @@ class Restart:
         """Every layer; at the first restart whoever trains at a rate that does not warm up is told."""
         for adapter in adapters:
             self.apply(adapter, tick)
+        if lost := {a.site: a.lost for a in adapters if isinstance(a, ReLoRALayer) and a.lost is not None}:
+            worst = max(lost, key=lambda site: lost[site])
+            _log.warning(
+                "ReLoRA restarts at update %d: rounding took %.0f %% of the change that was merged (median of %d "
+                "layers; %.0f %% at %s).",
+                tick.step, 100 * statistics.median(lost.values()), len(lost), 100 * lost[worst], worst,
+            )  # fmt: skip
         group = tick.group(adapters[0].get_parameter("B"))
         lr = float(group.get("lr", 0.0))
         if self.rewarm and tick.step - tick.began == self.every and lr > 0.1 * float(group.get("initial_lr", lr)):
@@ -290,8 +307,11 @@ class ReLoRA(Method):
         return () if self.every is None else (Restart(self.every, self.reset, self.ratio, self.warming),)
 
     def metrics(self, adapters: Mapping[str, Adapter]) -> dict[str, float]:
-        """Restarts since this phase began."""
-        return {"restarts": float(next(a.restarts for a in adapters.values() if isinstance(a, ReLoRALayer)))}
+        """Restarts since this phase began; and what rounding took at the last one, where the weight is not exact."""
+        layers = [a for a in adapters.values() if isinstance(a, ReLoRALayer)]
+        lost = [layer.lost for layer in layers if layer.lost is not None]
+        found = {"restarts": float(layers[0].restarts)}
+        return found | ({"merge_loss": statistics.median(lost)} if lost else {})
 
     def cannot_ride(self, optimizer: torch.optim.Optimizer) -> str:
         if self.every is None or isinstance(optimizer, (Optimizer, torch.optim.Adam, torch.optim.AdamW)):
