@@ -489,3 +489,66 @@ def test_two_processes_train_one_run(tmp_path):
     assert done.stdout.count("2 updates in") == 1
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"]
     assert (tmp_path / "runs" / "two" / "peft").is_dir()
+
+
+# ---- a base in fewer bits --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A short run of QLoRA: its working directory."""
+    here = tmp_path_factory.mktemp("few")
+    (here / "a.txt").write_text("What say you to this, my lord? I say nothing, sir, and mean the same.\n" * 99)
+    words = ["model=babyllama", "data=a.txt", "base=nf4", "name=q", "train.steps=4", "train.batch=1"]
+    done = call("train", *words, "data.max_length=64", cwd=here)
+    assert re.search(r"^base +\d+\.\d [KM]iB, \d+ layers in nf4 \(4\.\d+ bits a weight\)$", done.stdout, re.M)
+    assert "gemm_4bit" not in done.stdout + done.stderr
+    return here
+
+
+def test_merge_compares_first(few, tmp_path, here_in, refused, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "held in nf4" in here_in("inspect", "runs/q", cwd=few)[1]
+    code, text, errors = here_in("merge", "runs/q", tmp_path / "onto", cwd=few)
+    assert code == 0, errors
+    assert "on 2 of the run's own examples" in text
+    assert re.search(r"merged onto +dequantised", text)
+    assert re.search(r"same most likely class +(99|100)", text)
+    said = refused("merge", "runs/q", tmp_path / "few", "--onto", "requantised", cwd=few)
+    assert "most of it is lost" in said
+    assert "--onto dequantised" in said
+    assert not (tmp_path / "few").exists()
+    code, text, _ = here_in("merge", "runs/q", tmp_path / "few", "--onto", "requantised", "--lossy", cwd=few)
+    assert code == 0
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "few").is_loaded_in_4bit
+    assert (tmp_path / "few" / "model.safetensors").stat().st_size < (
+        tmp_path / "onto" / "model.safetensors"
+    ).stat().st_size
+
+    code, text, _ = here_in("merge", "runs/q", tmp_path / "first", "--onto", "original", cwd=few)
+    assert code == 0
+    assert re.search(r"merged onto +original", text)
+
+
+def test_where_the_data_is_gone_a_paragraph_will_do(few, tmp_path, here_in):
+    import shutil
+
+    shutil.copytree(few / "runs" / "q" / "adapter", tmp_path / "adapter")
+    code, text, errors = here_in("merge", tmp_path / "adapter", tmp_path / "out", "--model", "babyllama")
+    assert code == 0, errors
+    assert "on a paragraph of text" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--onto", "requantized"], "Did you mean 'requantised'"),
+        (["--original", "babyllama"], "Leave one out"),
+        (["--onto", "original", "--original", "nowhere"], "nowhere"),
+    ],
+)
+def test_merges_that_cannot_be(few, tmp_path, refused, options, match):
+    assert match in refused("merge", "runs/q", tmp_path / "out", *options, cwd=few)
+    assert not (tmp_path / "out").exists()

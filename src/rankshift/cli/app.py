@@ -68,11 +68,27 @@ def train(
 
 
 @app.command()
-def merge(directory: Run, out: Out, model: Base = None) -> None:
-    """Fold an adapter into its base: a plain transformers model."""
+def merge(
+    directory: Run,
+    out: Out,
+    model: Base = None,
+    onto: Annotated[
+        str,
+        typer.Option(
+            help="Of a base in fewer bits. dequantised: as it was trained on. original: as it was before it was "
+            "rounded. requantised: in as few bits again."
+        ),
+    ] = "dequantised",
+    original: Annotated[
+        str | None,
+        typer.Option(metavar="PATH_OR_HUB_ID", help="With --onto original: that base. By default where it was."),
+    ] = None,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Write it, though most of what was trained is lost.")] = False,
+) -> None:
+    """Fold an adapter into its base: a plain transformers model. Of a base in fewer bits, show first what is lost."""
     from rankshift.cli.files import export_run
 
-    export_run(directory, out, model, "merged", "exact")
+    export_run(directory, out, model, "merged", "exact", onto, original, lossy)
 
 
 @app.command()

@@ -26,6 +26,8 @@ def run(settings: list[str], resume: Path | None) -> None:
         )
     if "LOCAL_RANK" not in os.environ:  # one process uses one GPU; several are torchrun's business
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    # peft loads it where it is installed, and on a CPU it misses kernels that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from rankshift.train import config
 
     wanted = None if resume is not None else config.read(files[0] if files else None, overrides)
@@ -96,5 +98,3 @@ def _say(console: Console) -> None:
     logger = logging.getLogger("rankshift")
     logger.addHandler(_Notes(console))
     logger.propagate = False
-    # peft loads it where it is installed, and on a CPU it misses kernels that nothing here uses
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ from rankshift.core.errors import ConfigError, MissingFile, beside
 from rankshift.io import checkpoint
 from rankshift.io.checkpoint import MANIFEST
 from rankshift.train import bundled, models, recipe
-from rankshift.train.config import Task
+from rankshift.train.config import Task, TrainConfig
 from rankshift.train.labels import Classes
 
 _PEFT = "adapter_config.json"
@@ -28,6 +28,8 @@ class Base:
     model: nn.Module
     adapter: Path
     reader: Any | None
+    config: TrainConfig | None = None  # of the run of which the adapter is
+    classes: Classes | None = None
 
 
 def load(directory: Path, model: str | None = None) -> Base:
@@ -69,7 +71,7 @@ def _of_run(run: Path, adapter: Path, model: str | None) -> Base:
     reader = _reader(name)
     pad = getattr(reader, "pad_token_id", None)
     loaded = models.load(name, found, config.task, classes, recipe.precision(config)[0], config.seed, pad)
-    return Base(loaded.model, adapter, reader)
+    return Base(loaded.model, adapter, reader, config, classes)
 
 
 def _by_class(directory: Path, name: str | None, kind: str) -> Base:

@@ -160,18 +160,7 @@ def _prepare(config: TrainConfig, console: Console, found: Any) -> Job:
         labelled = roles.select(rows, roles.Columns({"label": columns.of["label"]}), "data.train")
         classes = classes_of(labelled, config.data.labels, models.head_of(found, task))
     pad = getattr(reader, "pad_token_id", None)
-    if task == "causal-lm":
-        assert length is not None
-        examples = data.language(parts, columns, config.data, reader, architecture, length)
-    elif task == "masked-lm":
-        assert length is not None
-        examples = data.masked(parts, columns, config.data, reader, length, config.seed)
-    elif task == "image-classification":
-        assert classes is not None
-        examples = data.images(parts, columns, config.data, reader, classes)
-    else:
-        assert length is not None
-        examples = data.sequences(parts, columns, reader, length, classes)
+    examples = encoded(config, task, parts, columns, reader, architecture, length, classes)
     held = (
         "no validation" if examples.validation is None else f"{len(examples.validation):,} to validate ({parts.split})"
     )
@@ -213,6 +202,28 @@ def _prepare(config: TrainConfig, console: Console, found: Any) -> Job:
         ),
     )
     return Job(resolved, task, loaded.model, reader, examples, classes, loaded.fresh, autocast)
+
+
+def encoded(
+    config: TrainConfig,
+    task: Task,
+    rows: data.Rows,
+    columns: roles.Columns,
+    reader: Any,
+    architecture: type,
+    length: int | None,
+    classes: Classes | None,
+) -> Examples:
+    """Rows as the model takes them."""
+    if task == "image-classification":
+        assert classes is not None
+        return data.images(rows, columns, config.data, reader, classes)
+    assert length is not None
+    if task == "causal-lm":
+        return data.language(rows, columns, config.data, reader, architecture, length)
+    if task == "masked-lm":
+        return data.masked(rows, columns, config.data, reader, length, config.seed)
+    return data.sequences(rows, columns, reader, length, classes)
 
 
 def _check_source(config: TrainConfig) -> None:
@@ -400,7 +411,7 @@ def _run(job: Job, directory: Path, console: Console, resume: bool) -> Result:
     if base:
         console.print(f"  {'base'.ljust(10)} validation {show(base, job.measure.shown)}", highlight=False)
     try:
-        with _no_cache(run.model), _no_advice():
+        with no_cache(run.model), _no_advice():
             trainer.train(resume_from_checkpoint=True if resume else None)
     except SystemExit as stop:
         if stop.code != 130:
@@ -569,7 +580,7 @@ def _calibration(job: Job) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _no_cache(model: nn.Module) -> Iterator[None]:
+def no_cache(model: nn.Module) -> Iterator[None]:
     """No key-value cache while training: it costs memory, and with one transformers does not see packed texts."""
     config: Any = model.config
     before = getattr(config, "use_cache", None)
