@@ -360,16 +360,7 @@ class Run:
                 )
         owned = list(self._on.trainable())
         check_dtypes(self._on.sites)
-        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for name, tensor, method, leaf in owned:
-            transform: Transform = method.transform(name, tensor, self._on.projected.get(name), leaf) or Adam()
-            decays = method.decays(name, tensor, leaf) and (decay is None or decay(name, tensor))
-            factor = method.learning_rate(name, leaf)
-            group = groups.setdefault(
-                (transform, factor, decays),
-                {"params": [], "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0},
-            )
-            group["params"].append((name, tensor))
+        groups = self.grouped(lr, weight_decay, decay)
         self._ranks.update(self.subspaces)  # a new optimizer begins in the ranks of now, not in those of a loaded run
         optimizer = (FusedOptimizer if fused_backward else Optimizer)(
             groups.values(), [key[0] for key in groups], lr, betas, eps, weight_decay, self.seed, self._ranks
@@ -384,6 +375,23 @@ class Run:
         self._driver.bind(optimizer, self.model, optimizer.initial, hooks)
         self._driver.refusal = ""
         return optimizer
+
+    def grouped(
+        self, lr: float, weight_decay: float = 0.0, decay: Callable[[str, Tensor], bool] | None = None
+    ) -> dict[tuple[Any, ...], dict[str, Any]]:
+        """Parameter groups for an optimizer, with named tensors, learning rates and decay as the method has them, by
+        (transform, factor of the rate, whether it decays)."""
+        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for name, tensor, method, leaf in self._on.trainable():
+            transform: Transform = method.transform(name, tensor, self._on.projected.get(name), leaf) or Adam()
+            decays = method.decays(name, tensor, leaf) and (decay is None or decay(name, tensor))
+            factor = method.learning_rate(name, leaf)
+            group = groups.setdefault(
+                (transform, factor, decays),
+                {"params": [], "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0},
+            )
+            group["params"].append((name, tensor))
+        return groups
 
     def optimizer_cls_and_kwargs(
         self,

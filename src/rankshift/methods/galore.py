@@ -38,6 +38,7 @@ from rankshift.optim.moments import Blocks, Store, Wide
 from rankshift.optim.project import Clock, Project
 from rankshift.optim.rounding import narrow
 from rankshift.optim.subspace import Finder, Transport
+from rankshift.optim.transform import Optimizer
 
 _log = logging.getLogger(__name__)
 
@@ -178,6 +179,14 @@ class GaLore(Method):
 
     def must_learn(self, name: str) -> bool:
         return False
+
+    def cannot_ride(self, optimizer: torch.optim.Optimizer) -> str:
+        if isinstance(optimizer, Optimizer):
+            return ""
+        return (
+            f"projects gradients inside its own optimizer, and {type(optimizer).__name__} would step with whole ones. "
+            "Use run.optimizer()."
+        )
 
     def transform(self, name: str, tensor: Tensor, spec: Spec | None, leaf: str) -> Any:
         if leaf == galore_projected.LEAF:

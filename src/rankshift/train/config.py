@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 import yaml
 
 from rankshift.core.config import check_keys, conform, field_docs, hints, plain
@@ -37,6 +38,7 @@ from rankshift.holding import check_method
 from rankshift.methods import LoRA, Method, methods
 from rankshift.storage import Kind
 from rankshift.train import bundled
+from rankshift.train.optimizers import check as check_optimizer
 
 Task = Literal["causal-lm", "masked-lm", "sequence-classification", "regression", "image-classification"]
 ROLES = ("text", "text2", "label", "prompt", "completion", "messages", "image")
@@ -113,6 +115,8 @@ class LoopConfig:
     """Decoupled decay per update, times the learning rate."""
     clip: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    """The method's own AdamW, or bitsandbytes': state in 8 bits, or in memory that the GPU pages out to the host."""
     fused_backward: bool = False
     """Update each tensor inside the backward pass and free its gradient at once: of all gradients the largest is in
     memory at a time. Needs accumulate=1 and clip=0, and one process."""
@@ -142,6 +146,8 @@ class LoopConfig:
             yield f"train.warmup = {self.warmup:g} is not a share in [0, 1). Set for example 0.05."
         if self.weight_decay < 0 or self.clip < 0:
             yield "train.weight_decay and train.clip must not be negative. Set 0 to switch one off."
+        if self.fused_backward and self.optim != "adamw":
+            yield "train.fused_backward is for the method's own optimizer. Leave it out, or train.optim."
         if self.fused_backward and (self.accumulate != 1 or self.clip):
             yield (
                 "train.fused_backward uses each gradient as soon as it is there: none is left to accumulate or clip. "
@@ -215,6 +221,11 @@ class TrainConfig:
         for method in self.methods if self.train.fused_backward else ():
             if method.waits:
                 yield f"train.fused_backward: {type(method).__name__} as configured {method.waits}. Leave it out."
+        for method in self.methods if self.train.optim != "adamw" else ():
+            try:
+                check_optimizer(self.train.optim, method, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            except ConfigError as error:
+                yield f"train.{error}"
         if self.base is not None:
             try:
                 check_method(self.methods[0], self.base, self.then)

@@ -491,6 +491,7 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
     assert loop.eval_every is not None
     assert loop.save_every is not None
     validates = job.examples.validation is not None
+    more: dict[str, Any] = {} if loop.optim == "adamw" else {"optim": loop.optim}
     args = TrainingArguments(
         output_dir=str(directory / CHECKPOINTS),
         max_steps=loop.steps,
@@ -519,6 +520,7 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
+        **more,
         **_recompute(loop.checkpointing),
     )
     measured = job.measure

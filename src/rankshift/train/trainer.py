@@ -44,6 +44,9 @@ from rankshift.run import Run, attach, restore
 from rankshift.storage import Kind
 from rankshift.train import costs, timeline
 from rankshift.train.callback import News, without_screens
+from rankshift.train.optimizers import OPTIMIZERS
+from rankshift.train.optimizers import build as build_optimizer
+from rankshift.train.optimizers import check as check_optimizer
 
 _log = logging.getLogger(__name__)
 
@@ -134,6 +137,8 @@ class Trainer(transformers.Trainer):
         self._check_optimizers(first, model, coming, rest)
         self._settle(args, model, first, coming)
         check_flag(fused_backward)
+        if fused_backward and self._optim is not None:
+            raise ConfigError(f"fused_backward=True is for the run's own optimizer, not for optim={self._optim!r}.")
         if fused_backward:
             self._check_fused(args, [first, *(one.method for one in coming)], rest)
         self._calibration = calibration
@@ -193,7 +198,11 @@ class Trainer(transformers.Trainer):
     def _settle(self, args: TrainingArguments, model: nn.Module, method: Method, coming: Sequence[Then]) -> None:
         """Defaults that suit a mostly frozen model; refusals before anything is built."""
         optim = getattr(args.optim, "value", args.optim)
-        if optim not in _ADAMW:
+        self._optim = optim if optim in OPTIMIZERS else None
+        if self._optim is not None:
+            for one in (method, *(then.method for then in coming)):
+                check_optimizer(self._optim, one, args.device)
+        elif optim not in _ADAMW:
             other = (
                 ""
                 if coming or method.watches(model) is not None
@@ -202,7 +211,7 @@ class Trainer(transformers.Trainer):
             )
             raise ConfigError(
                 f"optim={optim!r} would replace the method's own optimizer, AdamW as it transforms it. Use "
-                f"{' or '.join(map(repr, _ADAMW))}{other}."
+                f"{', '.join(map(repr, (*_ADAMW, *OPTIMIZERS)))}{other}."
             )
         if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False
@@ -267,7 +276,15 @@ class Trainer(transformers.Trainer):
     # ---- optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The run's AdamW with the rates and decay of the arguments; biases and norms do not decay."""
+        """The run's AdamW with the rates and decay of the arguments; biases and norms do not decay. With ``args.optim``
+        of bitsandbytes, that one."""
+        if self.optimizer is None and self._optim is not None:
+            args, lr = self.args, self.run.phases[-1].lr or self.args.learning_rate
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.run._driver.check_gradients = self.check_gradients
+            self.optimizer = build_optimizer(
+                self.run, self._optim, lr, args.weight_decay, betas, args.adam_epsilon, self._decays()
+            )
         if self.optimizer is None:
             args = self.args
             self.optimizer = self.run.optimizer(
