@@ -122,6 +122,140 @@ def test_a_method_without_events_takes_any_optimizer():
         optimizer.step()
 
 
+WATCHED = {name: SMALL[name] for name in ("relora", "switchlora", "sora", "flat-lora")}
+FOREIGN = pytest.raises(TrainingError, match="carries no events")
+
+
+def learn(model, optimizer, step=0):
+    """One update by an optimizer; that there was another before it is seen in the forward."""
+    model(batch(step)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+@pytest.mark.parametrize("name", WATCHED)
+def test_the_runs_optimizer_is_there_and_another_is_stepped(name, taken):
+    model = net()
+    run = rs.attach(model, WATCHED[name], total_steps=9)
+    optimizer, other = run.optimizer(lr=1e-2), torch.optim.AdamW(trainable(model), lr=1e-2)
+    for step in range(taken):
+        learn(model, optimizer, step)
+    learn(model, other)
+    with FOREIGN:
+        learn(model, other)
+    assert run.step == taken
+    optimizer = run.optimizer(lr=1e-2)
+    learn(model, optimizer), learn(model, optimizer)
+    model(batch()).square().mean().backward()
+    optimizer.step(), other.step()  # what the run's has done is done twice
+    with FOREIGN:
+        model(batch())
+
+
+@pytest.mark.parametrize("how", ["before", "after", "in training", "saved"])
+@pytest.mark.parametrize("name", WATCHED)
+def test_a_copy_has_no_run_to_train_it(name, how, tmp_path):
+    model = net()
+    run = rs.attach(model, WATCHED[name], total_steps=9)
+    if how != "before":
+        optimizer = run.optimizer(lr=1e-2)
+    if how in ("in training", "saved"):
+        learn(model, optimizer)
+    if how == "saved":
+        torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+    else:
+        other = copy.deepcopy(model)
+    theirs = torch.optim.LBFGS(trainable(other), lr=1e-3, max_iter=1) if name == "sora" else None
+    theirs = theirs or torch.optim.SGD(trainable(other), lr=1e-3)
+
+    def closure():
+        theirs.zero_grad()
+        loss = other(batch()).square().mean()
+        loss.backward()
+        return loss
+
+    other(batch())  # without it, one step later
+    theirs.step(closure)
+    with FOREIGN:
+        theirs.step(closure)
+    if how != "before":
+        learn(model, optimizer), learn(model, optimizer)  # the model itself is none of it
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that steps another, as those do that perturb or average weights."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        self.inner.step(closure)
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_an_optimizer_around_another_is_one_with_it(outer):
+    model = net()
+    run = rs.attach(model, SMALL["sora"], total_steps=9)
+    inner = torch.optim.AdamW(trainable(model), lr=1e-2)
+    around = Wrapper(inner)
+    run.carry(around if outer else inner)
+    for step in range(3):
+        learn(model, around, step)
+    assert run.step == 3
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_values_may_change_where_an_optimizer_is_ridden(name):
+    """Averages that are swapped in and out, states that are loaded, in the middle of an accumulated update too."""
+    model = net()
+    run = rs.attach(model, WATCHED[name], total_steps=30)
+    optimizer = run.optimizer(lr=1e-2)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    teacher = copy.deepcopy(model)
+    elsewhere = net()
+    others = torch.optim.AdamW([*elsewhere.parameters(), *trainable(model)], lr=1e-2)  # ours have no gradient there
+    saved = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def disturb():
+        with torch.no_grad():
+            kept = [p.detach().clone() for p in trainable(model)]
+            for p, q in zip(trainable(model), trainable(average.module), strict=True):
+                p.copy_(q)
+            model.eval()(batch()), model.train()
+            for p, value in zip(trainable(model), kept, strict=True):
+                p.copy_(value)
+        model.load_state_dict(saved)
+        run.metrics(), run.state_dict()
+
+    for step in range(4):
+        (model(batch(step)).square().mean() / 2).backward()
+        disturb()
+        (model(batch(step)).square().mean() / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        disturb()
+        with torch.no_grad():
+            for p, q in zip(trainable(teacher), trainable(model), strict=True):
+                p.lerp_(q, 0.1)
+        teacher(batch(step)).sum()  # in training mode, with gradients
+        elsewhere(batch(step)).sum().backward()
+        others.step()
+        others.zero_grad()
+    model(batch()).square().mean().backward()
+    optimizer.zero_grad()  # a step that a loss scaler leaves out
+    disturb()
+    model(batch())
+    assert run.step == 4
+
+
 def test_an_ended_run_watches_nothing():
     model = net()
     rs.attach(model, rs.SoRA(rank=2)).detach()

@@ -14,12 +14,14 @@ import enum
 import functools
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
@@ -125,27 +127,85 @@ class Witness:
             self.forward = True
 
 
+_SENTRIES: weakref.WeakSet[Sentry] = weakref.WeakSet()  # of models that were called in training mode
+
+
+@functools.cache
+def _post() -> None:
+    """Let them know of the steps of all optimizers from now on."""
+    register_optimizer_step_pre_hook(functools.partial(_report, False))
+    register_optimizer_step_post_hook(functools.partial(_report, True))
+
+
+def _report(over: bool, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    if not torch.compiler.is_compiling():
+        for sentry in list(_SENTRIES):
+            sentry.sees(optimizer, over)
+
+
 @dataclass(eq=False)
 class Sentry:
     """Sees in a training forward that what trains was updated by an optimizer that no driver rides: events that a
-    method needs would not happen, without a word. It knows tensors and no run, so that a copied model has its own."""
+    method needs would not happen, without a word. It knows tensors and no run, so that a copied model has its own.
+
+    Where an optimizer is ridden, and in a copied model, it goes by steps of others alone: that values changed says
+    nothing, as weights are averaged, swapped and loaded. Compiled code and sharded tensors are not watched.
+    """
 
     tensors: list[Tensor] = field(default_factory=list)
-    armed: bool = True
+    _armed: bool = True  # whether values that changed say something: before there is an optimizer
+    _rider: int | None = None  # id of the optimizer that is ridden
+    _others: set[int] = field(default_factory=set)  # ids of others that are in a step
+    _stray: bool = False  # another has stepped since the one that is ridden did
     _seen: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: nothing is ridden there, and whether it is trained or follows this model is not known."""
+        return {
+            "tensors": self.tensors,
+            "_armed": False,
+            "_rider": None,
+            "_others": set(),
+            "_stray": False,
+            "_seen": None,
+        }
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """Watch these from now on; a few of what trains are enough."""
-        self.tensors, self._seen = [t for t in tensors if not shard.is_sharded(t)], None
+        self.tensors = [t for t in tensors if not shard.is_sharded(t)]
+        self.forgive()
+
+    def follow(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """This optimizer is ridden from now on; None: none is."""
+        self._rider, self._armed = None if optimizer is None else id(optimizer), optimizer is None
+        self.forgive()
+
+    def forgive(self) -> None:
+        """The optimizer that is ridden has stepped, or a verb changed what trains."""
+        self._stray, self._seen = False, None
+        self._others.clear()
+
+    def sees(self, optimizer: torch.optim.Optimizer, over: bool) -> None:
+        """An optimizer begins a step, or ends one. In between the one that is ridden may step: then they are one."""
+        if not over and id(optimizer) != self._rider:
+            self._others.add(id(optimizer))
+        elif over and id(optimizer) in self._others:
+            self._others.discard(id(optimizer))
+            mine = {id(t) for t in self.tensors if t.grad is not None}
+            if mine and any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+                self._stray = True
 
     def __call__(self, model: nn.Module, args: object) -> None:
-        if torch.compiler.is_compiling() or not (self.armed and model.training and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
+        _post()
+        _SENTRIES.add(self)
         now = sum(t._version for t in self.tensors)
-        if self._seen is not None and now != self._seen:
+        if self._stray or (self._armed and self._seen not in (None, now)):
             raise TrainingError(
-                "What trains was updated by an optimizer that carries no events, which this method needs. Make the "
-                "optimizer with run.optimizer(), or hand yours to run.carry(optimizer)."
+                "What trains was updated by an optimizer that carries no events, which this method needs. Step the one "
+                "that run.optimizer() made, or hand yours to run.carry(optimizer). A copy of the model has no run and "
+                "cannot be trained: merge() first."
             )
         self._seen = now
 
@@ -187,7 +247,7 @@ class Driver:
     objection: Callable[[], str] = str  # likewise, asked when gradients are there
     counted: Callable[[], None] = lambda: None  # called when an update was taken
     passed: Callable[[], None] = lambda: None  # called when one was skipped
-    sentry: Sentry = field(default_factory=Sentry)  # while no optimizer is ridden
+    sentry: Sentry = field(default_factory=Sentry)  # sees optimizers that are not ridden
     taken: dict[int, float] | None = None
     """Where the backward pass itself updates: the largest magnitude in each gradient that it has used since the last
     step, by the id of its tensor; not finite where that tensor was left alone. None: everything waits for the step."""
@@ -271,7 +331,8 @@ class Driver:
             self.close()
         self.release()
         self._initial, self._units = initial, shard.units(model)
-        self._optimizer, self.sentry.armed = optimizer, False
+        self._optimizer = optimizer
+        self.sentry.follow(optimizer)
         self._checked, self.taken = False, None if hooks is None else {}
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -288,7 +349,7 @@ class Driver:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._optimizer, self._initial = [], None, None
-        self.sentry.armed = True
+        self.sentry.follow(None)
 
     def close(self) -> None:
         """Part with the optimizer that was ridden: it must not be stepped again."""
@@ -407,6 +468,7 @@ class Driver:
         return seen
 
     def _after(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        self.sentry.forgive()
         if self._fresh is not None:
             self._rehearsed(optimizer, self._fresh)
             return
