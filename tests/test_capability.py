@@ -16,7 +16,7 @@ from laws.laws import Experts
 from rankshift import capability
 from rankshift.core.adapter import Adapter
 from rankshift.core.base import Base
-from rankshift.core.errors import UnsupportedLayer
+from rankshift.core.errors import ConfigError, UnsupportedLayer
 from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.form import EmbeddingForm
 from rankshift.core.method import _REGISTRY, Method, methods
@@ -54,6 +54,18 @@ def disagreements(method: Method) -> list[str]:
 def test_what_is_said_of_layers_is_so(kind: type[Method]) -> None:
     assert disagreements(kind()) == []
     assert capability.layers(kind())["Linear"] == ""
+
+
+@pytest.mark.parametrize("kind", methods().values(), ids=lambda kind: kind.name)
+def test_what_is_said_of_a_base_in_4_bits_is_so(kind: type[Method]) -> None:
+    said = capability.probe(kind()).quantised
+    try:
+        rs.attach(nn.ModuleDict({"layer": nn.Linear(160, 160)}), kind(), base="nf4", total_steps=10_000)
+        found = ""
+    except (ConfigError, UnsupportedLayer) as error:
+        found = str(error)
+    assert bool(said) == bool(found)
+    assert said.replace("A linear layer", "layer") == found
 
 
 @pytest.mark.parametrize("kind", methods().values(), ids=lambda kind: kind.name)

@@ -226,3 +226,16 @@ def test_a_formula_that_is_not_so_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     for wrong in ("r·(out - in)", "min(out, in)", "r.real", "q·out"):
         with pytest.raises((AssertionError, KeyError)):
             evaluate(wrong, out=5, into=7, r=3)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.127), ("fp4", 4.127), ("int8", 8.047), ("fp8", 16.047)])
+def test_bits_of_a_base_in_fewer(kind: Any, bits: float) -> None:
+    """4 bits, 8 for 64 numbers, 32 for 64 · 256 and μ; 8 bits and 32 for a row; with a transposed copy twice that."""
+    model = nn.Sequential(nn.Linear(512, 1024, bias=False), nn.Linear(1024, 512, bias=False), nn.LayerNorm(512))
+    run = rs.attach(model, rs.LoRA(rank=2, targets=("0", "1")), base=kind)
+    summary = run.summary()
+    assert [(k, n) for k, n, _ in summary.held] == [(kind, 2)]
+    assert summary.held[0][2] == pytest.approx(bits, abs=1e-3)
+    assert summary.bytes_base == pytest.approx(bits / 8 * 2 * 512 * 1024 + 4 * 1024, rel=1e-3)
+    assert f", 2 layers in {kind} ({bits:.3g} bits a weight)" in str(summary)
+    assert rs.attach(nn.Sequential(nn.Linear(8, 8)), rs.LoRA(rank=2, targets="0")).summary().held == ()

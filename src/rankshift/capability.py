@@ -25,6 +25,7 @@ from rankshift.core.form import ConvForm, EmbeddingForm, ExpertsForm, Form, Tran
 from rankshift.core.method import Method
 from rankshift.core.random import Key, normal
 from rankshift.core.site import Spec
+from rankshift.holding import check_method
 from rankshift.run import Run, attach
 
 LAYERS: Mapping[str, tuple[str, Form]] = {  # kind → a name that such a layer has, and its form
@@ -52,6 +53,7 @@ class Capability:
     lora: str  # export as one plain LoRA, exactly
     merge: str  # end as plain weights of the same shapes
     disable: str  # the base, bit for bit, in mid-run
+    quantised: str  # stand on weights in 4 bits
     second: str  # another adapter of the same method beside it
     total: bool  # needs total_steps
     data: bool  # looks at data before it starts
@@ -72,6 +74,7 @@ def probe(method: Method) -> Capability:
         lora=lora,
         merge=_refusal(_half_way(method).merge),
         disable=disable,
+        quantised=_refusal(lambda: check_method(method, "nf4")),
         second=second,
         total=method.needs_total,
         data=method.needs_data,

@@ -36,7 +36,7 @@ from rankshift.core.method import Method
 from rankshift.core.phase import Then
 from rankshift.core.site import Site, Spec, linear_layers, perhaps_tied, spec_of, walk
 from rankshift.placement import Placement
-from rankshift.storage import held_as
+from rankshift.storage import check_known, held_as
 from rankshift.storage.quantised import Held, held_in, marks
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def check_method(method: Method, kind: str, coming: Sequence[Then] = ()) -> None
 
 
 def _check_trains(method: Method, kind: str, coming: Sequence[Then]) -> None:
-    held_as(kind)
+    check_known(kind)
     if method.trains_base:
         raise ConfigError(
             f'{type(method).__name__} trains the weights of the model, and base="{kind}" holds them rounded, for good. '

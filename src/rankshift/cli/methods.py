@@ -145,6 +145,7 @@ def _verbs(can: Capability) -> dict[str, str]:
         "export as a plain LoRA": can.lora,
         "merge": can.merge,
         "go back to the base": can.disable,
+        "stand on a base in 4 bits": can.quantised,
         "stand beside another": can.second,
     }
 

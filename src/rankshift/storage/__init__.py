@@ -19,16 +19,21 @@ Kind = Literal["nf4", "fp4", "int8", "fp8"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
+def check_known(kind: str) -> None:
+    """Raise ConfigError where there is no storage of this name, or what it needs is not installed; loads nothing."""
+    if kind not in KINDS:
+        raise ConfigError(f"base={kind!r} is none of {', '.join(KINDS)}; None leaves the weights as they are.")
+    if kind != "fp8" and find_spec("bitsandbytes") is None:
+        raise ConfigError(f'base="{kind}" needs bitsandbytes. Install it: pip install "rankshift[quant]".')
+
+
 def held_as(kind: str) -> type[Held]:
     """The base of a storage.
 
     Raises:
         ConfigError: there is none of this name, or what it needs is not installed.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"base={kind!r} is none of {', '.join(KINDS)}; None leaves the weights as they are.")
-    if kind != "fp8" and find_spec("bitsandbytes") is None:
-        raise ConfigError(f'base="{kind}" needs bitsandbytes. Install it: pip install "rankshift[quant]".')
+    check_known(kind)
     if kind in ("nf4", "fp4"):
         from rankshift.storage.four_bit import FourBit
 
