@@ -87,6 +87,49 @@ def test_after_a_later_stage_the_model_trains_what_it_trained_before(end: Callab
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
+IN_MID_RUN = [
+    (rs.Full(), rs.SwitchLoRA(rank=2, interval=9, freeze=2, targets=BODY)),
+    (rs.ReLoRA(rank=2, targets=BODY), rs.Full()),
+    (rs.LoRA(rank=2, targets=BODY, bias="all"), rs.Full()),
+    (rs.SwitchLoRA(rank=2, interval=9, freeze=2, targets=BODY), rs.Full()),
+    (SORA, SORA),
+    (rs.GaLore(rank=2, targets=BODY, rest="train"), rs.Full()),
+]
+
+
+@pytest.mark.parametrize(("first", "then"), IN_MID_RUN, ids=[f"{a.name}-{b.name}" for a, b in IN_MID_RUN])
+def test_what_is_frozen_in_mid_run_stays_so(first: rs.Method, then: rs.Method) -> None:
+    run = rs.attach(net(), first, total_steps=30)
+    update(run, run.optimizer(lr=1e-2))
+    trained = run.model.norm.bias.requires_grad
+    run.model.norm.bias.requires_grad_(False)
+    held = run.model.norm.bias.detach().clone()
+    run = run.shift(then)
+    update(run, run.optimizer(lr=1e-2))
+    assert torch.equal(run.model.norm.bias, held)
+    assert run.model.norm.weight.requires_grad is then.trains_base
+    if then.name == "full":
+        again = rs.restore(net(), run.state_dict())
+        assert not again.model.norm.bias.requires_grad
+        run.model.norm.bias.requires_grad_(True)
+        run = run.shift(rs.Full())
+        assert run.model.norm.bias.requires_grad
+    if trained:
+        assert run.merge().norm.bias.requires_grad, "as it came"
+
+
+def test_a_target_that_was_frozen_in_mid_run_ends_nothing() -> None:
+    run = rs.attach(net(), rs.Full(), total_steps=30)
+    optimizer = run.optimizer(lr=1e-2)
+    update(run, optimizer)
+    run.model.first.weight.requires_grad_(False)
+    with pytest.raises(rs.errors.TargetError, match=r"first\.weight is frozen"):
+        run.shift(rs.SwitchLoRA(rank=2, interval=9, freeze=2, targets=BODY))
+    assert run.method == rs.Full()
+    update(run, optimizer)
+    assert run.step == 2
+
+
 # ---- left behind
 
 

@@ -99,6 +99,7 @@ def shift(run: Run, method: Method, data: Iterable[Any] | None) -> Run:
     if not isinstance(method, Method):
         raise ConfigError(f"shift needs a method such as rs.LoRA(rank=16); got {type(method).__name__}.")
     refuse_sharded(run.model, "shift()")
+    _note_frozen(run)
     # what cannot begin, or could not go on from there, must not end this phase
     listed, coming = _left(run, method)
     estates = _inherited(run, method)
@@ -133,6 +134,20 @@ def shift(run: Run, method: Method, data: Iterable[Any] | None) -> Run:
             "optimizer, or from the last checkpoint with a fresh model."
         )
         raise
+
+
+def _note_frozen(run: Run) -> None:
+    """What this phase was to train in place, and somebody has frozen since, stays so, as if it had been before the run;
+    and the other way round."""
+    method, copied = run.method, tuple(f"{name}." for name in run._on.replicas())
+    chosen = {
+        name: p.requires_grad
+        for name, p, adapted in base_parameters(run.model)
+        if (name in run._on.projected or method.in_place(name, adapted)) and not name.startswith(copied)
+    }
+    trains = {name for name, learns in chosen.items() if learns}
+    # a method that does not train the base trains a bias that it is told to, whatever that was before
+    run._on.frozen = (run._on.frozen - trains if method.trains_base else run._on.frozen) | (chosen.keys() - trains)
 
 
 def _check_exact(run: Run) -> None:
