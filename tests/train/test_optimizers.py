@@ -154,15 +154,20 @@ def test_what_is_loaded_is_paged_again(monkeypatch):
     ("pairs", "text"),
     [
         (["train.optim=adamw_8bits"], "Did you mean 'adamw_8bit'"),
-        (["train.optim=paged_adamw_8bit"], "train.optim='paged_adamw_8bit' keeps its state"),
         (["train.optim=adamw_8bit", "method=galore"], "GaLore projects gradients"),
         (["train.optim=adamw_8bit", "train.fused_backward=true", "train.clip=0"], "the method's own optimizer"),
     ],
 )
-def test_settings_are_refused_before_data_is_read(pairs, text, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_settings_are_refused(pairs, text):
     with pytest.raises(ConfigError, match=text):
         config.read(None, [*pairs, "model=nowhere", "data=nothing.txt"])
+
+
+def test_pages_are_refused_without_a_gpu_before_data_is_read(monkeypatch, tiny_llama):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wanted = config.read(None, ["train.optim=paged_adamw_8bit", f"model={tiny_llama}", "data=tinyshakespeare"])
+    with pytest.raises(ConfigError, match="optim='paged_adamw_8bit' keeps its state"):
+        recipe.preflight(wanted)
 
 
 def test_a_recipe(tmp_path, tiny_llama):

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 import yaml
 
 from rankshift.core.config import check_keys, conform, field_docs, hints, plain
@@ -223,7 +222,7 @@ class TrainConfig:
                 yield f"train.fused_backward: {type(method).__name__} as configured {method.waits}. Leave it out."
         for method in self.methods if self.train.optim != "adamw" else ():
             try:
-                check_optimizer(self.train.optim, method, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+                check_optimizer(self.train.optim, method)
             except ConfigError as error:
                 yield f"train.{error}"
         if self.base is not None:

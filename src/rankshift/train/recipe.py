@@ -52,6 +52,7 @@ from rankshift.train.data import Examples
 from rankshift.train.evaluation import Measure, measure, show
 from rankshift.train.heat_map import heat_map
 from rankshift.train.labels import Classes, classes_of
+from rankshift.train.optimizers import check as check_optimizer
 from rankshift.train.timeline import timeline, worth_seeing
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
@@ -112,6 +113,9 @@ def preflight(config: TrainConfig, resume: bool = False) -> Any:
             models.architecture(found, config.task)
     with _collect(problems):
         _check_source(config)
+    if config.train.optim != "adamw":
+        with _collect(problems):
+            check_optimizer(config.train.optim, config.method, torch.device(_device()))
     if not isinstance(config.data.validation, float):
         with _collect(problems):
             sources.find(config.data.validation, "data.validation")
@@ -288,6 +292,10 @@ def precision(config: TrainConfig) -> tuple[torch.dtype, bool]:
     narrow = all(method.reversible or method.trains_narrow for method in config.methods)
     # and a phase that ends folds what it trained into the weights: in bf16 most of it would be lost
     return (torch.bfloat16 if narrow and len(config.methods) == 1 else torch.float32), True
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _world() -> int:
@@ -733,8 +741,7 @@ def _head(
     console: Console, config: TrainConfig, found: Any, task: str, meant: str | None, columns: roles.Columns
 ) -> None:
     kind = (found.architectures or [found.model_type])[0]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    _line(console, "model", f"{config.model} ({kind}) on {device}")
+    _line(console, "model", f"{config.model} ({kind}) on {_device()}")
     why = ""
     if config.task is None:
         why = " (from the columns of the data)" if meant else " (from the model's architecture)"
