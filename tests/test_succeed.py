@@ -159,6 +159,41 @@ def test_the_run_goes_on_and_the_old_one_is_closed():
     assert {n.rpartition(".")[0] for n, _ in after.trainable()} == {"first", "head"}
 
 
+def test_events_know_when_the_phase_began():
+    began: list[tuple[int, int]] = []
+
+    class Since(Note):
+        def due(self, tick: Tick) -> bool:
+            began.append((tick.step, tick.began))
+            return False
+
+    class Later(Heir):
+        name: ClassVar[str] = ""
+
+        def events(self) -> tuple[Event, ...]:
+            return (Since(),)
+
+    _, run, _ = begun(steps=3)
+    run.shift(Later(rank=4, keep=2))
+    assert set(began) == {(3, 3)}
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_moments_go_along_with_values_and_not_with_others(factor: int, caplog: pytest.LogCaptureFixture):
+    class Other(Heir):
+        name: ClassVar[str] = ""
+
+        def inherit(self, before: Method, adapters: Mapping[str, Adapter]) -> Mapping[str, Estate] | None:
+            return {s: Estate(4, {"A": factor * a.A.detach(), "B": a.B.detach()}) for s, a in adapters.items()}
+
+    _, run, _ = begun()
+    after = run.shift(Other(rank=4, keep=4))
+    optimizer = after.optimizer(lr=1e-2)
+    kept = {name.rpartition(".")[2] for name, p in after.trainable() if optimizer.state.get(p)}
+    assert kept == ({"A", "B"} if factor == 1 else {"B"})
+    assert ("(first.A, second.A, head.A), which begin with other values" in caplog.text) is (factor == 2)
+
+
 def test_gradients_of_the_phase_before_are_gone():
     model, run, _ = begun(rs.LoRA(rank=4, targets=("first", "second"), modules_to_save=("head",)))
     model(IDS).square().mean().backward()

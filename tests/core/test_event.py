@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.utils.checkpoint import checkpoint
 
 import rankshift as rs
@@ -296,6 +296,28 @@ def test_another_optimizer_can_carry():
     del state["param_groups"][0]["updates"]  # written by a program that knows nothing of the count
     later.load_state_dict(state)
     assert run.step == 2
+
+
+def test_a_rehearsal_of_another_optimizer_leaves_its_count_at_zero():
+    """torch.distributed.checkpoint makes state by a step on zero gradients; AdamW counts that."""
+    straight, rehearsed = [], []
+    for seen in (straight, rehearsed):
+        torch.manual_seed(0)
+        model = Net()
+        run = rs.attach(model, rs.LoRA(rank=2))
+        optimizer = torch.optim.AdamW(list(run.trainable()), lr=1e-2)
+        run.carry(optimizer)
+        if seen is rehearsed:
+            get_optimizer_state_dict(model, optimizer)
+            assert run.step == 0
+            assert {float(state["step"]) for state in optimizer.state.values()} == {0.0}
+        for _ in range(2):
+            optimizer.zero_grad()
+            learn(model)
+            optimizer.step()
+        assert run.step == 2
+        seen += [p.detach().clone() for _, p in run.trainable()]
+    assert all(torch.equal(a, b) for a, b in zip(straight, rehearsed, strict=True))
 
 
 def test_a_new_optimizer_releases_the_first():

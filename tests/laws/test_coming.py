@@ -17,7 +17,7 @@ import rankshift as rs
 from laws import laws
 from laws.pool import Pool
 from laws.world import Engine, Session, batch, evaluate, gap, loss_of, same, tiny
-from rankshift.core import event
+from rankshift.core import event, shard
 from rankshift.core.errors import ConfigError, RankTooLarge, TrainingError, WrongBase
 from rankshift.core.method import Method
 from rankshift.methods import Full, GaLore, LoRA
@@ -301,6 +301,57 @@ def test_minutes_are_of_training_and_go_on_when_resumed(monkeypatch: pytest.Monk
     assert again.run.due() == LORA
     run = again.run.shift(LORA)
     assert run.due() is None
+
+
+def test_minutes_of_each_phase_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("rankshift.run.time.monotonic", lambda: clock[0])
+    run = rs.attach(tiny(), FULL, then=[rs.Then(LORA, minutes=1.0), rs.Then(FULL, minutes=1.0)])
+    for _ in range(2):
+        session = Session("one", run)
+        for _ in range(3):
+            assert session.run.due() is None
+            clock[0] += 25.0
+            session.step()
+        due = session.run.due()
+        assert due is not None
+        run = session.run.shift(due)
+    assert route(run) == [("full", 0, 3), ("lora", 3, 6), ("full", 6, None)]
+
+
+def over_clocks() -> list[Any]:
+    """Two processes, whose clocks go at different rates."""
+    clock = [1000.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankshift.run.time.monotonic", lambda: clock[0])
+        session, due = begin("ddp", [rs.Then(LORA, minutes=1.0)]), []
+        for _ in range(4):
+            clock[0] += 25.0 if shard.rank() == 0 else 1000.0
+            session.step()
+            due.append(session.run.due() is not None)
+            if due[-1]:
+                break
+    return due
+
+
+def test_minutes_are_those_of_the_first_process(pool: Pool) -> None:
+    assert pool.run(over_clocks) == [[False, False, True]] * 2
+
+
+def test_the_schedule_of_a_phase_ends_where_the_next_is_listed() -> None:
+    session = go(begin("one", [rs.Then(rs.ReLoRA(rank=2, every=9), steps=3), rs.Then(LORA, steps=5)]), 4)
+    assert session.run.phase_end == 8
+    rates = []
+    optimizer = session.run.optimizer(lr=1.0)
+    schedule = session.run.scheduler(optimizer)
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        session.run.loss(loss_of(session.model, batch(0))).backward()
+        optimizer.step()
+        schedule.step()
+    assert session.run.due() == LORA
+    assert rates == sorted(rates, reverse=True)
+    assert 0.1 < rates[-1] < 0.3 < rates[0] < 1, "from 1 to a tenth over 5 updates"
 
 
 def unmoved(run: rs.Run, steps: int, inflate: str = "") -> list[int]:

@@ -176,6 +176,29 @@ def test_the_ladder_by_hand():
     assert ladder({"a.0.q.weight": 0.0, "a.1.q.weight": math.inf}, 4, 32) == {"a.0.q.weight": 4, "a.1.q.weight": 4}
 
 
+def test_ranks_are_of_the_last_change():
+    """The layer that moved most before that stands still by now."""
+    loop = begun(of(window=1, windows=3), lr=0.0)
+    for moved in (0, 1, None):
+        loop.step()
+        if moved is not None:
+            with torch.no_grad():
+                loop.run.model.blocks[moved].down.weight.mul_(3 - moved)
+    assert loop.run.due().ranks == {**dict.fromkeys(SITES, 1), "blocks.1.down": 8}
+
+
+def test_a_frozen_stage_with_other_adapters_takes_nothing_over():
+    """Its adapters begin anew, and what those before had learned is in the weights."""
+    loop = begun().until("joint").steps(2)
+    before, A = out(loop.run.model), {s: a.A.detach().clone() for s, a in loop.run.adapter().items()}
+    other = replace(loop.run.method, stage="frozen", then=rs.LoRA(rank=2, alpha=50), ranks=loop.run.method.ranks)
+    run = loop.run.shift(other)
+    assert (out(run.model) - before).abs().max() <= 1e-12
+    assert not any(a.B.any() for a in run.adapter().values())
+    assert not any(torch.equal(a.A, A[s]) for s, a in run.adapter().items())
+    assert {a.scale for a in run.adapter().values()} == {25.0}
+
+
 def test_each_family_has_a_ladder_of_its_own():
     """One whose layers move a hundred times as much gives none of them a rank from the other."""
     moved = {"0.q.weight": 1.0, "1.q.weight": 2.0, "0.k.weight": 100.0, "1.k.weight": 300.0, "0.only.weight": 50.0}

@@ -100,6 +100,23 @@ def test_a_restart_preserves_the_function_and_merges_with_s():
             assert not any(tensor.any() for tensor in loop.optimizer.state[parameter].values())
 
 
+def test_every_layer_and_every_restart_draws_its_own():
+    """Layers of one shape too; and what A forgets at random is not what B does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 9), nn.Linear(9, 9), nn.Linear(9, 7)).to(D)
+    method = rs.ReLoRA(rank=3, every=3, rewarm=0, reset="random", ratio=0.5, targets=("0", "2", "3"))
+    loop, drawn, masks = Loop(method, model=model), [], []
+    for updates in (4, 3):
+        loop.steps(updates)
+        drawn += [layer.A.detach().clone() for layer in loop.layers().values()]
+        for leaf in "AB":
+            masks += [(state["exp_avg"] == 0).flatten() for state in moments(loop, leaf)]
+    assert {0.2 < mask.double().mean().item() < 0.8 for mask in masks} == {True}
+    for found in (drawn, masks):
+        pairs = [(i, j) for i in range(len(found)) for j in range(i)]
+        assert not any(torch.equal(found[i], found[j]) for i, j in pairs)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_merge_rounds_once_whatever_the_loop_computes_in(autocast: bool):
     """fp32 weights are those of W + s·B A in float64, to the bit, also where the step is taken under autocast."""
