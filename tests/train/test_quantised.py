@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,17 @@ def test_a_recipe_on_a_model_that_is_quantised_already(tmp_path, tiny_llama):
     assert (directory / "peft" / "adapter_config.json").is_file()
     with pytest.raises(rs.errors.UnsupportedLayer, match="held in nf4 already"):
         job(tmp_path, tmp_path / "few", "base=int8")
+
+
+def test_the_python_of_the_page(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "qlora.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    batch = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
+    names = {"rs": rs, "model": base(), "batch": batch}
+    exec(first.replace("rank=64", "rank=4"), names)
+    assert "14 layers in nf4 (" in capsys.readouterr().out
+    names["model"](**batch).loss.backward()
+    names["optimizer"].step()
+    exec(second, names)
+    assert "same most likely class" in capsys.readouterr().out
+    assert not any(isinstance(module, rs.core.site.Site) for module in names["model"].modules())
