@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from test_trainer import arguments, base, data, losses, same, tensors, trainer
+from test_trainer_distributed import ENGINES, OnCPU, on_two
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import rankshift as rs
@@ -179,3 +180,22 @@ def test_the_python_of_the_page(capsys):
     exec(second, names)
     assert "same most likely class" in capsys.readouterr().out
     assert not any(isinstance(module, rs.core.site.Site) for module in names["model"].modules())
+
+
+def train_in_two(out, kind, engine):
+    alike = {"model": base(dropout=0.0), "save_strategy": "no", "rest": {"base": kind}}
+    t = trainer(out, rs.LoRA(rank=2), cls=OnCPU, per_device_train_batch_size=1, **alike, **ENGINES[engine])
+    t.train()
+    codes = [site.base.weight for site in t.run.sites.values()]
+    here = sum(getattr(w, "to_local", lambda w=w: w)().numel() for w in codes)
+    return {"losses": losses(t), "tensors": tensors(t.run), "held": here / sum(w.numel() for w in codes)}
+
+
+@pytest.mark.parametrize(("kind", "engine", "share"), [("nf4", "ddp", 1.0), ("nf4", "fsdp2", 0.5)])
+def test_two_processes_are_one(tmp_path, kind, engine, share):
+    one, two = on_two(tmp_path, train_in_two, tmp_path / "out", kind, engine)
+    assert one["losses"] == two["losses"]
+    assert same(one["tensors"], two["tensors"])
+    assert one["held"] == pytest.approx(share)
+    alone = train(tmp_path / "alone", kind, rs.LoRA(rank=2), model=base(dropout=0.0), save_strategy="no")
+    assert one["losses"] == pytest.approx(losses(alone), abs=1e-3)
