@@ -8,7 +8,6 @@ anything is rounded: PaCA its columns, PiSSA what it subtracts.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +26,6 @@ from rankshift.core.errors import (
     ConfigError,
     MissingFile,
     TargetError,
-    TiedWeights,
     UnsupportedLayer,
     WrongBase,
 )
@@ -94,12 +92,6 @@ def check(placement: Placement, method: Method, kind: str, coming: Sequence[Then
             )
         if spec.storage == "dense" and spec.dtype not in _TAKEN:
             raise UnsupportedLayer(f'{spec.name} is in {spec.dtype}: base="{kind}" takes weights in 16 or 32 bits.')
-    for spec in perhaps_tied(model, [spec for spec in layers if spec.storage == "dense"]):
-        leaf = spec.name.rpartition(".")[2]
-        raise TiedWeights(
-            f'{spec.name} shares its weight with another module, and base="{kind}" would round one of the two. Exclude '
-            f'"{leaf}" in targets, or give it a weight of its own.'
-        )
     storage.check({spec.device for spec in layers})
 
 
@@ -108,12 +100,15 @@ def check_kind(model: nn.Module, kind: str) -> None:
     held_as(kind).check({parameter.device for parameter in model.parameters()})
 
 
-def hold(placement: Placement, method: Method, kind: str, fresh: bool) -> float:
+def hold(
+    placement: Placement, method: Method, kind: str, fresh: bool, kept: Mapping[str, Sequence[int]] | None = None
+) -> float:
     """Put the model's linear layers into a storage, adapted or not, but for what the method trains where it is. A layer
     without an adapter is the base itself. Interrupted, it leaves some layers in the storage.
 
     Args:
         fresh: adapters stand as they were made, and measure anew what they know of the weight.
+        kept: columns that stay as they are, by site; by default those that adapters name.
 
     Returns:
         How far adapted layers are off now, ‖Ŵ − W‖ / ‖W‖ on average.
@@ -133,10 +128,14 @@ def hold(placement: Placement, method: Method, kind: str, fresh: bool) -> float:
             continue
         if isinstance(site.base, Dense):
             adapters = [site[name] for name in site.adapters]
-            kept = [columns for adapter in adapters if (columns := adapter.keeps) is not None]
+            if kept is None:
+                named = [columns for adapter in adapters if (columns := adapter.keeps) is not None]
+                keep = torch.unique(torch.cat(named)) if named else None
+            else:
+                keep = torch.tensor(kept.get(spec.name, ()), dtype=torch.int64, device=site.base.weight.device)
             site.leave()
             before = site.base.dense().detach()
-            site.rest_on(storage.of(site.base, kind, torch.unique(torch.cat(kept)) if kept else None))
+            site.rest_on(storage.of(site.base, kind, keep))
             off.append(_off(before, site.base.dense()))
             del before
             for adapter in adapters if fresh else ():
@@ -247,9 +246,16 @@ def _off(before: Tensor, after: Tensor) -> float:
 
 
 def _layers(model: nn.Module, specs: Sequence[Spec]) -> list[Spec]:
-    """The linear layers of the body, and those at sites."""
-    names = dict.fromkeys([*linear_layers(model), *(spec.name for spec in specs)])
-    return [spec for name in names if type((spec := _spec(model, name)).form) is Form]
+    """The linear layers at sites, and of the body those that can be held: not what is read without being called, nor
+    what shares its weight."""
+    found = {spec.name: spec for spec in specs}
+    alone = []
+    for name in linear_layers(model):
+        if name not in found:
+            with contextlib.suppress(UnsupportedLayer):
+                alone.append(_spec(model, name))
+    tied = {spec.name for spec in perhaps_tied(model, [spec for spec in alone if spec.storage == "dense"])}
+    return [spec for spec in (*specs, *alone) if type(spec.form) is Form and spec.name not in tied]
 
 
 def _spec(model: nn.Module, name: str) -> Spec:
@@ -257,10 +263,7 @@ def _spec(model: nn.Module, name: str) -> Spec:
     return module.spec if isinstance(module, Site) else spec_of(model, name)
 
 
-def columns(placement: Placement) -> str:
-    """A digest of which columns are held beside, at each site."""
-    text = hashlib.sha256()
-    for name, site in placement.sites.items():
-        if isinstance(site.base, Held) and len(site.base.at):
-            text.update(f"{name}: {site.base.at.tolist()};".encode())
-    return text.hexdigest()[:16]
+def kept(placement: Placement) -> dict[str, list[int]]:
+    """Which columns are held beside as the weights' own, by site."""
+    bases = {name: site.base for name, site in placement.sites.items() if isinstance(site.base, Held)}
+    return {name: base.at[base.own].tolist() for name, base in bases.items() if len(base.own)}

@@ -174,12 +174,12 @@ class Run:
                 error.add_note(f"Some of its weights may be in {self._held} now, and rounded: load the model again.")
             raise
 
-    def _hold(self, method: Method, kind: str, fresh: bool) -> None:
+    def _hold(self, method: Method, kind: str, fresh: bool, kept: Mapping[str, Sequence[int]] | None = None) -> None:
         """Put the frozen layers into a storage; see :func:`rankshift.holding.hold`."""
         self._on.settle()  # who can undo what was built keeps every weight
         for site in self._on.sites.values():
             site.base.changed |= site.spec.weight in self._changed  # and so will all be that holds it
-        off = holding.hold(self._on, method, kind, fresh)
+        off = holding.hold(self._on, method, kind, fresh, kept)
         if self._held is None and method.holds == kind and self.step:
             _log.warning(
                 "Step %d: weights are held in %s from here on, off by %.2g %% of their size.",
@@ -1062,7 +1062,7 @@ class Run:
 
     def _storage(self) -> dict[str, Any] | None:
         """What the base is held in, where this run has put it there."""
-        return None if self._held is None else {"kind": self._held, "columns": holding.columns(self._on)}
+        return None if self._held is None else {"kind": self._held, "kept": holding.kept(self._on)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state of another run of the same method on the same base.
@@ -1165,7 +1165,8 @@ class Run:
         theirs = {name: tensor for name, tensor in tensors.items() if hold is None or not name.startswith("base/")}
         _copy(theirs, places)
         if hold is not None:
-            self._hold(self.method, hold, fresh=False)
+            assert storage is not None
+            self._hold(self.method, hold, fresh=False, kept=storage["kept"])
             if self._storage() != storage:
                 raise WrongBase(f"The saved run holds its base as {storage}; here it comes to {self._storage()}.")
             _copy({name: tensor for name, tensor in tensors.items() if name not in theirs}, self._on.kept())

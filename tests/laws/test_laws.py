@@ -164,6 +164,12 @@ def test_two_adapters(case: Case, record_property: Refuse) -> None:
         record_property("refused", {"multi-adapter": why})
 
 
+@cases(*FIRST)
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_other_quantised_bases(case: Case, kind: str) -> None:
+    hold(laws.quantised, case, "one", kind=kind)
+
+
 @pytest.mark.capability("quantised base")
 @everywhere(*EVERY)
 def test_a_quantised_base(case: Case, engine: Engine, pool: Pool, record_property: Refuse) -> None:

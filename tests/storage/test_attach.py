@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import rankshift as rs
 from laws.world import batch, loss_of, tiny
 from rankshift.core.base import Dense
-from rankshift.core.errors import ConfigError, TiedWeights, UnsupportedLayer, WrongBase
+from rankshift.core.errors import ConfigError, UnsupportedLayer, WrongBase
 from rankshift.storage.four_bit import FourBit
 
 IDS = torch.arange(24).reshape(2, 12) % 97
@@ -205,6 +205,105 @@ def test_qpaca_on_a_model_that_came_quantised_takes_what_there_is(saved: Path) -
             rs.attach(called, rs.PaCA(rank=4))
 
 
+@pytest.mark.parametrize("eight", [False, True])
+def test_qpaca_on_a_model_that_came_quantised_is_saved_and_loaded(saved: Path, eight: bool, tmp_path: Path) -> None:
+    def fresh() -> Any:
+        if not eight:
+            return loaded(saved, four_bit=True)
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            saved, dtype=torch.bfloat16, quantization_config=config
+        ).train()
+
+    run = rs.attach(fresh(), rs.PaCA(rank=4))
+    trained(run)
+    y = logits(run.model)
+    with run.disabled():
+        before = logits(run.model)
+    run.save(tmp_path / "run")
+    again = rs.load(fresh(), tmp_path / "run")
+    assert torch.equal(logits(again.model), y)
+    with again.disabled():
+        assert torch.equal(logits(again.model), before)
+    for name, site in run.sites.items():
+        other = again.sites[name].base
+        assert torch.equal(site.base.at, other.at)  # type: ignore[arg-type]
+        assert not len(other.own)  # type: ignore[arg-type]
+    merged = again.merge()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert far(logits(merged), y) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("first", [rs.LoRA(rank=2), rs.PaCA(rank=2)], ids=lambda m: m.name)
+def test_two_adapters_with_columns_of_their_own(first: rs.Method, kind: Any, tmp_path: Path) -> None:
+    """What the first one keeps is the weight's own; what a later one borrows is not."""
+    run = rs.attach(tiny(), first, base=kind, seed=1)
+    ids = batch(0)[:, :-1]
+    with torch.no_grad():
+        y = run.model(ids)
+    run.add("second", rs.PaCA(rank=3))
+    run.use("second")
+    optimizer = run.optimizer(lr=1e-2)
+    for step in range(2):
+        loss_of(run.model, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        z = run.model(ids)
+        run.use("default")
+        assert torch.equal(run.model(ids), y), "the first one, as it was"
+        with run.disabled():
+            base = run.model(ids)
+        run.save(tmp_path / "run")
+        for again in (rs.load(tiny(), tmp_path / "run"), rs.restore(tiny(), run.state_dict())):
+            assert torch.equal(again.model(ids), y)
+            again.use("second")
+            assert torch.equal(again.model(ids), z)
+            with again.disabled():
+                assert torch.equal(again.model(ids), base)
+        run.use("second")
+        run.delete("default")
+        run.save(tmp_path / "run")
+        assert torch.equal(rs.load(tiny(), tmp_path / "run").model(ids), z)
+
+
+def test_the_state_of_a_model_says_where_its_columns_belong() -> None:
+    one, other = (rs.attach(tiny(), rs.PaCA(rank=2), base="nf4", seed=seed) for seed in (1, 2))
+    other.model.load_state_dict(one.model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other.model(batch(0)), one.model(batch(0)))
+        with one.disabled(), other.disabled():
+            assert torch.equal(other.model(batch(0)), one.model(batch(0)))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize(
+    "method", [rs.LoRA(rank=2), rs.LoRA(rank=2, dora=True), rs.PaCA(rank=2)], ids=["lora", "dora", "paca"]
+)
+def test_a_model_in_another_dtype(kind: Any, method: rs.Method) -> None:
+    """Codes stay; what they stand for is of the new dtype."""
+    run = rs.attach(tiny(), method, base=kind)
+    codes = {name: site.base.weight.clone() for name, site in run.sites.items()}
+    run.model.to(torch.bfloat16)
+    for name, site in run.sites.items():
+        assert torch.equal(site.base.weight, codes[name])
+        assert site.base.dense().dtype == torch.bfloat16
+    with torch.no_grad():
+        y = run.model(batch(0))
+        merged = run.merge()
+        assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+        assert (merged(batch(0)) - y).abs().max() < 0.1
+
+
+def test_dora_is_the_identity_on_what_is_held() -> None:
+    run = rs.attach(tiny(), rs.LoRA(rank=2, dora=True), base="nf4")
+    with torch.no_grad():
+        y = run.model(batch(0))
+        with run.disabled():
+            assert (run.model(batch(0)) - y).abs().max() < 1e-5
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -242,10 +341,26 @@ def test_bad_bases(saved: Path) -> None:
         rs.attach(empty, rs.LoRA(rank=2), base="nf4")
     with pytest.raises(UnsupportedLayer, match="held in nf4 already"):
         rs.attach(loaded(saved, four_bit=True), rs.LoRA(rank=2), base="fp4")
-    shared = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+
+def test_what_nobody_targets_and_cannot_be_held_stays_dense() -> None:
+    shared = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     shared[1].weight = shared[0].weight
-    with pytest.raises(TiedWeights, match="round one of the two"):
-        rs.attach(shared, rs.LoRA(rank=2, targets="0", tied="untie"), base="nf4")
+    run = rs.attach(shared, rs.LoRA(rank=2, targets="2"), base="nf4")
+    assert type(shared[0]) is nn.Linear
+    assert shared[0].weight is shared[1].weight
+    assert run.sites["2"].base.kind == "nf4"
+    run = rs.attach(nn.Sequential(*twice()), rs.LoRA(rank=2, targets="0", tied="untie"), base="nf4")
+    assert run.sites["0"].base.kind == "nf4"
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "l": nn.Linear(8, 8)})
+    rs.attach(model, rs.LoRA(rank=2, targets="l"), base="nf4")
+    assert type(model["attention"].out_proj).__name__ == "NonDynamicallyQuantizableLinear"
+
+
+def twice() -> list[nn.Module]:
+    one, other = nn.Linear(8, 8), nn.Linear(8, 8)
+    other.weight = one.weight
+    return [one, other]
 
 
 def test_another_base_is_not_loaded_onto(saved: Path, tmp_path: Path) -> None:

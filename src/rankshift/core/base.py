@@ -132,13 +132,17 @@ class Base(nn.Module):
         return self.weight.dtype
 
     @classmethod
-    def over(cls, module: nn.Module) -> Base:
-        """The base of a layer that is in this storage already; copies nothing. Of what ``storages`` know."""
+    def over(cls, module: nn.Module, dtype: torch.dtype | None = None) -> Base:
+        """The base of a layer that is in this storage already; copies nothing. Of what ``storages`` know.
+
+        Args:
+            dtype: what its model computes in, for layers that do not say.
+        """
         raise NotImplementedError
 
     @classmethod
-    def measure(cls, module: nn.Module) -> tuple[int, int, torch.dtype, torch.device]:
-        """Out, in, compute dtype and device of such a layer."""
+    def measure(cls, module: nn.Module, dtype: torch.dtype | None = None) -> tuple[int, int, torch.dtype, torch.device]:
+        """Out, in, compute dtype and device of such a layer; ``dtype`` as in :meth:`over`."""
         raise NotImplementedError
 
     @classmethod

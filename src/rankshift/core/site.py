@@ -524,7 +524,7 @@ def spec_of(model: nn.Module, name: str) -> Spec:
     else:
         module = model.get_submodule(name)
         if (storage := storage_of(module)) is not None:
-            out, into, dtype, device = storage.measure(module)
+            out, into, dtype, device = storage.measure(module, _dtype(model))
             return Spec(name, out, into, Form(), dtype, device, storage.name_of(module))
         found = form_of(module)
         assert found is not None
@@ -549,6 +549,11 @@ def known_as(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     first = {id(p): name for name, p, _ in base_parameters(model)}
     known = set(first.values())
     return {name: name if name in known else first[id(model.get_parameter(name))] for name in names}
+
+
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    """What a model computes in, by its first parameter that is no code."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def perhaps_tied(model: nn.Module, specs: Iterable[Spec]) -> list[Spec]:
@@ -631,7 +636,7 @@ def place(model: nn.Module, spec: Spec) -> Site:
     if isinstance(here, Site):
         return here
     storage = storage_of(here)
-    site = Site(spec, Dense(here, spec.form) if storage is None else storage.over(here))
+    site = Site(spec, Dense(here, spec.form) if storage is None else storage.over(here, spec.dtype))
     setattr(model.get_submodule(parent_name), leaf, site)
     return site
 

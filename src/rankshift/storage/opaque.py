@@ -79,11 +79,11 @@ class Opaque(Base):
         return str(described["kind"])
 
     @classmethod
-    def over(cls, module: nn.Module) -> Self:
+    def over(cls, module: nn.Module, dtype: torch.dtype | None = None) -> Self:
         return cls(module)
 
     @classmethod
-    def measure(cls, module: nn.Module) -> tuple[int, int, torch.dtype, torch.device]:
+    def measure(cls, module: nn.Module, dtype: torch.dtype | None = None) -> tuple[int, int, torch.dtype, torch.device]:
         """What the layer computes in is a guess: the dtype of its bias, what it says, or that of its first tensor in 16
         bits or more; else fp16."""
         sizes = _sizes(module)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankshift.core import shard
-from rankshift.core.base import HOOKS, Base, Dense, Format, storage_of
+from rankshift.core.base import HOOKS, Base, Dense, Format, Tenant, storage_of
 from rankshift.core.form import Form
 from rankshift.core.site import Site
 from rankshift.ops.frozen_linear import frozen_linear
@@ -63,8 +63,7 @@ class Held(Base):
 
     layout: Layout
     at: Tensor  # (k,) int64, sorted: which columns are held beside
-    lent: bool = False
-    """The columns beside came out of the codes, for a tenant: when there is none, the codes are what acts."""
+    own: Tensor  # int64: which of those are the weight's own; the others came out of the codes, and act for a tenant
 
     def __init__(self, module: nn.Module, layout: Layout, tensors: list[Tensor]):
         super().__init__()
@@ -74,7 +73,8 @@ class Held(Base):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.register_parameter("bias", module._parameters.get("bias"))
         self.register_parameter("columns_beside", None)
-        self.register_buffer("at", torch.empty(0, dtype=torch.int64, device=tensors[0].device), persistent=False)
+        for name in ("at", "own"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=tensors[0].device), persistent=False)
         self._hooks = {name: getattr(module, name) for name in HOOKS}
 
     # ---- between layers and tensors
@@ -111,15 +111,27 @@ class Held(Base):
         raise NotImplementedError
 
     @classmethod
-    def over(cls, module: nn.Module) -> Self:
-        return module if isinstance(module, cls) else cls(module, *cls.taken(module))
+    def says_dtype(cls, module: nn.Module) -> bool:
+        """Whether a layer of this storage knows what it computes in."""
+        return True
 
     @classmethod
-    def measure(cls, module: nn.Module) -> tuple[int, int, torch.dtype, torch.device]:
+    def over(cls, module: nn.Module, dtype: torch.dtype | None = None) -> Self:
+        return module if isinstance(module, cls) else cls(module, *cls._taken(module, dtype))
+
+    @classmethod
+    def measure(cls, module: nn.Module, dtype: torch.dtype | None = None) -> tuple[int, int, torch.dtype, torch.device]:
         if isinstance(module, Held):
             return *module.layout.shape, module.layout.dtype, module.weight.device
-        layout, tensors = cls.taken(module)
+        layout, tensors = cls._taken(module, dtype)
         return *layout.shape, layout.dtype, tensors[0].device
+
+    @classmethod
+    def _taken(cls, module: nn.Module, dtype: torch.dtype | None) -> tuple[Layout, list[Tensor]]:
+        layout, tensors = cls.taken(module)
+        if dtype is not None and not cls.says_dtype(module):
+            layout = replace(layout, dtype=dtype)
+        return layout, tensors
 
     @classmethod
     @torch.no_grad()
@@ -137,7 +149,7 @@ class Held(Base):
             weight = weight.index_fill(1, keep, 0.0)
         held = cls(base.layer, *cls.quantised(weight, kind, **options))
         if keep is not None and columns is not None:
-            held._beside(keep, columns)
+            held._beside(keep, columns, torch.arange(len(keep), device=keep.device))
         held.changed = base.changed
         return held
 
@@ -151,7 +163,7 @@ class Held(Base):
     @property
     def divided(self) -> bool:
         """Whether the columns beside act in place of what the codes say of them."""
-        return self.columns_beside is not None and not (self.lent and self.tenant is None)
+        return self.columns_beside is not None and (self.tenant is not None or len(self.own) > 0)
 
     @property
     def format(self) -> Format:  # type: ignore[override]
@@ -160,7 +172,20 @@ class Held(Base):
     @property
     def packed(self) -> tuple[Tensor, ...]:
         tensors = tuple(p for name in self.names if (p := self._parameters.get(name)) is not None)
-        return (self.columns_beside, self.at, *tensors) if self.divided else tensors
+        columns = self.columns_beside
+        if columns is None or not self.divided:
+            return tensors
+        if self.tenant is None and len(self.own) < len(self.at):  # sharded: what is lent cannot be taken off
+            return columns.index_select(1, self.own), self.at[self.own], *tensors
+        return columns, self.at, *tensors
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``.half()`` and ``.to(dtype)`` do to weights: codes stay, and what they stand for is of that dtype."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        now = fn(torch.empty(0, dtype=self.layout.dtype, device=self.weight.device)).dtype
+        if now.is_floating_point and now != self.layout.dtype:
+            self.layout = replace(self.layout, dtype=now)
+        return self
 
     @property
     def hooks(self) -> dict[str, Any]:
@@ -196,13 +221,16 @@ class Held(Base):
         after = self._whole(torch.promote_types(self.dtype, torch.float32))
         change = delta(slice(None)).to(after.device)
         after = after.add_(change) if after.dtype == change.dtype else after + change
-        if self.columns_beside is not None:
-            self.lent = False
-            shard.assign_(self.columns_beside, after[:, self.at].to(self.columns_beside.dtype))
-            after.index_fill_(1, self.at, 0.0)
-        _, tensors = self.quantised(after, self.kind, **self.options)
+        columns, own = after[:, self.at], self.at[self.own]
+        after.index_fill_(1, own, 0.0)
+        layout, tensors = self.quantised(after, self.kind, **self.options)
         for name, tensor in zip(self.names, tensors, strict=False):
             shard.assign_(self.stored[name], tensor)
+        if self.columns_beside is not None:
+            if len(self.own) < len(self.at):  # what is lent is what the codes say
+                lent = layout.dense(*tensors)[:, self.at].to(columns.dtype)
+                columns = lent.index_copy_(1, self.own, columns[:, self.own])
+            shard.assign_(self.columns_beside, columns.to(self.columns_beside.dtype))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -212,31 +240,38 @@ class Held(Base):
     # ---- columns beside
 
     def columns(self, at: Tensor, rows: slice) -> Tensor:
-        self._hold(at)
-        where = torch.searchsorted(self.at, at)
-        return shard.whole(self.columns_beside)[rows][:, where]
+        columns = shard.whole(self._lend(at))
+        return columns[rows][:, torch.searchsorted(self.at, at)]
 
     @torch.no_grad()
     def put_(self, at: Tensor, values: Tensor) -> None:
-        self._hold(at)
-        part, held = shard.local(self.columns_beside)
+        part, held = shard.local(self._lend(at))
         theirs, rows = shard.local(values)
         mine = theirs if rows == held else shard.whole(values)[held]
         part.index_copy_(1, torch.searchsorted(self.at, at), mine.to(part.dtype))
 
     @torch.no_grad()
-    def _hold(self, at: Tensor) -> None:
-        """Hold these columns beside, with the values they have in the layout if they are not there yet."""
-        if bool(torch.isin(at, self.at).all()):
-            return
-        union = torch.unique(torch.cat([self.at, at]))
-        lent = self.columns_beside is None or self.lent
-        self._beside(union, self._whole()[:, union])
-        self.lent = lent
+    def _lend(self, at: Tensor) -> Tensor:
+        """The columns beside, these among them, with the values they have in the layout if they were not there yet."""
+        if not bool(torch.isin(at, self.at).all()):
+            union = torch.unique(torch.cat([self.at, at]))
+            self._beside(union, self._whole()[:, union], torch.searchsorted(union, self.at[self.own]))
+        assert self.columns_beside is not None
+        return self.columns_beside
 
-    def _beside(self, at: Tensor, columns: Tensor) -> None:
-        self.at = at
-        self.columns_beside = nn.Parameter(columns, requires_grad=False)
+    def _beside(self, at: Tensor, columns: Tensor | None, own: Tensor) -> None:
+        """Hold these columns beside, of which ``own`` are the weight's; None: none."""
+        there = columns is not None
+        self.register_buffer("at", at, persistent=there)  # saved with the columns: they say where those belong
+        self.register_buffer("own", own, persistent=there)
+        self.columns_beside = None if columns is None else nn.Parameter(columns, requires_grad=False)
+
+    def house(self, tenant: Tenant | None) -> None:
+        super().house(tenant)
+        columns = self.columns_beside
+        if tenant is None and columns is not None and len(self.own) < len(self.at) and not shard.is_sharded(columns):
+            mine = columns.detach().index_select(1, self.own) if len(self.own) else None
+            self._beside(self.at[self.own], mine, torch.arange(len(self.own), device=self.own.device))
 
     @torch.no_grad()
     def settled(self) -> list[Tensor]:
@@ -244,9 +279,8 @@ class Held(Base):
         tensors: list[Tensor] = [p for name in self.names if (p := self._parameters.get(name)) is not None]
         if not self.divided:
             return tensors
-        assert self.columns_beside is not None
-        columns = shard.whole(self.columns_beside)
-        if torch.equal(self.layout.dense(*map(shard.whole, tensors))[:, self.at].to(columns.dtype), columns):
+        columns, at = map(shard.whole, self.packed[:2])
+        if torch.equal(self.layout.dense(*map(shard.whole, tensors))[:, at].to(columns.dtype), columns):
             return tensors
         wide = self._whole(torch.promote_types(self.dtype, torch.float32))
         _, anew = self.quantised(wide, self.kind, **self.options)
