@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 from test_trainer import arguments, base, data, losses, same, tensors, trainer
+from test_trainer_distributed import ENGINES, OnCPU, on_two
 from torch import nn
 
 import rankshift as rs
@@ -145,6 +146,22 @@ def test_what_is_loaded_is_paged_again(monkeypatch):
             weights[1].grad = gradient.clone()
             other.step()
     assert torch.equal(*weights)
+
+
+def in_two(out, engine):
+    if engine == "fsdp2":
+        with pytest.raises(ConfigError, match="know no sharded tensors"):
+            trainer(out, rs.LoRA(rank=2), cls=OnCPU, optim="adamw_8bit", **ENGINES[engine])
+        return None
+    t = trainer(out, rs.LoRA(rank=2), cls=OnCPU, optim="adamw_8bit", max_steps=2, save_strategy="no", **ENGINES[engine])
+    t.train()
+    return losses(t)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_in_two_processes(tmp_path, engine):
+    one, two = on_two(tmp_path, in_two, tmp_path / "out", engine)
+    assert one == two
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------

@@ -259,6 +259,11 @@ class Trainer(transformers.Trainer):
             raise ConfigError("DeepSpeed steps its own optimizer, which carries no events. Use DDP or FSDP2.")
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise ConfigError('FSDP1 flattens trained and frozen tensors together. Use fsdp_config={"version": 2}.')
+        if self.is_fsdp_enabled and self._optim is not None:
+            raise ConfigError(
+                f"optim={self._optim!r}: bitsandbytes' optimizers know no sharded tensors. Under FSDP2 leave optim out: "
+                "the run's own AdamW keeps its state sharded."
+            )
         if self.args.n_gpu > 1:
             raise ConfigError(
                 f"{self.args.n_gpu} GPUs in one process would use nn.DataParallel. Launch with torchrun "
