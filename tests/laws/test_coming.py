@@ -161,6 +161,8 @@ def spoil(session: Session, ways: str) -> None:
             before = run.skipped
             session.optimizer.step()
             assert run.skipped == before + 1
+            assert run.watch is not None
+            assert not run.watch.heard
         model.zero_grad()  # else the loop left the step out
         if way == "n":  # and there not even a backward pass is made
             run.loss(loss_of(model, batch(97)) * 1e7)
@@ -188,12 +190,13 @@ def test_losses_of_updates_that_were_not_taken_do_not_count(ways: str, ahead: bo
     assert len(heard_of(ahead, "")) == 3
 
 
-def spoilt_on_ranks() -> list[Any]:
-    return [heard_of(False, ways, "ddp", 3) for ways in ("", "sln")]
+def spoilt_on_ranks(engine: Engine, ways: str) -> list[Any]:
+    return [heard_of(False, some, engine, 3) for some in ("", ways)]
 
 
-def test_nor_under_ddp_where_every_rank_has_the_same(pool: Pool) -> None:
-    (one, spoilt), (two, too) = pool.run(spoilt_on_ranks)
+@pytest.mark.parametrize(("engine", "ways"), [("ddp", "sln"), ("fsdp2", "s")])
+def test_nor_on_two_ranks_which_have_the_same(engine: Engine, ways: str, pool: Pool) -> None:
+    (one, spoilt), (two, too) = pool.run(spoilt_on_ranks, engine, ways)
     assert one == two == spoilt == too
 
 
