@@ -4,11 +4,13 @@ The kernel is held to the reference in four_bit_interpreted.py."""
 
 from __future__ import annotations
 
+import bitsandbytes
 import bitsandbytes.functional as F
 import pytest
 import torch
 from torch import Tensor
 
+from rankshift.core.errors import UnsupportedLayer
 from rankshift.ops.four_bit import dequantised, reference
 from rankshift.ops.frozen_linear import frozen_linear
 from rankshift.storage.four_bit import FourBit
@@ -75,7 +77,41 @@ def test_a_layout_in_float64() -> None:
     W = gaussian(40, 24)
     layout, tensors = FourBit.quantised(W.double(), "nf4")
     single, _ = FourBit.quantised(W, "nf4")
-    assert torch.equal(layout.dense(*tensors), single.dense(*tensors).double())
+    dense = layout.dense(*tensors)
+    assert dense.dtype is layout.dtype is torch.float64
+    assert torch.equal(dense, single.dense(*tensors).double())
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_weights_that_are_not_finite_are_refused(value: float, nested: bool) -> None:
+    W = gaussian(8, 64)
+    W[3, 5] = value
+    for dtype in (BF16, FP16, FP32, torch.float64):
+        with pytest.raises(UnsupportedLayer, match="not finite"):
+            FourBit.quantised(W.to(dtype), "nf4", nested=nested)
+    W[3, 5] = 1.0
+    far = W.double()
+    far[0, 0] = 1e300
+    with pytest.raises(UnsupportedLayer, match="not finite in fp32"):
+        FourBit.quantised(far, "nf4", nested=nested)
+    FourBit.quantised(W, "nf4", nested=nested)
+
+
+@pytest.mark.parametrize("fault", ["block", "levels"])
+def test_absmax_quantised_in_another_way_is_refused(fault: str) -> None:
+    W = gaussian(32, 64)
+    codes, state = F.quantize_4bit(W, blocksize=64, compress_statistics=True, quant_type="nf4")
+    layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, device="meta")
+    layer.weight = bitsandbytes.nn.Params4bit(codes, requires_grad=False, quant_state=state, bnb_quantized=True)
+    FourBit.taken(layer)
+    if fault == "block":
+        state.state2.blocksize = 128
+    else:
+        state.state2.code = state.state2.code.clone()
+        state.state2.code[7] += 1e-3
+    with pytest.raises(UnsupportedLayer, match="another way"):
+        FourBit.taken(layer)
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])

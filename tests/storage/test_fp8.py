@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rankshift as rs
 from rankshift.core.base import Dense, storage_of
@@ -114,6 +115,30 @@ def test_rows_of_zeros_and_what_is_not_finite() -> None:
         layer.weight[1, 1] = value
         with pytest.raises(UnsupportedLayer, match="not finite"):
             ours(layer)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_a_row_that_is_not_finite_is_nan_in_both_products(value: float, scaling: str) -> None:
+    """Its size already: no code could say that it overflowed. With one size for all, every row is."""
+    base, codes_of = ours(linear(12, 20, BF16), scaling=scaling), f"rounded_{'rows' if scaling == 'row' else 'whole'}"
+    x, dy = seeded(3, 20, seed=3, dtype=BF16), seeded(3, 12, seed=4, dtype=BF16)
+    x[1, 2], dy[2, 5] = value, value
+    lost = (slice(1, 2), slice(2, 3)) if scaling == "row" else (slice(0, 3), slice(0, 3))
+    for numbers, rows in ((x, lost[0]), (dy, lost[1])):
+        codes, sizes = getattr(products, codes_of)(numbers)
+        which = torch.zeros(3, dtype=torch.bool)
+        which[rows] = True
+        assert torch.equal(sizes.isnan().expand(3), which)
+        assert torch.equal(codes.to(FP32).isnan().all(1), which)
+    leaf = x.clone().requires_grad_()
+    y = base.linear(leaf)
+    y.backward(dy)
+    for found, rows in ((y, lost[0]), (leaf.grad, lost[1])):
+        which = torch.zeros(3, dtype=torch.bool)
+        which[rows] = True
+        assert torch.equal(found.isnan().all(1), which)
+        assert found[~which].isfinite().all()
 
 
 # ---- products
@@ -390,6 +415,29 @@ def test_a_gpu_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(ConfigError, match=r"A100.*8\.9"):
                 FP8.check({torch.device("cpu"), device})
     op._capable.cache_clear()
+
+
+def test_a_model_on_such_a_gpu_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "multiplies", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with FakeTensorMode():  # weights that only say they are on a GPU
+        model = nn.Sequential(*(nn.Linear(16, 16, bias=False, device="meta") for _ in range(2)))
+        for layer in model:
+            layer.weight = nn.Parameter(torch.empty(16, 16, device="cuda"))
+        before = [*model.modules(), *model.parameters()]
+        with pytest.raises(ConfigError, match=r"A100.*8\.9"):
+            rs.attach(model, rs.LoRA(rank=2, targets=["0"]), base="fp8")
+        assert [*map(id, (*model.modules(), *model.parameters()))] == [*map(id, before)]
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        taken = FP8Linear(16, 16, device="cuda")
+        with pytest.raises(ConfigError, match=r"A100.*8\.9"):
+            FP8.over(taken)
+        model[1] = taken
+        before = [*model.modules(), *model.parameters()]
+        with pytest.raises(ConfigError, match=r"A100.*8\.9"):
+            rs.attach(model, rs.LoRA(rank=2, targets=["0"]))
+        assert [*map(id, (*model.modules(), *model.parameters()))] == [*map(id, before)]
+        assert model[0].weight.requires_grad
 
 
 def test_compiled_it_is_one_graph() -> None:

@@ -130,6 +130,18 @@ def test_it_computes_in_the_dtype_of_its_input() -> None:
         assert base.linear(x.float()).dtype is BF16
 
 
+@pytest.mark.parametrize("wide", [FP32, FP64], ids=str)
+def test_a_wider_input_gets_the_weight_unrounded(wide: torch.dtype) -> None:
+    """In backward as in forward: bf16 holds 8 bits of it."""
+    layer = linear(12, 20, BF16)
+    base, W = ours(layer), dequantised(layer)
+    x, dy = seeded(5, 20, seed=3, dtype=wide).requires_grad_(), seeded(5, 12, seed=4, dtype=wide)
+    y = base.product(x)
+    y.backward(dy)
+    close(y.detach(), x.detach().to(FP64) @ W.t(), wide)
+    close(x.grad, dy.to(FP64) @ W, wide)
+
+
 def test_one_byte_a_weight() -> None:
     base = ours(linear(64, 128, bias=False))
     held = sum(p.numel() * p.element_size() for p in base.parameters())

@@ -84,11 +84,14 @@ class FourBit(Held):
     def quantised(  # type: ignore[override]
         cls, weight: Tensor, kind: str, block: int = 64, nested: bool = True
     ) -> tuple[Layout, list[Tensor]]:
-        double = weight.dtype is torch.float64  # which is quantised as fp32
+        numbers = (weight.float() if weight.dtype is torch.float64 else weight).contiguous()
+        if not bool(torch.linalg.vector_norm(numbers, torch.inf).isfinite()):
+            raise UnsupportedLayer(
+                "it has weights that are not finite in fp32, and they would be the scale of the others."
+            )
         codes, state = bitsandbytes.functional.quantize_4bit(
-            (weight.float() if double else weight).contiguous(),
-            blocksize=block, compress_statistics=nested, quant_type=kind,
-        )  # fmt: skip
+            numbers, blocksize=block, compress_statistics=nested, quant_type=kind
+        )
         layout, tensors = cls._opened(codes, state)
         return replace(layout, dtype=weight.dtype), tensors
 

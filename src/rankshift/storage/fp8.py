@@ -32,6 +32,7 @@ from rankshift.core.errors import ConfigError, UnsupportedLayer
 from rankshift.ops.fp8 import E4M3, multiplies, product, rounded_rows, rounded_whole
 from rankshift.ops.frozen_linear import frozen_linear
 from rankshift.ops.products import accumulate
+from rankshift.ops.row_scaled import row_scaled
 from rankshift.storage.quantised import Beside, Held, Layout, fresh
 
 Scaling = Literal["row", "tensor"]
@@ -50,8 +51,7 @@ class FP8Layout(Layout):
 
     def dense(self, *packed: Tensor) -> Tensor:
         wide = torch.promote_types(self.dtype, torch.float32)
-        scales = packed[1].view(torch.float32).to(wide)[:, None]
-        return (packed[0].view(E4M3).to(wide) * scales).to(self.dtype)
+        return row_scaled(packed[0], packed[1].view(torch.float32).to(wide), self.dtype)
 
     def times(self, x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
         return self.times_without(None, x, bias, *packed) if rounds(x) else super().times(x, bias, *packed)

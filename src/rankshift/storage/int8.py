@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rankshift.core.errors import UnsupportedLayer
+from rankshift.ops.row_scaled import row_scaled
 from rankshift.storage.quantised import Held, Layout, fresh
 
 
@@ -37,8 +38,7 @@ class Int8Layout(Layout):
     def dense(self, *packed: Tensor) -> Tensor:
         codes, absmax = packed
         wide = torch.promote_types(self.dtype, torch.float32)
-        scales = absmax.view(torch.float32).to(wide)[:, None] / 127
-        return torch.mul(codes, scales, out=torch.empty(codes.shape, dtype=self.dtype, device=codes.device))
+        return row_scaled(codes, absmax.view(torch.float32).to(wide) / 127, self.dtype)
 
     def times(self, x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
         return super(Int8Layout, replace(self, dtype=x.dtype)).times(x, bias, *packed)
@@ -85,6 +85,10 @@ class Int8(Held):
         dtype = torch.float16 if module.bias is None else module.bias.dtype
         out, into = codes.shape
         return Int8Layout((out, into), dtype, module.state.threshold), [codes, absmax.view(torch.int32)]
+
+    @classmethod
+    def says_dtype(cls, module: nn.Module) -> bool:
+        return module.bias is not None
 
     def plain(self) -> Any:
         """A layer of bitsandbytes with these codes."""
