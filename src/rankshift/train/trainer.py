@@ -261,8 +261,8 @@ class Trainer(transformers.Trainer):
             raise ConfigError('FSDP1 flattens trained and frozen tensors together. Use fsdp_config={"version": 2}.')
         if self.is_fsdp_enabled and self._optim is not None:
             raise ConfigError(
-                f"optim={self._optim!r}: bitsandbytes' optimizers know no sharded tensors. Under FSDP2 leave optim out: "
-                "the run's own AdamW keeps its state sharded."
+                f"optim={self._optim!r}: bitsandbytes' optimizers know no sharded tensors. Under FSDP2 leave optim "
+                "out: the run's own AdamW keeps its state sharded."
             )
         if self.args.n_gpu > 1:
             raise ConfigError(
