@@ -206,11 +206,6 @@ def targets(
             "mapping of its tensors or a directory."
         )
     originals = None if original is None else Originals(original)
-    if onto != "requantised" and any(shard.is_sharded(t) for base in held.values() for t in base.stored.values()):
-        raise AttachError(
-            "The base is held in fewer bits and sharded by FSDP2, which knows no dense weights in their place. Save "
-            'the run and merge it in one process (rs.load, or "rankshift merge"), or merge onto="requantised".'
-        )
     if originals is not None:
         for name, base in held.items():
             originals.check(f"{name}.weight", base.layout.shape)
@@ -223,6 +218,17 @@ def targets(
         return Dense(site.base.dequantised(originals[site.spec.weight]), site.base.form)
 
     return target, originals
+
+
+def refuse_sharded(placement: Placement, onto: Onto) -> None:
+    """Raise AttachError where dense weights would take the place of what FSDP2 has sharded."""
+    bases = [base for _, module, _ in walk(placement.model) if (base := held_in(module)) is not None]
+    if onto != "requantised" and any(shard.is_sharded(t) for base in bases for t in base.stored.values()):
+        raise AttachError(
+            "The base is held in fewer bits and sharded by FSDP2, which knows no dense weights in their place. Save "
+            'the run and merge it in one process (rs.load, or "rankshift merge"), export it with format="merged", or '
+            'merge onto="requantised".'
+        )
 
 
 def release(model: nn.Module, dense: bool, originals: Originals | None = None) -> None:

@@ -845,6 +845,7 @@ class Run:
         self._open()
         check_foldable(self.sites.values())
         target, _ = holding.targets(self._on, onto, original)
+        holding.refuse_sharded(self._on, onto)
         undo: list[Callable[[], None]] = []
         with self._suspend("merged()"):
             try:
@@ -898,6 +899,7 @@ class Run:
         self._open("merge()")
         check_foldable(self.sites.values())
         target, originals = holding.targets(self._on, onto, original)
+        holding.refuse_sharded(self._on, onto)
         if idle := [name for name in self._on.members if name not in self._on.active]:
             warnings.warn(f"Not active, so not merged and gone now: {', '.join(idle)}.", stacklevel=2)
         self._suspended = "merge()"  # who interrupts this can only call it again

@@ -376,8 +376,8 @@ def bare(model: nn.Module) -> Iterator[None]:
                 plain = child.module
             elif isinstance(child, Replica):
                 plain = child.top
-            elif isinstance(child, Site):
-                plain = child.base.restore()
+            elif isinstance(child, Site):  # a quantised layer is not made for a look
+                plain = child.base if child.base.layer is None else child.base.restore()
             if plain is not child:
                 here.append((module, leaf, child))
                 setattr(module, leaf, plain)
