@@ -309,7 +309,7 @@ def test_gradient_checkpointing_and_mixed_precision(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"optim": "adafactor"}, ConfigError, "optim='adafactor'.*'adamw_torch' or 'adamw_torch_fused'.*run.trainable"),
+        ({"optim": "adafactor"}, ConfigError, "optim='adafactor'.*'adamw_torch', 'adamw_torch_fused'.*run.trainable"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, ConfigError, "use_reentrant=False"),
         ({"method": rs.LoRA(targets="nothing")}, UnmatchedTarget, "nothing"),
         ({"method": "lora"}, ConfigError, "such as rs.LoRA"),
