@@ -296,6 +296,24 @@ def test_a_model_in_another_dtype(kind: Any, method: rs.Method) -> None:
         assert (merged(batch(0)) - y).abs().max() < 0.1
 
 
+def test_an_update_asks_the_device_nothing_about_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = rs.attach(tiny(), rs.PaCA(rank=2), base="nf4")
+    optimizer = run.optimizer(lr=1e-2)
+
+    def update(step: int) -> None:
+        loss_of(run.model, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    update(0)
+    with monkeypatch.context() as watched:
+        watched.setattr(torch, "isin", lambda *_: pytest.fail("waited for the device"))
+        update(1)
+    copied = copy.deepcopy(run.model)
+    with torch.no_grad():
+        assert torch.equal(copied(batch(0)), run.model(batch(0)))
+
+
 def test_dora_is_the_identity_on_what_is_held() -> None:
     run = rs.attach(tiny(), rs.LoRA(rank=2, dora=True), base="nf4")
     with torch.no_grad():

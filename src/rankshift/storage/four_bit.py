@@ -22,10 +22,8 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 
 from rankshift.core.errors import UnsupportedLayer
-from rankshift.ops.four_bit import dequantised
+from rankshift.ops.four_bit import NESTED, dequantised, levels_on
 from rankshift.storage.quantised import Held, Layout, fresh
-
-_NESTED = 256  # absmax values that share a scale
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class FourBitLayout(Layout):
             return QuantState(absmax.view(torch.float32), **common)
         numbers = scales.view(torch.float32)
         inner = QuantState(
-            numbers[1:], code=_dynamic(absmax.device), blocksize=_NESTED, dtype=torch.float32
+            numbers[1:], code=levels_on(absmax.device), blocksize=NESTED, dtype=torch.float32
         )  # of absmax − μ
         return QuantState(absmax, **common, offset=numbers[0], state2=inner)
 
@@ -116,7 +114,7 @@ class FourBit(Held):
         layout = FourBitLayout((out, into), state.dtype, state.quant_type, state.blocksize, state.nested)
         if not state.nested:
             return layout, [codes, state.absmax.view(torch.int32)]
-        if state.state2.blocksize != _NESTED or not torch.equal(state.state2.code, _dynamic(codes.device)):
+        if state.state2.blocksize != NESTED or not torch.equal(state.state2.code, levels_on(codes.device)):
             raise UnsupportedLayer("its absmax values are quantised in another way than bitsandbytes does it.")
         scales = torch.cat([state.offset.reshape(1).float(), state.state2.absmax]).view(torch.int32)
         return layout, [codes, state.absmax, scales]
@@ -135,13 +133,3 @@ class FourBit(Held):
         )  # fmt: skip
         layer.quant_state = state
         return fresh(layer, self)
-
-
-_MAPS: dict[torch.device, Tensor] = {}
-
-
-def _dynamic(device: torch.device) -> Tensor:
-    """The 256 levels of bitsandbytes' 8-bit type."""
-    if device not in _MAPS:
-        _MAPS[device] = bitsandbytes.functional.create_dynamic_map().to(device)
-    return _MAPS[device]

@@ -76,6 +76,8 @@ class Held(Base):
         for name in ("at", "own"):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=tensors[0].device), persistent=False)
         self._hooks = {name: getattr(module, name) for name in HOOKS}
+        # columns that were asked for last, ``at`` then, the versions of both, and where they are
+        self._seen: tuple[Tensor, Tensor, tuple[int, int], Tensor] | None = None
 
     # ---- between layers and tensors
 
@@ -240,24 +242,29 @@ class Held(Base):
     # ---- columns beside
 
     def columns(self, at: Tensor, rows: slice) -> Tensor:
-        columns = shard.whole(self._lend(at))
-        return columns[rows][:, torch.searchsorted(self.at, at)]
+        where = self._lend(at)
+        return shard.whole(self.columns_beside)[rows][:, where]  # type: ignore[arg-type]
 
     @torch.no_grad()
     def put_(self, at: Tensor, values: Tensor) -> None:
-        part, held = shard.local(self._lend(at))
+        where = self._lend(at)
+        part, held = shard.local(self.columns_beside)  # type: ignore[arg-type]
         theirs, rows = shard.local(values)
         mine = theirs if rows == held else shard.whole(values)[held]
-        part.index_copy_(1, torch.searchsorted(self.at, at), mine.to(part.dtype))
+        part.index_copy_(1, where, mine.to(part.dtype))
 
     @torch.no_grad()
     def _lend(self, at: Tensor) -> Tensor:
-        """The columns beside, these among them, with the values they have in the layout if they were not there yet."""
+        """Which of the columns beside these are, (k,); what was not there yet comes with the values of the layout."""
+        seen = self._seen  # a tenant writes the same ones in every update: only their first time asks the device
+        if seen is not None and seen[0] is at and seen[1] is self.at and seen[2] == (at._version, self.at._version):
+            return seen[3]
         if not bool(torch.isin(at, self.at).all()):
             union = torch.unique(torch.cat([self.at, at]))
             self._beside(union, self._whole()[:, union], torch.searchsorted(union, self.at[self.own]))
-        assert self.columns_beside is not None
-        return self.columns_beside
+        where = torch.searchsorted(self.at, at)
+        self._seen = at, self.at, (at._version, self.at._version), where
+        return where
 
     def _beside(self, at: Tensor, columns: Tensor | None, own: Tensor) -> None:
         """Hold these columns beside, of which ``own`` are the weight's; None: none."""

@@ -78,7 +78,13 @@ def _into(codes: Tensor, absmax: Tensor, scales: Tensor | None, block: int, quan
 @functools.cache
 def _table(quant_type: str, device: torch.device) -> Tensor:
     """(272,) fp32: what a code of 8 bits stands for, then what one of 4 bits does."""
-    return torch.cat([dynamic_levels(), torch.tensor(LEVELS[quant_type])]).to(device)
+    return torch.cat([levels_on(device), torch.tensor(LEVELS[quant_type], device=device)])
+
+
+@functools.cache
+def levels_on(device: torch.device) -> Tensor:
+    """(256,) fp32: what a code of 8 bits stands for, as bitsandbytes has it."""
+    return dynamic_levels().to(device)
 
 
 def _by_bitsandbytes(
@@ -93,9 +99,9 @@ def _by_bitsandbytes(
     if scales is None:
         largest = absmax.view(torch.float32)
     else:
-        numbers, levels = scales.view(torch.float32), _table(quant_type, codes.device)[:256]
+        numbers = scales.view(torch.float32)
         largest = bitsandbytes.functional.dequantize_blockwise(
-            absmax, absmax=numbers[1:], code=levels, blocksize=NESTED
+            absmax, absmax=numbers[1:], code=levels_on(codes.device), blocksize=NESTED
         )
         largest = largest + numbers[0]
     out, into = shape
