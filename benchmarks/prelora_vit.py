@@ -170,6 +170,7 @@ def steps(options: argparse.Namespace) -> None:
     wanted += [("frozen", method, kind) for method, kind in then]
     x, _ = images(options.images, "train")
     tables: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     for compiled in [True, False] if options.compile == "both" else [options.compile == "yes"]:
         for size in options.batches:
             torch.manual_seed(0)
@@ -186,9 +187,15 @@ def steps(options: argparse.Namespace) -> None:
                 before = torch.cuda.memory_allocated() if device == "cuda" else 0
                 name = stage if stage in ("AdamW", "full") else f"{stage}, {type(method).__name__} r {method.rank}"
                 name += "" if kind is None else f", {kind}"
-                arm = arms[name] = Arm(shape, stage, method, kind, pixels, labels, compiled)
-                for _ in range(3):
-                    arm.step()
+                try:
+                    arm = Arm(shape, stage, method, kind, pixels, labels, compiled)
+                    for _ in range(3):
+                        arm.step()
+                except Exception as error:  # the other arms are still worth their time
+                    print(f"{name}: failed, {type(error).__name__}: {error}", flush=True)
+                    failed.append({"arm": name, "batch": size, "compiled": compiled, "error": str(error)})
+                    continue
+                arms[name] = arm
                 synchronize()
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
@@ -222,7 +229,8 @@ def steps(options: argparse.Namespace) -> None:
             arms.clear()
             del arm
             torch._dynamo.reset()
-            written(options.out, {"shape": shape, "image": 224, "rounds": options.rounds, "tables": tables})
+            result = {"shape": shape, "image": 224, "rounds": options.rounds, "tables": tables, "failed": failed}
+            written(options.out, result)
 
 
 # ---- whole trainings -------------------------------------------------------------------------------------------------
