@@ -1,0 +1,87 @@
+"""RMSNorm that adds what it reads: the residual, and the low-rank terms that no GEMM has written.
+
+No autograd: a fused block's node calls these. Activations are (T, K) with unit stride along K and any stride between
+rows. On an NVIDIA GPU that Triton knows, tensors of 16 bits take one launch; all others the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankshift.ops.rms_norm import reference
+from rankshift.ops.rms_norm.reference import Low
+from rankshift.ops.stochastic_rounding.op import runs_on
+
+
+@torch.no_grad()
+def norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, y: Tensor | None = None, low: Low | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x₂ = x + y + Z Bᵀ and its norm n = x₂ ρ (offset + w), where ρ = (mean(x₂²) + ε)^-½.
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv:1910.07467); an offset of 1 is Gemma's.
+
+    Args:
+        x: (T, K).
+        weight: (K,), w.
+        y: (T, K), added to x.
+        low: Z (T, r) and B (K, r), whose product is added to y.
+
+    Returns:
+        x₂ (T, K), which is x itself without y; n (T, K); ρ (T,) in fp32, of x₂ as it was rounded.
+
+    Raises:
+        ValueError: low without y.
+    """
+    if low is not None and y is None:
+        raise ValueError("low is a term of y: give y as well")
+    if not _kernel(x):
+        return reference.norm(x, weight, eps, offset, y, low)
+    from rankshift.ops.rms_norm.triton import norm as launch
+
+    return launch(x, weight, eps, offset, y, low)
+
+
+@torch.no_grad()
+def norm_back(
+    dn: Tensor,
+    x2: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    offset: float = 0.0,
+    low: Low | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The gradient of x₂ from that of n: residual + ρ (g − x₂ ρ² mean(g x₂)), where g = (dn + S A)(offset + w).
+
+    Args:
+        dn: (T, K).
+        x2: (T, K), as ``norm`` returned it.
+        rstd: (T,), ρ.
+        weight: (K,), frozen: no gradient is formed.
+        low: S (T, R) and A (R, K), whose product is added to dn.
+        residual: (T, K), the gradient that reaches x₂ past the norm.
+
+    Returns:
+        (T, K), in dn's dtype.
+    """
+    if not _kernel(dn):
+        return reference.norm_back(dn, x2, rstd, weight, offset, low, residual)
+    from rankshift.ops.rms_norm.triton import norm_back as launch
+
+    return launch(dn, x2, rstd, weight, offset, low, residual)
+
+
+@torch.no_grad()
+def add(x: Tensor, y: Tensor, low: Low | None = None) -> Tensor:
+    """x + y + Z Bᵀ: x, y (T, K); Z (T, r); B (K, r). Summed in fp32, rounded once."""
+    if not _kernel(x):
+        return reference.add(x, y, low)
+    from rankshift.ops.rms_norm.triton import add as launch
+
+    return launch(x, y, low)
+
+
+def _kernel(tensor: Tensor) -> bool:
+    return tensor.dtype.itemsize == 2 and runs_on(tensor.device)

@@ -1,0 +1,46 @@
+"""The equations in plain torch. Tests hold the kernels to this.
+
+Sums are in fp32, or in fp64 if the tensors are; what is returned is rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Low = tuple[Tensor, Tensor]
+
+
+def norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float, y: Tensor | None, low: Low | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x₂ = x + y + Z Bᵀ; ρ = (mean(x₂²) + ε)^-½; n = x₂ ρ (offset + w). Returns x₂, n, ρ."""
+    if y is not None:
+        x = add(x, y, low)
+    value = _wide(x)
+    rstd = torch.rsqrt(value.square().mean(1) + eps)
+    return x, (value * rstd[:, None] * (offset + weight.to(value.dtype))).to(x.dtype), rstd
+
+
+def norm_back(
+    dn: Tensor, x2: Tensor, rstd: Tensor, weight: Tensor, offset: float, low: Low | None, residual: Tensor | None
+) -> Tensor:
+    """g = (dn + S A)(offset + w); dx = residual + ρ (g − x₂ ρ² mean(g x₂))."""
+    g, value, rstd = _wide(dn), _wide(x2), rstd[:, None]
+    if low is not None:
+        g = g + _wide(low[0]) @ _wide(low[1])
+    g = g * (offset + weight.to(g.dtype))
+    dx = rstd * (g - value * rstd.square() * (g * value).mean(1, keepdim=True))
+    return (dx if residual is None else residual + dx).to(dn.dtype)
+
+
+def add(x: Tensor, y: Tensor, low: Low | None) -> Tensor:
+    """x + y + Z Bᵀ."""
+    total = _wide(x) + _wide(y)
+    if low is not None:
+        total = total + _wide(low[0]) @ _wide(low[1]).t()
+    return total.to(x.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

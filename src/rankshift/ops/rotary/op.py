@@ -1,0 +1,72 @@
+"""Rotary positions, where q, k and v are next read after their GEMM: so their low-rank terms are added here.
+
+No autograd: a fused block's node calls these. q, k and v are (T, H·D), slices with unit stride along their rows. On an
+NVIDIA GPU that Triton knows, tensors of 16 bits take one launch; all others the reference.
+
+cos and sin are (T', D) as transformers makes them for ``rotate_half``: their second halves repeat the first, which
+alone are read. T' divides T, and token t takes row t % T': with T' = S one table serves all sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankshift.ops.rotary import reference
+from rankshift.ops.rotary.reference import Low, Three
+from rankshift.ops.stochastic_rounding.op import runs_on
+
+
+@torch.no_grad()
+def rotate_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    low: tuple[Low | None, Low | None, Low | None] = (None, None, None),
+    *,
+    head: int,
+) -> None:
+    """Add their low-rank terms to q, k and v, and rotate q and k, in place; summed in fp32, rounded once.
+
+    Su et al., "RoFormer" (arXiv:2104.09864), with the halves of a head as its pairs: (a, b) becomes
+    (a cos − b sin, b cos + a sin).
+
+    Args:
+        q: (T, Hq·D).
+        k: (T, Hk·D).
+        v: (T, Hk·D), untouched if it has no term.
+        cos: (T', D).
+        sin: (T', D).
+        low: of each, Z (T, r) and B (H·D, r).
+        head: D, even.
+    """
+    if _kernel(q):
+        from rankshift.ops.rotary.triton import rotate_ as run
+    else:
+        run = reference.rotate_
+    run(q, k, v, cos, sin, low, head)
+
+
+@torch.no_grad()
+def rotate_back(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Three) -> None:
+    """The gradients before the rotation: that of q and k turned back, that of v as it is.
+
+    Args:
+        dq: (batch, Hq, S, D), of any strides.
+        dk: (batch, Hk, S, D), likewise.
+        dv: (batch, Hk, S, D), likewise.
+        cos: (T', D).
+        sin: (T', D).
+        out: where they are written: (T, Hq·D), (T, Hk·D) and (T, Hk·D), T = batch·S.
+    """
+    if _kernel(dq):
+        from rankshift.ops.rotary.triton import rotate_back as run
+    else:
+        run = reference.rotate_back
+    run(dq, dk, dv, cos, sin, out)
+
+
+def _kernel(tensor: Tensor) -> bool:
+    return tensor.dtype.itemsize == 2 and runs_on(tensor.device)
