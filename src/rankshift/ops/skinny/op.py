@@ -1,0 +1,52 @@
+"""What LoRA's backward does with a wide gradient, in one pass over it, and a block's factors made ready in one launch.
+
+bf16 and fp16 on an NVIDIA GPU go to kernels; the rest to reference.py. Nothing here is recorded by autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankshift.ops.skinny import reference
+from rankshift.ops.stochastic_rounding.op import runs_on
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def down_back(
+    dY: Tensor, B: Tensor, Z: Tensor | None = None, widths: Sequence[int] | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """S = dY B (T, r) in the dtype of dY, and dB = scale · dYᵀ Z (N, r) in fp32, of float64 in float64.
+
+    Sums are in fp32, in an order that depends on the shapes only. Layers side by side, of ``widths`` N₁, N₂, … whose
+    sum is N: each takes its columns of dY, its rows of B, its r columns of Z and S, which are (T, layers · r), and its
+    rows of dB.
+
+    Args:
+        dY: (T, N) with rows in one piece and any row stride.
+        B: (N, r), in the dtype of dY.
+        Z: (T, r), likewise; None where no dB is wanted: it is None then.
+        widths: None for one layer.
+        scale: what dB is multiplied by.
+    """
+    return reference.down_back(dY, B, Z, widths, scale)
+
+
+@torch.no_grad()
+def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[Tensor]) -> None:
+    """target ← scale · source for each, the product in fp32 or wider and rounded once.
+
+    Args:
+        sources: matrices, of any strides.
+        scales: as many numbers.
+        targets: as many matrices of the same shapes, of any strides: slices, of which none overlap.
+    """
+    reference.pack(sources, scales, targets)
+
+
+def _launches(x: Tensor) -> bool:
+    return x.dtype in _HALF and x.numel() > 0 and runs_on(x.device)

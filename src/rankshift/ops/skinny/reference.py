@@ -1,0 +1,30 @@
+"""Both in plain torch. Tests hold the kernels to this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankshift.ops.products import into
+
+
+def down_back(
+    dY: Tensor, B: Tensor, Z: Tensor | None = None, widths: Sequence[int] | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """See op.py."""
+    widths = list(dY.shape[1:] if widths is None else widths)
+    parts, factors = torch.split(dY, widths, 1), torch.split(B, widths)
+    S = torch.cat([part @ factor for part, factor in zip(parts, factors, strict=True)], 1)
+    if Z is None:
+        return S, None
+    dtype = torch.promote_types(dY.dtype, torch.float32)
+    zs = torch.split(Z, B.shape[1], 1)
+    return S, torch.cat([into(part.t(), z, dtype) for part, z in zip(parts, zs, strict=True)]) * scale
+
+
+def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[Tensor]) -> None:
+    """See op.py."""
+    for source, scale, target in zip(sources, scales, targets, strict=True):
+        target.copy_(source.to(torch.promote_types(source.dtype, torch.float32)) * scale)

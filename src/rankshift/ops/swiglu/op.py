@@ -1,0 +1,84 @@
+"""h = act(g + Zg Bgᵀ) · (u + Zu Buᵀ) and its gradient, each in one pass over what has T · F numbers.
+
+The low-rank terms are added where g, u and dh are read, so that they are never written. What is summed over T is summed
+in the same pass, in an order that depends on the shapes only. Nothing here is recorded by autograd.
+
+All activations and factors are of one dtype, with rows in one piece and any row stride (slices of wider buffers). bf16
+and fp16 on an NVIDIA GPU go to kernels; the rest to reference.py. Sums are in fp32, in float64 of float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from rankshift.ops.stochastic_rounding.op import runs_on
+from rankshift.ops.swiglu import reference
+from rankshift.ops.swiglu.reference import ACTIVATIONS, Back, Low
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def swiglu(
+    g: Tensor, u: Tensor, low_g: Low | None = None, low_u: Low | None = None, activation: str = "silu"
+) -> Tensor:
+    """h (T, F), rounded once.
+
+    Args:
+        g: (T, F).
+        u: (T, F).
+        low_g: Zg (T, r) and Bg (F, r); None where nothing is to be added.
+        low_u: Zu and Bu, likewise.
+        activation: "silu" or "gelu_tanh".
+    """
+    _known(activation)
+    return reference.swiglu(g, u, low_g, low_u, activation)
+
+
+@torch.no_grad()
+def swiglu_back(
+    dh: Tensor,
+    g: Tensor,
+    u: Tensor,
+    low_g: Low | None = None,
+    low_u: Low | None = None,
+    low_h: Low | None = None,
+    activation: str = "silu",
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+    want_h: bool = False,
+    grads: Collection[str] = (),
+    scale: float = 1.0,
+) -> Back:
+    """From dh + S A, g + Zg Bgᵀ and u + Zu Buᵀ: the gradients of g and u, and what else is asked for.
+
+    Args:
+        dh: (T, F).
+        g: (T, F), as swiglu had it.
+        u: (T, F).
+        low_g: Zg (T, r) and Bg (F, r), or None.
+        low_u: Zu and Bu, or None.
+        low_h: S (T, r) and A (r, F), or None.
+        activation: "silu" or "gelu_tanh".
+        out: where dg and du go, (T, F) each: slices, which may be g and u themselves.
+        want_h: whether h (T, F) is handed back.
+        grads: of "g", "u" and "h", those for whose low-rank pair a gradient is wanted: db_g = scale · dgᵀ Zg (F, r),
+            db_u = scale · duᵀ Zu (F, r), da_h = Sᵀ h (r, F). None where there is no pair.
+        scale: what db_g and db_u are multiplied by.
+    """
+    _known(activation)
+    return reference.swiglu_back(
+        dh, g, u, low_g, low_u, low_h, activation, out=out, want_h=want_h, grads=grads, scale=scale
+    )
+
+
+def _known(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, not {activation!r}")
+
+
+def _launches(x: Tensor) -> bool:
+    return x.dtype in _HALF and x.numel() > 0 and runs_on(x.device)
