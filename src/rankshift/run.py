@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankshift import handover, holding
+from rankshift import lower as lowering
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
 from rankshift.core.errors import AttachError, ConfigError, ExportError, TrainingError, WrongBase
@@ -882,6 +883,22 @@ class Run:
             self._driver.refusal, self._suspended = before, ""
             self._on.link(self._on.active)
 
+    # ---- speed
+
+    def lower(self) -> lowering.Lowered:
+        """Let the blocks of the model run in fused forms where these are known, with the parameters that they have;
+        see :mod:`rankshift.lower`. Names, states and checkpoints stay what they are. Returns a report, which prints.
+
+        It stays through shift(); merge(), compress(), detach() and :meth:`raise_` put the model's own blocks back.
+        """
+        self._open()
+        return lowering.lower(self.model)
+
+    def raise_(self) -> None:
+        """Put the model's own blocks back in the places of fused ones."""
+        self._open()
+        lowering.undo(self.model)
+
     # ---- ends
 
     def merge(self, onto: Onto = "dequantised", original: Any = None) -> nn.Module:
@@ -908,6 +925,7 @@ class Run:
             if site.active:
                 fold(site, target(site))  # once, whatever interrupts the rest
         self._on.strip()
+        lowering.undo(self.model)
         holding.release(self.model, onto != "requantised", originals)
         if embeddings_untied(self.model):  # an embedding was trained as a copy: loading must not tie the two again
             self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
@@ -935,6 +953,7 @@ class Run:
         if idle := [name for name in self._on.members if name not in self._on.active]:
             warnings.warn(f"Not active, so not in the model and gone now: {', '.join(idle)}.", stacklevel=2)
         self._on.strip()
+        lowering.undo(self.model)
         compressed.replace(self.model, found)
         self._on.sites.clear()  # else this run would keep the weights
         if embeddings_untied(self.model):
@@ -951,6 +970,7 @@ class Run:
         for name, tensor in self._on.movable():
             shard.assign_(tensor, self._on.originals[name])
         self._take_off("detach()")
+        lowering.undo(self.model)
         self.model.zero_grad()
         return self.model
 

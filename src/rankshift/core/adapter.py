@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankshift.core import shard
 from rankshift.core.base import Base
+
+
+class LowRank(NamedTuple):
+    """A change y += scale · B (A x) of a linear layer: what the layer adds to its base's product, and nothing else."""
+
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
+    scale: float
+
+
+class Columns(NamedTuple):
+    """Columns of the stored weight that train: W[:, channels] is W₀[:, channels] + scale · D already."""
+
+    channels: Tensor  # (r,)
+    D: Tensor  # (out, r)
+    scale: float
 
 
 class Adapter(Base):
@@ -104,6 +120,11 @@ class Adapter(Base):
 
     def delta_bias(self) -> Tensor | None:
         """The change of the bias, (out,), or None if the method has none."""
+        return None
+
+    def term(self) -> LowRank | Columns | None:
+        """What a linear layer's forward does now besides its base, differentiable, for code that multiplies for
+        several layers at once; None if only :meth:`forward` knows."""
         return None
 
     def branch(self) -> tuple[Tensor, Tensor] | None:

@@ -64,6 +64,9 @@ class Noisy(LoRALayer):
             self.quiet = self.quiet or (isinstance(base, Noisy) and base.sigma > 0)
             base = base.base
 
+    def term(self) -> None:
+        return None
+
     def open(self, sigma: float, word: int) -> None:
         """Begin an update: its noise has size ``sigma`` and the key ``word``. Under sharding every rank must call."""
         self.word.fill_(word - (1 << 64) if word >> 63 else word)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankshift.core import shard
-from rankshift.core.adapter import Adapter
+from rankshift.core.adapter import Adapter, LowRank
 from rankshift.core.base import Base
 from rankshift.core.errors import ConfigError, RankTooLarge, UnsupportedLayer
 from rankshift.core.event import Event, Moment, Tick
@@ -112,6 +112,11 @@ class LoRALayer(Adapter):
     def delta_bias(self) -> Tensor | None:
         return None if self.b is None else self.scale * self.b
 
+    def term(self) -> LowRank | None:
+        if self.b is not None or (self.config.dropout and self.training):
+            return None
+        return LowRank(*self.factors(), self.scale)
+
     def branch(self) -> tuple[Tensor, Tensor] | None:
         A, B = self.factors()
         return self.scale * A, B
@@ -156,6 +161,9 @@ class DoRALayer(LoRALayer):
         V = W + super().delta(rows)
         norm: Tensor = torch.linalg.vector_norm(V, dim=1).detach()
         return _gain(self.magnitude[rows], norm)[:, None] * V - W
+
+    def term(self) -> None:
+        return None
 
     def branch(self) -> None:
         return None

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from rankshift.core import shard
-from rankshift.core.adapter import Adapter
+from rankshift.core.adapter import Adapter, Columns
 from rankshift.core.base import Base
 from rankshift.core.errors import ConfigError, RankTooLarge, UnsupportedLayer, WrongBase
 from rankshift.core.event import Event, Moment, Tick
@@ -145,6 +145,12 @@ class PaCALayer(Adapter):
         if isinstance(form, ConvForm):
             return paca_conv(x, self.D, self.scale, self.channels, base.weight, bias, form)
         return paca_linear(x, self.D, self.scale, self.channels, bias, base.format, base.packed)
+
+    def term(self) -> Columns | None:
+        if self.base.tenant is not self or not self.form.pointwise:
+            return None
+        self._keep_up()
+        return Columns(self.channels, self.D, self.scale)
 
     def _beside(self, y: Tensor, x: Tensor) -> Tensor:
         D = (self.scale * self.D).to(y.dtype)

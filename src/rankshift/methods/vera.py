@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankshift.core import shard
-from rankshift.core.adapter import Adapter
+from rankshift.core.adapter import Adapter, LowRank
 from rankshift.core.base import Base
 from rankshift.core.errors import ConfigError, UnsupportedLayer, WrongBase
 from rankshift.core.form import EmbeddingForm
@@ -200,6 +200,11 @@ class VeRALayer(Adapter):
     def delta(self, rows: slice = slice(None)) -> Tensor:
         C = factor(self.B[rows], self.lambda_d, self.lambda_b[..., rows])
         return C @ self.A.to(C.dtype)
+
+    def term(self) -> LowRank | None:
+        if self.config.dropout and self.training:
+            return None
+        return LowRank(self.A, factor(self.B, self.lambda_d, self.lambda_b), 1.0)
 
     def branch(self) -> tuple[Tensor, Tensor]:
         C = factor(self.B, self.lambda_d, self.lambda_b)

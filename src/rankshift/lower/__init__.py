@@ -1,0 +1,5 @@
+"""Lowering: blocks of a model run as fused forms that hold the same parameters; explicit, reported and reversible."""
+
+from rankshift.lower.lowered import Lowered, lower, undo
+
+__all__ = ["Lowered", "lower", "undo"]

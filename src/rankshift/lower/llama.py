@@ -1,0 +1,228 @@
+"""Decoder blocks of Llama's shape: norm, rotary attention, norm, gated MLP.
+
+A block is lowered by putting in its place an object of a class derived from the block's, which shares the block's
+state: the very same dictionary of parameters, submodules, hooks and flags. Names, states, sites and sharding are those
+of the block; what differs is ``forward``. Raised, the block itself stands there again.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankshift.core import shard
+from rankshift.core.adapter import Columns, LowRank
+from rankshift.core.base import HOOKS, Base
+from rankshift.core.site import Site
+from rankshift.lower.nodes import Norm, entry, exit_
+from rankshift.lower.siblings import Group, base_of, join, part, term_of
+
+_LAYERS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def _no_window(attention: Any) -> dict[str, Any]:
+    return {}
+
+
+def _window_of_config(attention: Any) -> dict[str, Any]:
+    return {"sliding_window": getattr(attention.config, "sliding_window", None)}
+
+
+def _window_of_layer(attention: Any) -> dict[str, Any]:
+    return {"sliding_window": attention.sliding_window}
+
+
+FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "transformers.models.llama.modeling_llama.LlamaDecoderLayer": _no_window,
+    "transformers.models.mistral.modeling_mistral.MistralDecoderLayer": _window_of_config,
+    "transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer": _window_of_layer,
+}
+"""The blocks that are known, and what each tells its attention besides query, key, value and mask."""
+
+
+@dataclass
+class Block:
+    """What a lowered block knows of itself."""
+
+    bases: dict[nn.Module, Base]  # of the layers that were there when it was lowered
+    told: Callable[[Any], dict[str, Any]]
+    activation: str
+    aside: str | None = None  # why its last forward was the block's own
+
+
+_GROUPS = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))  # of the layers: those that read one input
+
+
+def _layers(layer: Any) -> list[nn.Module]:
+    """In the order of ``_LAYERS``."""
+    attention, mlp = layer.self_attn, layer.mlp
+    one = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*one, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _through(bases: list[Base], how: Callable[[list[Base]], object]) -> None:
+    """Call ``how`` for each group of layers."""
+    for span in _GROUPS:
+        how(bases[span])
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether this is a block of a family that is known, lowered or not."""
+    return _family(type(module)) is not None
+
+
+def is_lowered(module: nn.Module) -> bool:
+    """Whether this stands in the place of a block."""
+    return "lowered" in vars(module)
+
+
+def _family(kind: type) -> str | None:
+    return next((name for c in kind.__mro__ if (name := f"{c.__module__}.{c.__qualname__}") in FAMILIES), None)
+
+
+def lowered(layer: nn.Module) -> nn.Module | str:
+    """The block to put in this one's place, or why there is none."""
+    kind = type(layer)
+    family = _family(kind)
+    if family is None or family != f"{kind.__module__}.{kind.__qualname__}" or "forward" in vars(layer):
+        return f"{kind.__name__} is not a block as transformers has it"
+    if layer._compiled_call_impl is not None:  # type: ignore[truthy-function]
+        return "it is compiled already: lower first, or compile only"
+    acts: str = layer.self_attn.config.hidden_act  # type: ignore[union-attr, assignment]
+    if acts not in _ACTIVATIONS:
+        return f"its activation is {acts}"
+    bases = {}
+    for name, module in zip(_LAYERS, _layers(layer), strict=True):
+        base = base_of(module)
+        if base is None:
+            return f"{name} is a {type(module).__name__}"
+        bases[module] = base
+    if any(shard.is_sharded(p) for p in layer.parameters()):
+        return "it is sharded already: lower before fully_shard()"
+    _through(list(bases.values()), join)
+    new = _revived(kind)
+    new.__dict__ = layer.__dict__
+    new.__dict__["lowered"] = Block(bases, FAMILIES[family], _ACTIVATIONS[acts])
+    return new
+
+
+def block_of(layer: nn.Module) -> Block:
+    """Of a lowered one."""
+    block: Block = vars(layer)["lowered"]
+    return block
+
+
+def raised(layer: nn.Module) -> nn.Module:
+    """The block that was lowered, with the state as it now is."""
+    del layer.__dict__["lowered"]
+    _through([base for module in _layers(layer) if (base := base_of(module)) is not None], part)
+    kind: Any = type(layer).__mro__[1]
+    plain: nn.Module = kind.__new__(kind)
+    plain.__dict__ = layer.__dict__
+    return plain
+
+
+@functools.cache
+def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a lowered block. It has the name of the block's, by which wrapping policies know it."""
+    return type(kind.__name__, (kind,), {"forward": _forward, "__reduce_ex__": _reduced, "__module__": kind.__module__})
+
+
+def _reduced(layer: nn.Module, protocol: int) -> Any:
+    """Copied and pickled by the class of the block: this one is made anew."""
+    return _revived, (type(layer).__mro__[1],), layer.__dict__
+
+
+def _revived(kind: type[nn.Module]) -> nn.Module:
+    fused = _fused(kind)  # type: ignore[arg-type]
+    new: nn.Module = fused.__new__(fused)
+    return new
+
+
+def _forward(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    block = block_of(self)
+    groups = _open(self, block, hidden_states, position_embeddings, kwargs)
+    if isinstance(groups, str):
+        block.aside = groups
+        plain: Tensor = type(self).__mro__[1].forward(  # type: ignore[attr-defined]
+            self, hidden_states, attention_mask, position_ids, past_key_values, use_cache,
+            position_embeddings=position_embeddings, **kwargs,
+        )  # fmt: skip
+        return plain
+    block.aside = None
+    attention, (qkv, after, gate_up, down) = self.self_attn, groups
+    assert position_embeddings is not None
+    batch, length, width = hidden_states.shape
+    cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
+    x = hidden_states.reshape(-1, width).contiguous()
+    before, between = _norm(self.input_layernorm), _norm(self.post_attention_layernorm)
+    q, k, v, x = entry(x, before, qkv, cos, sin, attention.head_dim, batch)
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, attention.layer_idx)
+    here = vars(sys.modules[type(attention).__module__])
+    attend = here["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        attention.config._attn_implementation, here["eager_attention_forward"]
+    )
+    o, _ = attend(
+        attention, q, k, v, attention_mask, dropout=attention.attention_dropout if self.training else 0.0,
+        scaling=attention.scaling, position_ids=position_ids, use_cache=use_cache, **block.told(attention), **kwargs,
+    )  # fmt: skip
+    y = exit_(o.reshape(batch * length, -1), x, after, between, gate_up, down, block.activation)
+    return y.view(batch, length, width)
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
+
+
+def _open(
+    layer: Any, block: Block, x: Tensor, positions: tuple[Tensor, Tensor] | None, asked: dict[str, Any]
+) -> tuple[Group, Group, Group, Group] | str:
+    """The layers as they are in this forward; or why the block's own forward must run."""
+    attention = layer.self_attn
+    if asked.get("output_attentions") or attention.config.output_attentions:
+        return "attention weights are asked for"
+    if positions is None or positions[0].shape[-1] != attention.head_dim:
+        return "positions do not rotate whole heads"
+    modules = _layers(layer)
+    bases = [module.base if isinstance(module, Site) else block.bases[module] for module in modules]
+    dtype, kind = bases[0].dtype, x.device.type
+    if x.dtype != dtype or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
+        return f"it computes in another dtype than its weights' {str(dtype).removeprefix('torch.')}"
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    if any(norm.weight.requires_grad for norm in norms):
+        return "its norms train"
+    inner = (attention, layer.mlp, layer.mlp.act_fn, *norms, *modules)
+    if any(module.__dict__[hooks] for module in inner for hooks in HOOKS):
+        return "a module inside it is hooked"
+    terms: list[LowRank | Columns | None] = []
+    for module, base in zip(modules, bases, strict=True):
+        term = term_of(module)
+        if isinstance(term, str):
+            return term
+        if any(p.requires_grad for p in (*base.stored.values(), *(() if base.bias is None else (base.bias,)))):
+            return "weights of the base train in place"
+        terms.append(term)
+    groups = [Group(bases[span], terms[span]) for span in _GROUPS]
+    if any(group.low and group.channels is not None for group in groups):
+        return "its layers have adapters of several kinds"
+    return groups[0], groups[1], groups[2], groups[3]

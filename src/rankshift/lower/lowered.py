@@ -1,0 +1,67 @@
+"""Which blocks of a model are lowered, and why the others are not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from rankshift.lower import llama
+
+
+@dataclass
+class Lowered:
+    """What :func:`lower` did to a model. Prints as a report."""
+
+    model: nn.Module
+    blocks: list[str] = field(default_factory=list)
+    """Names of the blocks that run fused."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Name → why it runs as it did."""
+
+    @property
+    def aside(self) -> dict[str, str]:
+        """Blocks whose last forward ran unfused → why."""
+        found = {name: llama.block_of(self.model.get_submodule(name)).aside for name in self.blocks}
+        return {name: why for name, why in found.items() if why is not None}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.blocks)} of {len(self.blocks) + len(self.refused)} blocks run fused"]
+        for title, names in (("not fused", self.refused), ("unfused in the last forward", self.aside)):
+            lines += [f"{title} (×{count}): {why}" for why, count in Counter(names.values()).items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def lower(model: nn.Module) -> Lowered:
+    """Let every block of a model that is known run in its fused form, with the parameters that it has.
+
+    The results are those of the model's own forward to rounding. Where a block as it is at some forward cannot be
+    computed so (an adapter whose equation is another, a hook inside it), its own forward runs, and the report says why.
+    """
+    done = Lowered(model)
+    for name, layer in list(model.named_modules()):
+        if llama.is_lowered(layer):
+            done.blocks.append(name)
+        elif llama.is_block(layer):
+            new = llama.lowered(layer)
+            if isinstance(new, str):
+                done.refused[name] = new
+            else:
+                _put(model, name, new)
+                done.blocks.append(name)
+    return done
+
+
+def undo(model: nn.Module) -> None:
+    """Put the model's own blocks back, with their state as it now is."""
+    for name, layer in list(model.named_modules()):
+        if llama.is_lowered(layer):
+            _put(model, name, llama.raised(layer))
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,255 @@
+"""Layers that read one input, multiplied together: q, k and v; gate and up; or one layer alone.
+
+Of a group the input is read once where its layers' own forwards would read it once each, for the base and for the
+adapters. Weights that lie one behind the other in memory (see :func:`join`) take one GEMM. What adapters add is handed
+on as low-rank terms (Z, B), for the kernel that reads the product next to add Z Bᵀ there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from rankshift.core import shard
+from rankshift.core.adapter import Columns, LowRank
+from rankshift.core.base import Base, Dense, storage_of
+from rankshift.core.form import Form
+from rankshift.core.site import Site, form_of
+from rankshift.ops.products import into
+from rankshift.ops.skinny import down_back, pack
+
+Low = tuple[Tensor, Tensor]
+"""(Z, B) for Z Bᵀ, or (S, A) for S A."""
+
+WIDEST = 128  # rank up to which a term is added by whoever reads the product next; wider ones have a GEMM of their own
+
+
+def base_of(module: nn.Module) -> Base | None:
+    """The base of a linear layer, adapted or not; None if it is no layer that can stand in a group."""
+    if isinstance(module, Site):
+        return module.base if type(module.spec.form) is Form else None
+    if (known := storage_of(module)) is not None:
+        return known.over(module)
+    return Dense(module, Form()) if type(form_of(module)) is Form else None
+
+
+def term_of(module: nn.Module) -> LowRank | Columns | str | None:
+    """What stands on the base of a layer, or why only its own forward knows."""
+    if not isinstance(module, Site) or not module.active:
+        return None
+    if len(module.active) > 1:
+        return "several adapters act at once"
+    adapter = module[module.active[0]]
+    term = adapter.term()
+    if term is None:
+        return f"{type(adapter).__name__} is more than a low-rank term beside a weight"
+    return term
+
+
+class Group:
+    """Layers that read one input, as they are in one forward. All tensors are (T, …)."""
+
+    def __init__(self, bases: Sequence[Base], terms: Sequence[LowRank | Columns | None]):
+        self.bases, self.terms = bases, terms
+        self.widths = [base.out_features for base in bases]
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """What autograd follows: A and B, or D, of each layer that has a term."""
+        found: list[Tensor] = []
+        for term in self.terms:
+            found += () if term is None else (term.A, term.B) if isinstance(term, LowRank) else (term.D,)
+        return found
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What holds the weights, layer by layer."""
+        return [tensor for base in self.bases for tensor in base.packed]
+
+    # ---- products with the bases
+
+    def times(self, x: Tensor) -> list[Tensor]:
+        """x (T, K) Wᵀ + bias of each layer, (T, N): new tensors, slices of one if the weights lie together."""
+        W = joined(self.bases, self.weights)
+        if W is None:
+            return [base.format.times(x, base.bias, *base.packed) for base in self.bases]
+        biases = [base.bias for base in self.bases]
+        if all(bias is None for bias in biases):
+            y = x @ W.t()
+        else:
+            b = [x.new_zeros(n) if b is None else b.to(x.dtype) for n, b in zip(self.widths, biases, strict=True)]
+            y = torch.addmm(torch.cat(b), x, W.t())
+        return list(y.split_with_sizes(self.widths, 1))
+
+    def back(self, dY: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Σ dYᵢ Wᵢ, (T, K), of the layers' gradients side by side, (T, ΣN); ``weights`` as they were kept."""
+        W = joined(self.bases, weights)
+        if W is not None:
+            return dY @ W
+        dX: Tensor | None = None
+        rest = iter(weights)
+        for base, part in zip(self.bases, dY.split_with_sizes(self.widths, 1), strict=True):
+            packed = [next(rest) for _ in base.packed]
+            if dX is None:
+                dX = base.format.back(part, *packed)
+            elif isinstance(base, Dense):
+                dX.addmm_(part, packed[0])
+            else:
+                dX += base.format.back(part, *packed)
+        assert dX is not None
+        return dX
+
+    # ---- low-rank terms
+
+    @cached_property
+    def low(self) -> list[tuple[int, LowRank]]:
+        """(which layer, its term), of those that have a low-rank one."""
+        return [(i, term) for i, term in enumerate(self.terms) if isinstance(term, LowRank)]
+
+    @cached_property
+    def rank(self) -> int:
+        """The largest; narrower ones are filled up with zeros."""
+        return max((term.A.shape[0] for _, term in self.low), default=0)
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether all layers have one A between them, as VeRA's have: then they are one layer of the summed width."""
+        first = self.low[0][1].A
+        same = [term.A.data_ptr() == first.data_ptr() and term.A.shape == first.shape for _, term in self.low]
+        return len(same) == len(self.terms) and all(same)
+
+    @property
+    def steps(self) -> list[int]:
+        """Widths as the low-rank products see them."""
+        return [sum(self.widths)] if self.shared else self.widths
+
+    def packed(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A's one below the other, (R, K), and s·B's, (ΣN, r), in the dtype of ``like``."""
+        r, uneven = self.rank, any(term.A.shape[0] != self.rank for _, term in self.low)
+        new = like.new_zeros if uneven or len(self.low) < len(self.terms) else like.new_empty
+        A, B = new(r * len(self.steps), self.bases[0].in_features), new(sum(self.widths), r)
+        rows = B.split_with_sizes(self.widths)
+        sources, scales, targets = [], [], []
+        for i, term in self.low:
+            if not (self.shared and i):
+                sources.append(term.A)
+                scales.append(1.0)
+                targets.append(A[i * r : i * r + term.A.shape[0]])
+            sources.append(term.B)
+            scales.append(term.scale)
+            targets.append(rows[i][:, : term.B.shape[1]])
+        pack(sources, scales, targets)
+        return A, B
+
+    def lows(self, Z: Tensor, B: Tensor) -> list[Low | None]:
+        """What is to be added to the product of each layer."""
+        r, rows, has = self.rank, B.split_with_sizes(self.widths), dict(self.low)
+        return [
+            (Z[:, :r] if self.shared else Z[:, i * r : (i + 1) * r], rows[i]) if i in has else None
+            for i in range(len(self.terms))
+        ]
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Low | None], tuple[Tensor, ...]]:
+        """The products, what is still to be added to each, and what the backward wants kept: (A, B, Z) or nothing."""
+        ys = self.times(x)
+        if not self.low:
+            return ys, [None] * len(ys), ()
+        A, B = self.packed(x)
+        Z = x @ A.t()
+        lows = self.lows(Z, B)
+        if self.rank > WIDEST:
+            for y, low in zip(ys, lows, strict=True):
+                if low is not None:
+                    y.addmm_(low[0], low[1].t())
+            lows = [None] * len(ys)
+        return ys, lows, (A, B, Z)
+
+    def scale(self) -> float:
+        """s of all layers; 1 where they differ, and gradients of B are then scaled layer by layer."""
+        scales = {term.scale for _, term in self.low}
+        return scales.pop() if len(scales) == 1 else 1.0
+
+    def down(self, dY: Tensor, B: Tensor, Z: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """S = dY B (T, R), and where Z is given the gradient of the packed B, s · dYᵀ Z (ΣN, r)."""
+        return down_back(dY, B, Z, self.steps, self.scale())
+
+    def gradients(self, dA: Tensor | None, dB: Tensor | Sequence[Tensor] | None) -> list[Tensor | None]:
+        """Those of :attr:`factors`, out of the packed ones; ``dB`` whole, or layer by layer."""
+        rows = dB.split_with_sizes(self.widths) if isinstance(dB, Tensor) else dB
+        r, common = self.rank, self.scale()
+        found: list[Tensor | None] = []
+        for i, term in self.low:
+            own, at = term.A.shape[0], 0 if self.shared else i * r
+            found.append(None if dA is None or (self.shared and i) else dA[at : at + own].to(term.A.dtype))
+            part = None if rows is None else rows[i][:, :own].to(term.B.dtype)
+            found.append(part if part is None or common == term.scale else part * term.scale)
+        return found
+
+    # ---- columns of the weights
+
+    @cached_property
+    def channels(self) -> Tensor | None:
+        """Those of all layers behind one another, where weights have columns that train."""
+        found = [term.channels for term in self.terms if isinstance(term, Columns)]
+        return torch.cat(found) if found else None
+
+    def column_gradients(self, dY: Tensor, x: Tensor) -> list[Tensor | None]:
+        """s · dYᵢᵀ x of each D, (out, r), where ``x`` (T, Σr) are the inputs in these channels."""
+        found: list[Tensor | None] = []
+        at = 0
+        for term, part in zip(self.terms, dY.split_with_sizes(self.widths, 1), strict=True):
+            if isinstance(term, Columns):
+                r = len(term.channels)
+                found.append(into(part.t(), x[:, at : at + r], term.D.dtype) * term.scale)
+                at += r
+        return found
+
+
+# ---- weights in one piece of memory
+
+
+def joined(bases: Sequence[Base], weights: Sequence[Tensor]) -> Tensor | None:
+    """The weights one below the other, (ΣN, K), without a copy; None where they do not lie so."""
+    if not all(isinstance(base, Dense) for base in bases):
+        return None
+    first = weights[0]
+    at, K = first.data_ptr(), first.shape[1]
+    for W in weights:
+        if W.data_ptr() != at or not W.is_contiguous() or W.dtype != first.dtype or W.shape[1] != K:
+            return None
+        at += W.numel() * W.element_size()
+    if len(weights) == 1:
+        return first
+    start = first.untyped_storage().data_ptr()
+    if at - start > first.untyped_storage().nbytes():  # neighbours by chance
+        return None
+    return first.detach().as_strided((sum(base.out_features for base in bases), K), (K, 1), first.storage_offset())
+
+
+@torch.no_grad()
+def join(bases: Sequence[Base]) -> bool:
+    """Move the weights into one piece of memory, bit for bit; False where they must stay as they are."""
+    if not all(isinstance(base, Dense) for base in bases):
+        return False
+    weights = [base.weight for base in bases]
+    if joined(bases, weights) is not None:
+        return True
+    first = weights[0]
+    alike = all((W.dtype, W.device, W.shape[1]) == (first.dtype, first.device, first.shape[1]) for W in weights)
+    if not alike or first.is_meta or any(shard.is_sharded(W) for W in weights):
+        return False
+    whole = torch.cat([W.detach() for W in weights])
+    for W, part in zip(weights, whole.split_with_sizes([W.shape[0] for W in weights]), strict=True):
+        W.data = part
+    return True
+
+
+@torch.no_grad()
+def part(bases: Sequence[Base]) -> None:
+    """Give each weight memory of its own again."""
+    for base in bases:
+        if isinstance(base, Dense) and base.weight.untyped_storage().nbytes() > base.weight.nbytes:
+            base.weight.data = base.weight.detach().clone()
