@@ -104,8 +104,8 @@ def cases(
         "swiglu": (swiglu.swiglu, swiglu_reference.swiglu, (g, u), {}, 3 * T * F),
         "swiglu + Z B": (swiglu.swiglu, swiglu_reference.swiglu, (g, u, low_g, low_u), {}, 3 * T * F),
         "swiglu back": (
-            lambda *a: gated(swiglu.swiglu_back, *a), lambda *a: gated(swiglu_reference.swiglu_back, *a), (dh, g, u), {},
-            5 * T * F,
+            lambda *a: gated(swiglu.swiglu_back, *a), lambda *a: gated(swiglu_reference.swiglu_back, *a), (dh, g, u),
+            {}, 5 * T * F,
         ),
         "swiglu back + terms + sums": (
             lambda *a, **k: gated(swiglu.swiglu_back, *a, **k),
