@@ -1,17 +1,26 @@
-"""A Llama of 60 M parameters from scratch, one token budget, by every method that is made for that.
+"""A Llama of 60 M or 130 M parameters from scratch, one token budget, by every method that is made for that.
 
     python benchmarks/pretrain.py prepare --data DIR_WITH_books_train_*.jsonl.xz --tokens .lm   # once, on a CPU
     PYTHONPATH=src python benchmarks/pretrain.py run --tokens .lm --out benchmarks/results/pretrain.json
+    … run --tokens .lm --shape 130M --steps 400 --rates benchmarks/results/pretrain.json \
+        --methods AdamW LoRA "LoRA, warm start" "ReLoRA, warm start" SwitchLoRA --out …/pretrain_130m.json
+    … run --tokens .lm --steps 600 --out benchmarks/results/pretrain_galore.json \
+        --methods "GaLore power 1" "GaLore unaligned" "GaLore power 1 unaligned"
     python benchmarks/pretrain.py plot --results benchmarks/results/pretrain.json --out docs/img/…png
 
-Model: hidden 512, ffn 1376, 8 heads, 8 layers, vocabulary 32,000, untied (58 M parameters). Text: English novels, a
+Models: hidden 512, ffn 1376, 8 heads, 8 layers (58 M parameters); hidden 768, ffn 2048, 12 heads, 12 layers (134 M);
+vocabulary 32,000, untied. The rank is a quarter of hidden: 128 and 192. Text: English novels, a
 byte-level BPE of 32,000 trained on them, sequences of 256 tokens, every token seen once. All arms: fp32 weights, bf16
 autocast, 64 sequences an update, 10 % warm-up, cosine to 10 % of the peak, no decay, clipping at 1, betas 0.9, 0.999,
 embeddings, norms and head trained by AdamW. Each arm's rate is the best of its grid after a quarter of the budget (with
-a schedule of that length, seed 0); then the full budget, several seeds. Loss is that of held-out books.
+a schedule of that length, seed 0), or what another file found best (--rates); then the full budget, several seeds. Loss
+is that of held-out books.
 
 Arms with a warm start train a quarter of the budget in full, at AdamW's rate and on its schedule, then with low rank:
 ReLoRA restarts three times, its control is LoRA on the same schedule without restarts.
+
+GaLore has three variants, by name only, at its rate: bases found with one power iteration; not turned along the bases
+that they replace (the eigenvectors of a sketch, by falling energy); both. No setting of the library has them.
 
 What is in --out already is not measured again.
 """
@@ -25,7 +34,9 @@ import lzma
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,10 +50,12 @@ GRID = {
     "GaLore": (5e-3, 1e-2, 2e-2),
     "AdaRankGrad": (5e-3, 1e-2, 2e-2),
     "LoRA": (2.5e-4, 5e-4, 1e-3, 3e-3, 1e-2),
-    "LoRA, warm start": (5e-4, 1e-3, 2e-3),
-    "ReLoRA, warm start": (5e-4, 1e-3, 2e-3),
+    "LoRA, warm start": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "ReLoRA, warm start": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     "SwitchLoRA": (2.5e-3, 5e-3, 1e-2, 2e-2),
 }
+VARIANTS = dict.fromkeys(("GaLore power 1", "GaLore unaligned", "GaLore power 1 unaligned"), 1e-2)  # their rates
+SHAPES = {"60M": (512, 1376, 8), "130M": (768, 2048, 12)}  # hidden, ffn, heads and layers
 WARM_RATE = 1e-3  # AdamW's
 
 
@@ -76,29 +89,51 @@ def prepare(data: Path, tokens: Path, most: int) -> None:
         print(f"{name}: {len(array):,} tokens, {array.max() + 1:,} in use")
 
 
-def method_of(name: str, steps: int) -> Any:
+def galore(power: int, aligned: bool, **settings: Any) -> Any:
+    """GaLore with another finder of its bases."""
+    import rankshift as rs
+    from rankshift.optim.project import Project
+
+    class Unaligned(Project):
+        def seek(self, A: Any, olds: Sequence[Any], *others: Any) -> Any:
+            return super().seek(A, [], *others)  # as the first time, when there is nothing to replace
+
+    class Variant(rs.GaLore):
+        def project(self, form: Any) -> Project:
+            usual = super().project(form)
+            values = {f.name: getattr(usual, f.name) for f in fields(usual)} | {"power": power}
+            return (Project if aligned else Unaligned)(**values)
+
+    return Variant(**settings)
+
+
+def method_of(name: str, steps: int, rank: int) -> Any:
     import rankshift as rs
 
     every = min(200, max(1, steps // 5))
     if name == "AdamW":
         return rs.Full()
     if name == "GaLore":
-        return rs.GaLore(rank=128, every=every)
+        return rs.GaLore(rank=rank, every=every)
+    if name in VARIANTS:
+        return galore(int("power 1" in name), "unaligned" not in name, rank=rank, every=every)
     if name == "AdaRankGrad":
-        return rs.AdaRankGrad(rank=128, every=every, earliest=max(1, every // 4))
+        return rs.AdaRankGrad(rank=rank, every=every, earliest=max(1, every // 4))
     if name == "SwitchLoRA":
-        return rs.SwitchLoRA(rank=128, interval=40, rest_lr_ratio=0.1)
+        return rs.SwitchLoRA(rank=rank, interval=40, rest_lr_ratio=0.1)
     if name.endswith("warm start"):
         cycle = (steps - steps // 4) // 4 + 1  # the last is the shortest
         every = cycle if name.startswith("ReLoRA") else None
-        return rs.ReLoRA(rank=128, alpha=128, every=every, cycle=cycle, rewarm=max(1, cycle // 10))
+        return rs.ReLoRA(rank=rank, alpha=rank, every=every, cycle=cycle, rewarm=max(1, cycle // 10))
     assert name == "LoRA"
     whole = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
-    return rs.LoRA(rank=128, alpha=128, modules_to_save=whole)
+    return rs.LoRA(rank=rank, alpha=rank, modules_to_save=whole)
 
 
-def train(name: str, lr: float, seed: int, steps: int, tokens: str) -> dict[str, Any]:
-    """One run."""
+def train(
+    name: str, lr: float, seed: int, steps: int, shape: tuple[int, int, int], blocks: bool, tokens: str
+) -> dict[str, Any]:
+    """One run; ``blocks``: with compiled blocks."""
     import torch
     import transformers
 
@@ -113,16 +148,21 @@ def train(name: str, lr: float, seed: int, steps: int, tokens: str) -> dict[str,
     held_rows = torch.from_numpy(held[: HELD_OUT * LENGTH].astype(np.int64)).view(-1, LENGTH).to(device)
     assert steps * BATCH <= len(rows), f"{steps * BATCH} sequences wanted, {len(rows)} there"
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    hidden, ffn, layers = shape
     config = transformers.LlamaConfig(
-        hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, vocab_size=VOCAB,
-        max_position_embeddings=LENGTH, tie_word_embeddings=False, use_cache=False,
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=layers,
+        vocab_size=VOCAB, max_position_embeddings=LENGTH, tie_word_embeddings=False, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     model.to(device).train()
-    method, warm_start = method_of(name, steps), name.endswith("warm start")
+    method, warm_start = method_of(name, steps, hidden // 4), name.endswith("warm start")
     then = [rs.Then(method, steps=steps // 4, lr=lr)] if warm_start else []
     run = rs.attach(model, rs.Full() if warm_start else method, seed=seed, total_steps=steps, then=then)
+    if blocks:
+        torch.compiler.reset()  # a worker's other runs have layers of other kinds
+        for layer in model.model.layers:
+            layer.compile()
     optimizer = run.optimizer(lr=WARM_RATE if warm_start else lr)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -181,16 +221,22 @@ def run_all(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     probe = max(20, options.steps // 4)
     known = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    if known and known.get("shape", "60M") != options.shape:
+        raise SystemExit(f"{options.out} holds runs of another model than {options.shape}: name another file.")
     tuning: list[dict[str, Any]] = known.get("tuning", [])
     finals: list[dict[str, Any]] = known.get("runs", [])
     methods = options.methods or list(GRID)
     best: dict[str, float] = known.get("best_lr", {})
+    fixed = (json.loads(options.rates.read_text())["best_lr"] if options.rates else {}) | VARIANTS
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
 
         def work(jobs: list[tuple[Any, ...]], into: list[dict[str, Any]]) -> None:
             there = {(row["method"], row["lr"], row["seed"], row["steps"]) for row in into}
             jobs = [job for job in jobs if job not in there]
-            waiting = {pool.submit(train, *job, str(options.tokens)): job for job in jobs}
+            if time.perf_counter() - began > options.deadline:
+                return
+            how = SHAPES[options.shape], options.compile, str(options.tokens)
+            waiting = {pool.submit(train, *job, *how): job for job in jobs}
             for done in as_completed(waiting):
                 if done.cancelled():
                     continue
@@ -200,7 +246,7 @@ def run_all(options: argparse.Namespace) -> None:
                 row = done.result()
                 into.append(row)
                 if options.out:  # what is measured stays, whatever ends this
-                    written(options.out, tuning, finals, best)
+                    written(options, tuning, finals, best)
                 print(
                     f"{row['method']:18} lr {row['lr']:.0e} seed {row['seed']} {row['steps']:5} steps "
                     f"val {row['val']:.3f} train {row['train']:.3f} state {row['state_mib']:.0f} MiB "
@@ -211,8 +257,11 @@ def run_all(options: argparse.Namespace) -> None:
                     for other in waiting:
                         other.cancel()
 
-        work([(name, lr, 0, probe) for name in methods for lr in GRID[name]], tuning)
+        work([(name, lr, 0, probe) for name in methods if name not in fixed for lr in GRID[name]], tuning)
         for name in methods:
+            if name in fixed:
+                best[name] = fixed[name]
+                continue
             rows = [
                 row for row in tuning if (row["method"], row["steps"]) == (name, probe) and math.isfinite(row["val"])
             ]
@@ -223,10 +272,12 @@ def run_all(options: argparse.Namespace) -> None:
         if rows:
             print(f"| {name} | {best[name]:.0e} | {statistics.mean(rows):.3f} ± {statistics.pstdev(rows):.3f} |")
     if options.out:
-        written(options.out, tuning, finals, best)
+        written(options, tuning, finals, best)
 
 
-def written(out: Path, tuning: list[dict[str, Any]], finals: list[dict[str, Any]], best: dict[str, float]) -> None:
+def written(
+    options: argparse.Namespace, tuning: list[dict[str, Any]], finals: list[dict[str, Any]], best: dict[str, float]
+) -> None:
     import torch
     import transformers
 
@@ -236,10 +287,11 @@ def written(out: Path, tuning: list[dict[str, Any]], finals: list[dict[str, Any]
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "rankshift": rs.__version__},
+        "shape": options.shape, "compiled": options.compile, "rates_of": options.rates and options.rates.name,
         "grid": GRID, "best_lr": best, "tuning": tuning, "runs": finals,
     }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def plot(results: Path, out: Path) -> None:
@@ -283,6 +335,9 @@ def main() -> None:
     verb.add_argument("--seeds", type=int, default=2)
     verb.add_argument("--workers", type=int, default=3)
     verb.add_argument("--methods", nargs="*")
+    verb.add_argument("--shape", choices=SHAPES, default="60M")
+    verb.add_argument("--rates", type=Path, help="results whose best rates to take, without a grid")
+    verb.add_argument("--compile", action="store_true", help="compile the blocks")
     verb.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no new run begins")
     verb = verbs.add_parser("plot")
     verb.add_argument("--results", type=Path, required=True)
