@@ -1,13 +1,7 @@
-"""Decoder blocks of Llama's shape: norm, rotary attention, norm, gated MLP.
-
-A block is lowered by putting in its place an object of a class derived from the block's, which shares the block's
-state: the very same dictionary of parameters, submodules, hooks and flags. Names, states, sites and sharding are those
-of the block; what differs is ``forward``. Raised, the block itself stands there again.
-"""
+"""Decoder blocks of Llama's shape: norm, rotary attention, norm, gated MLP."""
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +14,9 @@ from rankshift.core import shard
 from rankshift.core.adapter import Columns, LowRank
 from rankshift.core.base import HOOKS, Base
 from rankshift.core.site import Site
-from rankshift.lower.nodes import Norm, entry, exit_
+from rankshift.lower.nodes import Norm, entry, exit_, normed
 from rankshift.lower.siblings import Group, base_of, join, part, term_of
+from rankshift.lower.stand_in import original, own_class, stand_in
 
 _LAYERS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -42,12 +37,19 @@ def _window_of_layer(attention: Any) -> dict[str, Any]:
     return {"sliding_window": attention.sliding_window}
 
 
+_MODELS = "transformers.models"
 FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "transformers.models.llama.modeling_llama.LlamaDecoderLayer": _no_window,
-    "transformers.models.mistral.modeling_mistral.MistralDecoderLayer": _window_of_config,
-    "transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer": _window_of_layer,
+    f"{_MODELS}.llama.modeling_llama.LlamaDecoderLayer": _no_window,
+    f"{_MODELS}.mistral.modeling_mistral.MistralDecoderLayer": _window_of_config,
+    f"{_MODELS}.qwen2.modeling_qwen2.Qwen2DecoderLayer": _window_of_layer,
 }
 """The blocks that are known, and what each tells its attention besides query, key, value and mask."""
+NORMS = {
+    f"{_MODELS}.llama.modeling_llama.LlamaRMSNorm",
+    f"{_MODELS}.mistral.modeling_mistral.MistralRMSNorm",
+    f"{_MODELS}.qwen2.modeling_qwen2.Qwen2RMSNorm",
+}
+"""Their norms."""
 
 
 @dataclass
@@ -81,11 +83,6 @@ def is_block(module: nn.Module) -> bool:
     return _family(type(module)) is not None
 
 
-def is_lowered(module: nn.Module) -> bool:
-    """Whether this stands in the place of a block."""
-    return "lowered" in vars(module)
-
-
 def _family(kind: type) -> str | None:
     return next((name for c in kind.__mro__ if (name := f"{c.__module__}.{c.__qualname__}") in FAMILIES), None)
 
@@ -110,8 +107,7 @@ def lowered(layer: nn.Module) -> nn.Module | str:
     if any(shard.is_sharded(p) for p in layer.parameters()):
         return "it is sharded already: lower before fully_shard()"
     _through(list(bases.values()), join)
-    new = _revived(kind)
-    new.__dict__ = layer.__dict__
+    new = stand_in(layer, _forward)
     new.__dict__["lowered"] = Block(bases, FAMILIES[family], _ACTIVATIONS[acts])
     return new
 
@@ -126,27 +122,7 @@ def raised(layer: nn.Module) -> nn.Module:
     """The block that was lowered, with the state as it now is."""
     del layer.__dict__["lowered"]
     _through([base for module in _layers(layer) if (base := base_of(module)) is not None], part)
-    kind: Any = type(layer).__mro__[1]
-    plain: nn.Module = kind.__new__(kind)
-    plain.__dict__ = layer.__dict__
-    return plain
-
-
-@functools.cache
-def _fused(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a lowered block. It has the name of the block's, by which wrapping policies know it."""
-    return type(kind.__name__, (kind,), {"forward": _forward, "__reduce_ex__": _reduced, "__module__": kind.__module__})
-
-
-def _reduced(layer: nn.Module, protocol: int) -> Any:
-    """Copied and pickled by the class of the block: this one is made anew."""
-    return _revived, (type(layer).__mro__[1],), layer.__dict__
-
-
-def _revived(kind: type[nn.Module]) -> nn.Module:
-    fused = _fused(kind)  # type: ignore[arg-type]
-    new: nn.Module = fused.__new__(fused)
-    return new
+    return original(layer)
 
 
 def _forward(
@@ -163,7 +139,7 @@ def _forward(
     groups = _open(self, block, hidden_states, position_embeddings, kwargs)
     if isinstance(groups, str):
         block.aside = groups
-        plain: Tensor = type(self).__mro__[1].forward(  # type: ignore[attr-defined]
+        plain: Tensor = own_class(self).forward(
             self, hidden_states, attention_mask, position_ids, past_key_values, use_cache,
             position_embeddings=position_embeddings, **kwargs,
         )  # fmt: skip
@@ -192,6 +168,23 @@ def _forward(
 
 def _norm(module: Any) -> Norm:
     return Norm(module.weight, module.variance_epsilon)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is one of ``NORMS``."""
+    return f"{type(module).__module__}.{type(module).__qualname__}" in NORMS
+
+
+def lowered_norm(module: nn.Module) -> nn.Module:
+    """What to put in the place of a norm outside the blocks."""
+    return stand_in(module, _forward_norm)
+
+
+def _forward_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    if self.weight.requires_grad or self.weight.dtype != hidden_states.dtype:
+        plain: Tensor = own_class(self).forward(self, hidden_states)
+        return plain
+    return normed(hidden_states, _norm(self))
 
 
 def _open(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from rankshift.lower import llama
+from rankshift.lower.stand_in import original, stands_in
 
 
 @dataclass
@@ -43,23 +44,27 @@ def lower(model: nn.Module) -> Lowered:
     """
     done = Lowered(model)
     for name, layer in list(model.named_modules()):
-        if llama.is_lowered(layer):
-            done.blocks.append(name)
-        elif llama.is_block(layer):
-            new = llama.lowered(layer)
+        if llama.is_block(layer):
+            new = layer if stands_in(layer) else llama.lowered(layer)
             if isinstance(new, str):
                 done.refused[name] = new
             else:
                 _put(model, name, new)
                 done.blocks.append(name)
+        elif llama.is_norm(layer) and not stands_in(layer) and not _within(name, [*done.blocks, *done.refused]):
+            _put(model, name, llama.lowered_norm(layer))
     return done
 
 
 def undo(model: nn.Module) -> None:
-    """Put the model's own blocks back, with their state as it now is."""
-    for name, layer in list(model.named_modules()):
-        if llama.is_lowered(layer):
-            _put(model, name, llama.raised(layer))
+    """Put the model's own modules back, with their state as it now is."""
+    for name, module in list(model.named_modules()):
+        if stands_in(module):
+            _put(model, name, llama.raised(module) if llama.is_block(module) else original(module))
+
+
+def _within(name: str, blocks: list[str]) -> bool:
+    return any(name.startswith(f"{block}.") for block in blocks)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

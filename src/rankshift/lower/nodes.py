@@ -44,8 +44,8 @@ class Norm:
 
     def gradient(self, S: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
         """Sᵀ n, (R, K) in fp32, for the norm n of x."""
-        wide = rstd.dtype
-        return into((S * rstd[:, None]).to(S.dtype).t(), x, wide) * self.gain()
+        scaled = torch.mul(S, rstd[:, None], out=torch.empty_like(S))
+        return into(scaled.t(), x, rstd.dtype) * self.gain()
 
     def pick(self, x: Tensor, rstd: Tensor, channels: Tensor) -> Tensor:
         """Some channels of the norm n of x, (T, k)."""
@@ -66,6 +66,26 @@ class _Kept:
         tensors = iter(ctx.saved_tensors)
         for count in ctx.counts.values():
             yield tuple(next(tensors) for _ in range(count))
+
+
+def normed(x: Tensor, how: Norm) -> Tensor:
+    """The norm of x (…, K)."""
+    return _Normed.apply(x.reshape(-1, x.shape[-1]), how).view(x.shape)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Normed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, how: Norm) -> Tensor:  # type: ignore[override]
+        _, n, rstd = norm(x, how.weight, how.eps, how.offset)
+        ctx.save_for_backward(x, rstd)
+        ctx.how = how
+        return n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dn: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        x, rstd = ctx.saved_tensors
+        return norm_back(dn.contiguous(), x, rstd, ctx.how.weight, ctx.how.offset), None
 
 
 def entry(
