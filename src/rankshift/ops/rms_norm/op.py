@@ -1,7 +1,8 @@
 """RMSNorm that adds what it reads: the residual, and the low-rank terms that no GEMM has written.
 
 No autograd: a fused block's node calls these. Activations are (T, K) with unit stride along K and any stride between
-rows. On an NVIDIA GPU that Triton knows, tensors of 16 bits take one launch; all others the reference.
+rows; Z, B, S and A likewise. On an NVIDIA GPU that Triton knows, tensors of 16 bits, all of one dtype but for the
+weight, take one launch, with ranks r up to 128 and R up to 384; all others the reference.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def norm_back(
     offset: float = 0.0,
     low: Low | None = None,
     residual: Tensor | None = None,
+    z: Tensor | None = None,
 ) -> Tensor:
     """The gradient of x₂ from that of n: residual + ρ (g − x₂ ρ² mean(g x₂)), where g = (dn + S A)(offset + w).
 
@@ -62,6 +64,7 @@ def norm_back(
         weight: (K,), frozen: no gradient is formed.
         low: S (T, R) and A (R, K), whose product is added to dn.
         residual: (T, K), the gradient that reaches x₂ past the norm.
+        z: (T, R), n Aᵀ of the forward, if it was kept: the kernel then needs no A for the mean, which is faster.
 
     Returns:
         (T, K), in dn's dtype.
@@ -70,7 +73,7 @@ def norm_back(
         return reference.norm_back(dn, x2, rstd, weight, offset, low, residual)
     from rankshift.ops.rms_norm.triton import norm_back as launch
 
-    return launch(dn, x2, rstd, weight, offset, low, residual)
+    return launch(dn, x2, rstd, weight, offset, low, z, residual)
 
 
 @torch.no_grad()

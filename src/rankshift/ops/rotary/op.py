@@ -1,7 +1,7 @@
 """Rotary positions, where q, k and v are next read after their GEMM: so their low-rank terms are added here.
 
 No autograd: a fused block's node calls these. q, k and v are (T, H·D), slices with unit stride along their rows. On an
-NVIDIA GPU that Triton knows, tensors of 16 bits take one launch; all others the reference.
+NVIDIA GPU that Triton knows, tensors of 16 bits take one launch, with ranks up to 128; all others the reference.
 
 cos and sin are (T', D) as transformers makes them for ``rotate_half``: their second halves repeat the first, which
 alone are read. T' divides T, and token t takes row t % T': with T' = S one table serves all sequences.

@@ -1,0 +1,261 @@
+"""The kernels: M whole rows for each program, N columns of them at a time.
+
+A mean over a row is known only after its last column, so norm and norm_back go over their rows twice. The second time
+back to front, so that much of it comes from the cache.
+"""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rankshift.ops.rms_norm.reference import Low
+
+# up to which rank: rows, columns, warps, and how many blocks of columns are in work or on their way
+_NORM = {32: (16, 512, 8, 3), 64: (16, 256, 8, 3), 128: (16, 128, 4, 3)}
+_BACK = {64: (32, 128, 8, 3), 192: (32, 128, 8, 2), 384: (32, 64, 8, 2)}
+_ADD = {32: (32, 256, 8), 128: (32, 128, 8)}
+
+
+def norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float, y: Tensor | None, low: Low | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x₂, n and ρ, as :func:`.op.norm`."""
+    T, K = x.shape
+    n, rstd = x.new_empty(T, K), x.new_empty(T, dtype=torch.float32)
+    x2 = x if y is None else x.new_empty(T, K)
+    M, N, warps, deep = _tile(_NORM, low)
+    Z, B = (x, x) if low is None else low
+    Y = x if y is None else y
+    with torch.cuda.device_of(x):
+        _norm[(triton.cdiv(T, M),)](
+            x, Y, Z, B, weight, x2, n, rstd, T, x.stride(0), Y.stride(0), Z.stride(0), B.stride(0), eps, offset,
+            K=K, R=_rank(low), SUM=y is not None, EVEN=T % M == 0, M=M, N=N, DEEP=deep, num_warps=warps,
+        )  # fmt: skip
+    return x2, n, rstd
+
+
+def norm_back(
+    dn: Tensor, x2: Tensor, rstd: Tensor, weight: Tensor, offset: float, low: Low | None, z: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """dx, as :func:`.op.norm_back`."""
+    T, K = dn.shape
+    dx = dn.new_empty(T, K)
+    M, N, warps, deep = _tile(_BACK, low)
+    S, A = (dn, dn) if low is None else low
+    Z = dn if z is None else z
+    past = dn if residual is None else residual
+    with torch.cuda.device_of(dn):
+        _norm_back[(triton.cdiv(T, M),)](
+            dn, x2, rstd, weight, S, A, Z, past, dx, T, dn.stride(0), x2.stride(0), S.stride(0), A.stride(0),
+            Z.stride(0), past.stride(0), offset, K=K, R=_rank(low), KNOWN=low is None or z is not None,
+            PAST=residual is not None, EVEN=T % M == 0, M=M, N=N, DEEP=deep, num_warps=warps,
+        )  # fmt: skip
+    return dx
+
+
+def add(x: Tensor, y: Tensor, low: Low | None) -> Tensor:
+    """x + y + Z Bᵀ, as :func:`.op.add`."""
+    T, K = x.shape
+    total = x.new_empty(T, K)
+    M, N, warps = _tile(_ADD, low)
+    Z, B = (x, x) if low is None else low
+    with torch.cuda.device_of(x):
+        _add[(triton.cdiv(T, M), triton.cdiv(K, N))](
+            x, y, Z, B, total, T, x.stride(0), y.stride(0), Z.stride(0), B.stride(0),
+            K=K, R=_rank(low), EVEN=T % M == 0, M=M, N=N, num_warps=warps,
+        )  # fmt: skip
+    return total
+
+
+def _tile(table: dict[int, tuple[int, ...]], low: Low | None) -> tuple[int, ...]:
+    return next(tile for limit, tile in table.items() if _rank(low) <= limit)
+
+
+def _rank(low: Low | None) -> int:
+    return 0 if low is None else low[0].shape[1]
+
+
+@triton.jit
+def _norm(
+    x, y, z, b, weight, x2, n, rstd, T, x_row, y_row, z_row, b_row, eps, offset,
+    K: tl.constexpr, R: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DEEP: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    there = rows < T
+    WHOLE: tl.constexpr = K % N == 0
+    at = rows.to(tl.int64)[:, None]
+    squares = tl.zeros((M,), dtype=tl.float32)
+    for first in tl.range(0, K, N, num_stages=DEEP):
+        columns = first + tl.arange(0, N)
+        inside = columns < K
+        value = take(x + at * x_row + columns[None, :], there, inside, EVEN, WHOLE)
+        if SUM:
+            value += take(y + at * y_row + columns[None, :], there, inside, EVEN, WHOLE)
+            value += times(z + at * z_row, b + columns[:, None] * b_row, there, inside, R, EVEN, WHOLE, M, N)
+            value = put(x2 + at * K + columns[None, :], value, there, inside, EVEN, WHOLE)
+        squares += tl.sum(value * value, 1)
+    scale = tl.rsqrt(squares / K + eps)
+    tl.store(rstd + rows, scale, mask=there)
+    if SUM:
+        tl.debug_barrier()  # what one thread has put another takes
+        x = x2
+        x_row = K
+    for back in tl.range(0, K, N, num_stages=DEEP):
+        columns = (K - 1) // N * N - back + tl.arange(0, N)
+        inside = columns < K
+        value = take(x + at * x_row + columns[None, :], there, inside, EVEN, WHOLE)
+        w = offset + _vector(weight + columns, inside, WHOLE)
+        put(n + at * K + columns[None, :], value * scale[:, None] * w[None, :], there, inside, EVEN, WHOLE)
+
+
+@triton.jit
+def _norm_back(
+    dn, x2, rstd, weight, s, a, z, past, dx, T, dn_row, x2_row, s_row, a_row, z_row, past_row, offset,
+    K: tl.constexpr, R: tl.constexpr, KNOWN: tl.constexpr, PAST: tl.constexpr, EVEN: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    there = rows < T
+    WHOLE: tl.constexpr = K % N == 0
+    at = rows.to(tl.int64)[:, None]
+    scale = tl.load(rstd + rows, mask=there, other=1.0)
+    product = tl.zeros((M,), dtype=tl.float32)
+    for first in tl.range(0, K, N, num_stages=DEEP):
+        columns = first + tl.arange(0, N)
+        inside = columns < K
+        g = take(dn + at * dn_row + columns[None, :], there, inside, EVEN, WHOLE)
+        value = take(x2 + at * x2_row + columns[None, :], there, inside, EVEN, WHOLE)
+        if not KNOWN:
+            g += _times_across(s + at * s_row, a + columns[None, :], a_row, there, inside, R, EVEN, WHOLE, M, N)
+        w = offset + _vector(weight + columns, inside, WHOLE)
+        product += tl.sum(g * w[None, :] * value, 1)
+    if KNOWN:  # Σ (S A) w x₂ = S Z / ρ, without A
+        product += _inner(s + at * s_row, z + at * z_row, there, R, EVEN, M) / scale
+    along = scale * scale * product / K
+    for back in tl.range(0, K, N, num_stages=DEEP):
+        columns = (K - 1) // N * N - back + tl.arange(0, N)
+        inside = columns < K
+        g = take(dn + at * dn_row + columns[None, :], there, inside, EVEN, WHOLE)
+        value = take(x2 + at * x2_row + columns[None, :], there, inside, EVEN, WHOLE)
+        if PAST:
+            rest = take(past + at * past_row + columns[None, :], there, inside, EVEN, WHOLE)
+        g += _times_across(s + at * s_row, a + columns[None, :], a_row, there, inside, R, EVEN, WHOLE, M, N)
+        w = offset + _vector(weight + columns, inside, WHOLE)
+        g = (g * w[None, :] - value * along[:, None]) * scale[:, None]
+        if PAST:
+            g += rest
+        put(dx + at * K + columns[None, :], g, there, inside, EVEN, WHOLE)
+
+
+@triton.jit
+def _add(
+    x, y, z, b, total, T, x_row, y_row, z_row, b_row,
+    K: tl.constexpr, R: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    columns = tl.program_id(1) * N + tl.arange(0, N)
+    there, inside = rows < T, columns < K
+    WHOLE: tl.constexpr = K % N == 0
+    at = rows.to(tl.int64)[:, None]
+    value = take(x + at * x_row + columns[None, :], there, inside, EVEN, WHOLE)
+    value += take(y + at * y_row + columns[None, :], there, inside, EVEN, WHOLE)
+    value += times(z + at * z_row, b + columns[:, None] * b_row, there, inside, R, EVEN, WHOLE, M, N)
+    put(total + at * K + columns[None, :], value, there, inside, EVEN, WHOLE)
+
+
+@triton.jit
+def take(at, there, inside, EVEN: tl.constexpr, WHOLE: tl.constexpr):
+    """(M, N) in fp32. EVEN: all rows are there. WHOLE: all columns are inside."""
+    if EVEN and WHOLE:
+        value = tl.load(at)
+    elif WHOLE:
+        value = tl.load(at, mask=there[:, None], other=0.0)
+    else:
+        value = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def put(at, value, there, inside, EVEN: tl.constexpr, WHOLE: tl.constexpr):
+    """Store it, and return what was stored, in fp32."""
+    value = value.to(at.dtype.element_ty)
+    if EVEN and WHOLE:
+        tl.store(at, value)
+    elif WHOLE:
+        tl.store(at, value, mask=there[:, None])
+    else:
+        tl.store(at, value, mask=there[:, None] & inside[None, :])
+    return value.to(tl.float32)
+
+
+@triton.jit
+def times(
+    z, b, there, inside, R: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """(M, N) of Z Bᵀ: rows of Z (., R) begin at ``z`` (M, 1), those of B (., R) at ``b`` (N, 1)."""
+    total = tl.zeros((M, N), dtype=tl.float32)
+    STEP: tl.constexpr = _step(R)
+    for first in tl.static_range(0, R, STEP):
+        ranks = first + tl.arange(0, STEP)
+        Z = _ranks_of(z, ranks, there, R, STEP, EVEN)
+        B = _ranks_of(b, ranks, inside, R, STEP, WHOLE)
+        total = tl.dot(Z, tl.trans(B), total)
+    return total
+
+
+@triton.jit
+def _times_across(
+    s, a, a_row, there, inside, R: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """(M, N) of S A: rows of S (., R) begin at ``s`` (M, 1), columns of A (R, .) at ``a`` (1, N)."""
+    total = tl.zeros((M, N), dtype=tl.float32)
+    STEP: tl.constexpr = _step(R)
+    for first in tl.static_range(0, R, STEP):
+        ranks = first + tl.arange(0, STEP)
+        S = _ranks_of(s, ranks, there, R, STEP, EVEN)
+        if R % STEP == 0 and WHOLE:
+            A = tl.load(a + ranks[:, None] * a_row)
+        else:
+            A = tl.load(a + ranks[:, None] * a_row, mask=(ranks < R)[:, None] & inside[None, :], other=0.0)
+        total = tl.dot(S, A, total)
+    return total
+
+
+@triton.jit
+def _inner(s, z, there, R: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr):
+    """(M,) of the inner products of rows."""
+    total = tl.zeros((M,), dtype=tl.float32)
+    STEP: tl.constexpr = _step(R)
+    for first in tl.static_range(0, R, STEP):
+        ranks = first + tl.arange(0, STEP)
+        S = _ranks_of(s, ranks, there, R, STEP, EVEN).to(tl.float32)
+        total += tl.sum(S * _ranks_of(z, ranks, there, R, STEP, EVEN).to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def _ranks_of(start, ranks, there, R: tl.constexpr, STEP: tl.constexpr, ALL: tl.constexpr):
+    if ALL and R % STEP == 0:
+        value = tl.load(start + ranks[None, :])
+    else:
+        value = tl.load(start + ranks[None, :], mask=there[:, None] & (ranks < R)[None, :], other=0.0)
+    return value
+
+
+@triton.jit
+def _vector(at, inside, WHOLE: tl.constexpr):
+    value = tl.load(at) if WHOLE else tl.load(at, mask=inside, other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.constexpr_function
+def _step(R):
+    """How many of the ranks at a time."""
+    return 16 if R % 32 else 32 if R % 64 else 64

@@ -1,0 +1,146 @@
+"""RMSNorm with the sum before it: the equations against autograd, and the kernels without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rankshift.ops.rms_norm import add, norm, norm_back
+
+T, K, R, EPS = 5, 12, 3, 1e-3
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+
+
+def plain(x: Tensor, weight: Tensor, offset: float) -> Tensor:
+    return x / (x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + EPS).sqrt() * (weight + offset)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_forward_and_back_are_the_plain_equation(offset: float) -> None:
+    x, y, Z, B, weight, dn, past = (
+        drawn(T, K),
+        drawn(T, K),
+        drawn(T, R),
+        drawn(K, R),
+        drawn(K),
+        drawn(T, K),
+        drawn(T, K),
+    )
+    y, past = y.flip(0), past.flip(1)
+    S, A = drawn(T, R).flip(0), drawn(R, K)
+    total = (x + y + torch.einsum("tr,kr->tk", Z, B)).requires_grad_()
+    n = plain(total, weight, offset)
+    got = norm(x, weight, EPS, offset, y, (Z, B))
+    torch.testing.assert_close(got[0], total.detach())
+    torch.testing.assert_close(got[1], n.detach())
+    torch.testing.assert_close(got[2], (total.pow(2).mean(1) + EPS).rsqrt().detach())
+    torch.testing.assert_close(add(x, y, (Z, B)), total.detach())
+    torch.testing.assert_close(add(x, y), x + y)
+    ((n * (dn + S @ A)).sum() + (total * past).sum()).backward()
+    torch.testing.assert_close(norm_back(dn, got[0], got[2], weight, offset, (S, A), past), total.grad)
+    z = got[1] @ A.t()
+    torch.testing.assert_close(norm_back(dn, got[0], got[2], weight, offset, (S, A), past, z), total.grad)
+    (bare,) = torch.autograd.grad(plain(total, weight, offset), total, dn)
+    torch.testing.assert_close(norm_back(dn, got[0], got[2], weight, offset), bare)
+
+
+def test_it_is_the_norm_of_transformers() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    module = LlamaRMSNorm(K, EPS)
+    with torch.no_grad():
+        module.weight.copy_(drawn(K))
+        x = drawn(T, K, dtype=torch.float32)
+        torch.testing.assert_close(norm(x, module.weight, EPS)[1], module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_sums_are_rounded_once(dtype: torch.dtype) -> None:
+    x, y, Z, B, weight = (drawn(*s, dtype=dtype) for s in [(T, K), (K, T), (T, R), (K, R), (K,)])
+    y = y.t().contiguous()
+    before = [t.clone() for t in (x, y, Z, B)]
+    x2, n, rstd = norm(x, weight, EPS, 0.0, y, (Z, B))
+    exact = x.double() + y.double() + Z.double() @ B.double().t()
+    assert x2.dtype == n.dtype == dtype
+    assert rstd.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    if dtype.itemsize == 2:
+        assert torch.equal(x2, exact.to(dtype))
+        torch.testing.assert_close(rstd.double(), (x2.double().pow(2).mean(1) + EPS).rsqrt(), rtol=1e-6, atol=0)
+        assert torch.equal(n, plain(x2.double(), weight.double(), 0.0).to(dtype))
+        assert norm_back(n, x2, rstd, weight, residual=x).dtype == dtype
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, y, Z, B), strict=True)), "an input was changed"
+    assert norm(x, weight, EPS)[0] is x
+
+
+def test_a_term_without_what_it_is_added_to_is_refused() -> None:
+    with pytest.raises(ValueError, match="give y"):
+        norm(drawn(T, K), drawn(K), EPS, low=(drawn(T, R), drawn(K, R)))
+
+
+# ---- the kernels -----------------------------------------------------------------------------------------------------
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rankshift.ops.rms_norm.triton import _ADD, _BACK, _NORM, _add, _norm, _norm_back
+
+def compiled(kernel, types, warps, **constants):
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
+    even = [kernel.arg_names.index(name) for name in names if signature[name] in ("i32", "*bf16")]
+    places = {(i,): [["tt.divisibility", 16]] for i in even}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=places)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    wide = made.asm["ptx"].count("st.global.v4.b32")
+    assert made.asm["ptx"].count("st.global") == wide + (kernel is _norm), "it does not store 16 bytes at once"
+    assert made.metadata.shared < 160_000
+    return made
+
+P = ["*bf16"]
+norm = P * 7 + ["*fp32"] + ["i32"] * 5 + ["fp32"] * 2
+for r, (M, N, warps, deep) in _NORM.items():
+    made = compiled(_norm, norm, warps, K=2048, R=r, SUM=True, EVEN=True, M=M, N=N, DEEP=deep)
+    assert "mma.sync" in made.asm["ptx"]
+    assert "cp.async.cg.shared.global" in made.asm["ptx"], "nothing is on its way while it computes"
+compiled(_norm, norm, 8, K=520, R=0, SUM=False, EVEN=False, M=16, N=512, DEEP=3)
+for r, (M, N, warps, deep) in _BACK.items():
+    for known in (True, False):
+        compiled(_norm_back, P * 2 + ["*fp32"] + P * 6 + ["i32"] * 7 + ["fp32"], warps, K=2048, R=r, KNOWN=known,
+                 PAST=True, EVEN=True, M=M, N=N, DEEP=deep)
+for r, (M, N, warps) in _ADD.items():
+    compiled(_add, P * 5 + ["i32"] * 5, warps, K=2048, R=r, EVEN=True, M=M, N=N)
+"""
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+
+def test_the_kernels_compute_the_same() -> None:
+    pytest.importorskip("triton", reason="Triton is there on Linux only")
+    run(
+        "-m", "pytest", "-p", "no:cacheprovider", Path(__file__).with_name("rms_norm_interpreted.py"),
+        TRITON_INTERPRET="1",
+    )  # fmt: skip
+
+
+def test_the_kernels_compile(tmp_path: Path) -> None:
+    """For a GPU that is not here: the interpreter takes what the compiler refuses."""
+    pytest.importorskip("triton", reason="Triton is there on Linux only")
+    script = tmp_path / "compiled.py"
+    script.write_text(COMPILED)
+    run(script, TRITON_CACHE_DIR=str(tmp_path))
