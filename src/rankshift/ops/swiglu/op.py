@@ -9,16 +9,18 @@ and fp16 on an NVIDIA GPU go to kernels; the rest to reference.py. Sums are in f
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from rankshift.ops.stochastic_rounding.op import runs_on
 from rankshift.ops.swiglu import reference
 from rankshift.ops.swiglu.reference import ACTIVATIONS, Back, Low
 
-_HALF = (torch.bfloat16, torch.float16)
+_WIDEST = 128  # the largest rank of a term that the kernels take
+_SUMMED = 64  # the largest rank of which a program holds the sums; with more, they are products of their own
 
 
 @torch.no_grad()
@@ -35,7 +37,11 @@ def swiglu(
         activation: "silu" or "gelu_tanh".
     """
     _known(activation)
-    return reference.swiglu(g, u, low_g, low_u, activation)
+    if not _launches((g, u), low_g, low_u):
+        return reference.swiglu(g, u, low_g, low_u, activation)
+    from rankshift.ops.swiglu.triton import forward
+
+    return forward(g, u, low_g, low_u, activation)
 
 
 @torch.no_grad()
@@ -70,9 +76,21 @@ def swiglu_back(
         scale: what db_g and db_u are multiplied by.
     """
     _known(activation)
-    return reference.swiglu_back(
-        dh, g, u, low_g, low_u, low_h, activation, out=out, want_h=want_h, grads=grads, scale=scale
-    )
+    dg, du = out if out is not None else (torch.empty_like(g), torch.empty_like(u))
+    lows = low_g, low_u, low_h
+    if not _launches((dh, g, u, dg, du), *lows):
+        return reference.swiglu_back(dh, g, u, *lows, activation, out=(dg, du), want_h=want_h, grads=grads, scale=scale)
+    from rankshift.ops.swiglu.triton import backward
+
+    ranks = {name: low[0].shape[1] for name, low in zip("guh", lows, strict=True) if low is not None and name in grads}
+    fused = {name for name, r in ranks.items() if r <= _SUMMED}
+    apart = ranks.keys() - fused
+    h = torch.empty_like(dh) if want_h or "h" in apart else None
+    sums = backward(dh, g, u, *lows, activation, dg, du, h, fused, scale)
+    increment_version([dg, du])  # the kernel writes past autograd
+    rest = reference.sums(dg, du, h, *lows, apart, scale)
+    both = (one if one is not None else other for one, other in zip(sums, rest, strict=True))
+    return Back(dg, du, h if want_h else None, *both)
 
 
 def _known(activation: str) -> None:
@@ -80,5 +98,14 @@ def _known(activation: str) -> None:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, not {activation!r}")
 
 
-def _launches(x: Tensor) -> bool:
-    return x.dtype in _HALF and x.numel() > 0 and runs_on(x.device)
+def _launches(tensors: Sequence[Tensor], *lows: Low | None) -> bool:
+    factors = [factor for low in lows if low is not None for factor in low]
+    first, *rest = *tensors, *factors
+    return (
+        first.dtype in (torch.bfloat16, torch.float16)
+        and first.numel() > 0
+        and runs_on(first.device)
+        and first.stride(1) == 1
+        and all(t.dtype == first.dtype and t.stride(1) == 1 for t in rest)
+        and all(low is None or low[0].shape[1] <= _WIDEST for low in lows)
+    )

@@ -1,0 +1,253 @@
+"""A gated MLP's product: the reference against autograd, and the kernels against the reference.
+
+Without a GPU the kernels run under Triton's interpreter, which is chosen when Triton is imported: in a process of its
+own, which runs what is marked ``kernels`` here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rankshift.ops.swiglu import op, reference, swiglu, swiglu_back
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+PLAIN = {"silu": functional.silu, "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh")}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = BF16 if DEVICE == "cuda" else FP16  # the interpreter multiplies no bf16
+kernels = pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="in another process")
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = FP64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=FP64).to(dtype)
+
+
+def sliced(x: Tensor, room: float = float("nan")) -> Tensor:
+    """x as columns of a wider buffer, whose other numbers must not be read."""
+    wide = torch.full((x.shape[0], x.shape[1] + 16), room, dtype=x.dtype)
+    wide[:, 8:-8] = x
+    return wide[:, 8:-8]
+
+
+def problem(T: int, F: int, ranks: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of swiglu_back; a rank of 0 leaves that pair out."""
+    pairs = []
+    for index, r in enumerate(ranks):
+        left, right = randn(T, r, seed=9 * index, dtype=dtype), randn(F, r, seed=9 * index + 1, dtype=dtype) * 0.25
+        pairs.append((sliced(left), sliced(right.t().contiguous() if index == 2 else right)) if r else None)
+    tall = (sliced(randn(T, F, seed=seed, dtype=dtype)) for seed in (50, 51, 52))
+    return dict(zip(("dh", "g", "u", "low_g", "low_u", "low_h"), (*tall, *pairs), strict=True))
+
+
+def wide(x: Any, dtype: torch.dtype | None, device: str = "cpu") -> Any:
+    if isinstance(x, tuple):
+        return tuple(wide(t, dtype, device) for t in x)
+    return x.to(device, dtype) if isinstance(x, Tensor) else x
+
+
+# ---- the reference ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", PLAIN)
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (3, 5, 2), (3, 0, 0), (0, 2, 4)], ids=str)
+def test_it_is_the_plain_equation(ranks: tuple[int, int, int], activation: str) -> None:
+    given = problem(7, 12, ranks, FP64)
+    leaves = {name: given[name].requires_grad_() for name in ("g", "u")}
+    branches, factors = [], []
+    for name in ("g", "u"):
+        low = given[f"low_{name}"]
+        if low is not None:
+            factors.append(low[1].requires_grad_())
+        branches.append(leaves[name] + (low[0] @ low[1].t() if low is not None else 0))
+    h = PLAIN[activation](branches[0]) * branches[1]
+    dh = given["dh"] + (given["low_h"][0] @ given["low_h"][1] if given["low_h"] is not None else 0)
+    want = torch.autograd.grad(h, (*leaves.values(), *factors), dh)
+    got = swiglu(given["g"], given["u"], given["low_g"], given["low_u"], activation)
+    back = swiglu_back(**given, activation=activation, want_h=True, grads="guh", scale=0.5)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, h.detach())
+    torch.testing.assert_close(back.h, h.detach())
+    torch.testing.assert_close((back.dg, back.du), want[:2])
+    torch.testing.assert_close([db for db in (back.db_g, back.db_u) if db is not None], [0.5 * db for db in want[2:]])
+    assert [x is None for x in back[3:]] == [r == 0 for r in ranks]
+    if ranks[2]:
+        torch.testing.assert_close(back.da_h, given["low_h"][0].t() @ h.detach())
+
+
+def test_only_what_is_asked_for() -> None:
+    given = problem(7, 12, (3, 5, 2), FP64)
+    back = swiglu_back(**given)
+    assert back[2:] == (None, None, None, None)
+    assert [x is None for x in swiglu_back(**given, grads=("u",))[2:]] == [True, True, False, True]
+    with pytest.raises(ValueError, match="activation must be one of"):
+        swiglu(given["g"], given["u"], activation="relu")
+    with pytest.raises(ValueError, match="activation must be one of"):
+        swiglu_back(**given, activation="gelu")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_narrow_numbers_are_rounded_once(dtype: torch.dtype) -> None:
+    given = problem(7, 12, (3, 5, 2), dtype)
+    exact = {name: wide(x, FP64) for name, x in given.items()}
+    back, want = (swiglu_back(**some, want_h=True, grads="guh") for some in (given, exact))
+    assert [x.dtype for x in back if x is not None] == [dtype] * 3 + [FP32] * 3
+    for got, sure in ((back.dg, want.dg), (back.du, want.du), (back.h, want.h)):
+        assert got is not None
+        assert sure is not None
+        torch.testing.assert_close(got, sure.to(dtype), rtol=torch.finfo(dtype).eps * 1.01, atol=1e-6)
+    h = swiglu(given["g"], given["u"], given["low_g"], given["low_u"])
+    torch.testing.assert_close(h, back.h, rtol=0, atol=0)
+
+
+def test_gradients_may_take_the_place_of_the_branches() -> None:
+    for dtype in (BF16, FP64):
+        given = problem(7, 12, (3, 5, 2), dtype)
+        want = swiglu_back(**given, want_h=True, grads="guh")
+        kept = given["dh"].clone()
+        back = swiglu_back(**given, out=(given["g"], given["u"]), want_h=True, grads="guh")
+        assert back.dg is given["g"]
+        torch.testing.assert_close(tuple(back), tuple(want), rtol=0, atol=0)
+        assert torch.equal(given["dh"], kept)
+
+
+# ---- the kernels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "runs_on", lambda device: True)
+
+
+def near(got: Tensor | None, want: Tensor | None) -> None:
+    """A unit of the last place apart, where sums in fp32 fall on the other side."""
+    assert got is not None
+    assert want is not None
+    torch.testing.assert_close(got.double(), want, rtol=1.01 * torch.finfo(got.dtype).eps, atol=1e-4)
+
+
+def check(given: dict[str, Any], activation: str = "silu") -> None:
+    given = {name: wide(x, None, DEVICE) for name, x in given.items()}
+    exact = {name: wide(x, FP64, DEVICE) for name, x in given.items()}
+    asked: dict[str, Any] = {"activation": activation, "want_h": True, "grads": "guh", "scale": 0.5}
+    want = reference.swiglu_back(**exact, **asked)
+    near(swiglu(given["g"], given["u"], given["low_g"], given["low_u"], activation), want.h)
+    T, F = want.dg.shape
+    buffer = torch.full((T + 1, 2 * F + 8), 3.0, dtype=HALF, device=DEVICE)
+    back = swiglu_back(**given, **asked, out=(buffer[:T, :F], buffer[:T, F : 2 * F]))
+    assert back.dg.data_ptr() == buffer.data_ptr()
+    near(back.dg, want.dg)
+    near(back.du, want.du)
+    near(back.h, want.h)
+    assert (buffer[T:] == 3).all()
+    assert (buffer[:, 2 * F :] == 3).all()
+    dg, du, h = wide(tuple(back[:3]), FP64, DEVICE)
+    sums = reference.sums(dg, du, h, exact["low_g"], exact["low_u"], exact["low_h"], "guh", 0.5)
+    for got, sure in zip(back[3:], sums, strict=True):
+        assert (got is None) == (sure is None)
+        if got is not None and sure is not None:
+            assert got.dtype == FP32
+            torch.testing.assert_close(got.double(), sure, rtol=1e-3, atol=1e-3)
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.parametrize("shape", [(33, 77), (64, 128), (1, 1), (100, 200)], ids=str)
+@pytest.mark.parametrize("r", [1, 5, 16, 64])
+def test_the_kernels_do_what_the_reference_does(r: int, shape: tuple[int, int]) -> None:
+    check(problem(*shape, (r, r, r), HALF))
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.parametrize("ranks", [*product((0, 3), repeat=3), (1, 16, 64), (100, 3, 128), (17, 128, 5)], ids=str)
+def test_pairs_of_any_ranks_and_none(ranks: tuple[int, int, int]) -> None:
+    check(problem(35, 70, ranks, HALF))
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_gelu() -> None:
+    check(problem(35, 70, (3, 3, 3), HALF), "gelu_tanh")
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_the_kernel_writes_over_the_branches() -> None:
+    given = {name: wide(x, None, DEVICE) for name, x in problem(70, 70, (3, 3, 3), HALF).items()}
+    want = swiglu_back(**given)
+    swiglu_back(**given, out=(given["g"], given["u"]))
+    assert torch.equal(given["g"], want.dg)
+    assert torch.equal(given["u"], want.du)
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_bf16_without_products() -> None:
+    given = {name: wide(x, None, DEVICE) for name, x in problem(35, 70, (0, 0, 0), BF16).items()}
+    exact = {name: wide(x, FP64, DEVICE) for name, x in given.items()}
+    back, want = swiglu_back(**given, want_h=True), reference.swiglu_back(**exact, want_h=True)
+    near(back.dg, want.dg)
+    near(back.du, want.du)
+    near(back.h, want.h)
+
+
+# ---- both without a GPU ----------------------------------------------------------------------------------------------
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rankshift.ops.swiglu.triton import _BACKWARD, _FORWARD, _backward, _forward
+
+def compiled(kernel, types, num_warps, **constants):
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
+    round = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names if name != "scale"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=round)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}).asm["ptx"]
+
+for half, r, even in (("*bf16", 0, True), ("*bf16", 16, True), ("*fp16", 64, False), ("*bf16", 128, True)):
+    ranks = dict(GELU=r == 64, RG=r, RU=r, EVEN=even)
+    for ptx in (
+        compiled(_forward, [half] * 7 + ["i32"] * 10, **ranks, **_FORWARD),
+        compiled(
+            _backward, [half] * 6 + ["*fp32"] + [half] * 6 + ["i32"] * 4 + ["fp32"] + ["i32"] * 12,
+            H=r == 64, RH=r, SH=0 < r < 128, SG=0 < r < 128, SU=0 < r < 128, **ranks, **_BACKWARD,
+        ),
+    ):
+        assert ("wgmma" in ptx) == (r > 0), "products are not on the tensor cores"
+        assert "ld.global.b16" not in ptx, "what a thread reads at once is not 16 bytes"
+        assert "st.global.b16" not in ptx, "what a thread writes at once is not 16 bytes"
+"""
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1" or DEVICE == "cuda", reason="they run in this process")
+def test_the_kernels() -> None:
+    pytest.importorskip("triton", reason="Triton is there on Linux only")
+    run("-m", "pytest", "-p", "no:cacheprovider", Path(__file__), TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_they_compile(tmp_path: Path) -> None:
+    """For a GPU that is not here: the interpreter takes what the compiler refuses."""
+    pytest.importorskip("triton", reason="Triton is there on Linux only")
+    script = tmp_path / "compiled.py"
+    script.write_text(COMPILED)
+    run(script, TRITON_CACHE_DIR=str(tmp_path))
