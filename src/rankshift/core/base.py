@@ -47,6 +47,14 @@ class Format:
     Another storage overrides ``dense``; one that multiplies by itself ``times`` and ``back`` too.
     """
 
+    stacks: ClassVar[int] = 0
+    """How many of the tensors, from the first on, have a row for each output and are all that ``times`` needs: those of
+    layers that read one input, one below the other, are those of a layer of all outputs. 0 where that is not so."""
+
+    def grown(self, out: int) -> Format:
+        """The format of such a layer, with ``out`` outputs."""
+        return self
+
     @property
     def computes(self) -> torch.dtype | None:
         """What the layer computes in without autocast unless its input is narrower; None: in the dtype of its input."""
@@ -55,6 +63,15 @@ class Format:
     def dense(self, *packed: Tensor) -> Tensor:
         """(out, in) in the compute dtype."""
         raise NotImplementedError
+
+    def fill(self, out: Tensor, *packed: Tensor) -> None:
+        """Write :meth:`dense` into memory that is there."""
+        out.copy_(self.dense(*packed))
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it multiplies by itself, without the dense weight."""
+        return type(self).times is not Format.times
 
     def times(self, x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
         """x Wᵀ + bias in the dtype of x: (b, in) → (b, out)."""
@@ -68,6 +85,8 @@ class Format:
 
 class Plain(Format):
     """The weight itself."""
+
+    stacks: ClassVar[int] = 1
 
     def dense(self, *packed: Tensor) -> Tensor:
         return packed[0]

@@ -13,9 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from rankshift.core import shard
 from rankshift.core.adapter import Columns, LowRank
-from rankshift.core.base import Base, Dense, storage_of
+from rankshift.core.base import Base, Dense, Format, Plain, storage_of
 from rankshift.core.form import Form
 from rankshift.core.site import Site, form_of
 from rankshift.ops.products import into
@@ -72,27 +71,27 @@ class Group:
     # ---- products with the bases
 
     def times(self, x: Tensor) -> list[Tensor]:
-        """x (T, K) Wᵀ + bias of each layer, (T, N): new tensors, slices of one if the weights lie together."""
-        W = joined(self.bases, self.weights)
-        if W is None:
+        """x (T, K) Wᵀ + bias of each layer, (T, N): new tensors, slices of one if there is one product for all."""
+        one = self._as_one(self.weights)
+        if one is None:
             return [base.format.times(x, base.bias, *base.packed) for base in self.bases]
+        format, packed = one
         biases = [base.bias for base in self.bases]
         if all(bias is None for bias in biases):
-            y = x @ W.t()
+            y = format.times(x, None, *packed)
         else:
             b = [x.new_zeros(n) if b is None else b.to(x.dtype) for n, b in zip(self.widths, biases, strict=True)]
-            y = torch.addmm(torch.cat(b), x, W.t())
+            y = format.times(x, torch.cat(b), *packed)
         return list(y.split_with_sizes(self.widths, 1))
 
     def back(self, dY: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """Σ dYᵢ Wᵢ, (T, K), of the layers' gradients side by side, (T, ΣN); ``weights`` as they were kept."""
-        W = joined(self.bases, weights)
-        if W is not None:
-            return dY @ W
+        one = self._as_one(weights, backward=True)
+        if one is not None:
+            return one[0].back(dY, *one[1])
         dX: Tensor | None = None
-        rest = iter(weights)
-        for base, part in zip(self.bases, dY.split_with_sizes(self.widths, 1), strict=True):
-            packed = [next(rest) for _ in base.packed]
+        parts = zip(self.bases, self._apart(weights), dY.split_with_sizes(self.widths, 1), strict=True)
+        for base, packed, part in parts:
             if dX is None:
                 dX = base.format.back(part, *packed)
             elif isinstance(base, Dense):
@@ -101,6 +100,27 @@ class Group:
                 dX += base.format.back(part, *packed)
         assert dX is not None
         return dX
+
+    def _apart(self, weights: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Those of each layer."""
+        rest = iter(weights)
+        return [[next(rest) for _ in base.packed] for base in self.bases]
+
+    def _as_one(self, weights: Sequence[Tensor], backward: bool = False) -> tuple[Format, list[Tensor]] | None:
+        """A layer of all outputs in the place of these: their tensors as they lie, or unpacked into one weight."""
+        formats, apart = [base.format for base in self.bases], self._apart(weights)
+        if len(formats) == 1:
+            return formats[0], apart[0]
+        found = joined(formats, apart)
+        if found is not None and not (backward and len(found) < len(apart[0])):
+            return formats[0].grown(sum(self.widths)), found
+        if any(format.multiplies or isinstance(format, Plain) for format in formats):
+            return None
+        base = self.bases[0]
+        W = torch.empty(sum(self.widths), base.in_features, dtype=base.dtype, device=weights[0].device)
+        for format, packed, rows in zip(formats, apart, W.split_with_sizes(self.widths), strict=True):
+            format.fill(rows, *packed)
+        return Plain(), [W]
 
     # ---- low-rank terms
 
@@ -208,48 +228,56 @@ class Group:
         return found
 
 
-# ---- weights in one piece of memory
+# ---- tensors in one piece of memory
 
 
-def joined(bases: Sequence[Base], weights: Sequence[Tensor]) -> Tensor | None:
-    """The weights one below the other, (ΣN, K), without a copy; None where they do not lie so."""
-    if not all(isinstance(base, Dense) for base in bases):
+def joined(formats: Sequence[Format], apart: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
+    """The tensors of a layer of all outputs, as views of what the layers have; None where they do not lie so."""
+    if not _alike(formats):
         return None
-    first = weights[0]
-    at, K = first.data_ptr(), first.shape[1]
-    for W in weights:
-        if W.data_ptr() != at or not W.is_contiguous() or W.dtype != first.dtype or W.shape[1] != K:
+    found = [_behind([tensors[i] for tensors in apart]) for i in range(formats[0].stacks)]
+    return None if any(t is None for t in found) else [t for t in found if t is not None]
+
+
+def _alike(formats: Sequence[Format]) -> bool:
+    """Whether tensors of these formats may stand one below the other."""
+    return formats[0].stacks > 0 and all(format.grown(0) == formats[0].grown(0) for format in formats)
+
+
+def _behind(tensors: Sequence[Tensor]) -> Tensor | None:
+    """What tensors make that lie one behind the other, without a copy."""
+    first = tensors[0]
+    at, storage = first.data_ptr(), first.untyped_storage()
+    for t in tensors:
+        if t.data_ptr() != at or not t.is_contiguous() or t.dtype != first.dtype or t.shape[1:] != first.shape[1:]:
             return None
-        at += W.numel() * W.element_size()
-    if len(weights) == 1:
-        return first
-    start = first.untyped_storage().data_ptr()
-    if at - start > first.untyped_storage().nbytes():  # neighbours by chance
+        at += t.nbytes
+    if at - storage.data_ptr() > storage.nbytes():  # neighbours by chance
         return None
-    return first.detach().as_strided((sum(base.out_features for base in bases), K), (K, 1), first.storage_offset())
+    shape = (sum(t.shape[0] for t in tensors), *first.shape[1:])
+    return first.detach().as_strided(shape, first.stride(), first.storage_offset())
 
 
 @torch.no_grad()
-def join(bases: Sequence[Base]) -> bool:
-    """Move the weights into one piece of memory, bit for bit; False where they must stay as they are."""
-    if not all(isinstance(base, Dense) for base in bases):
-        return False
-    weights = [base.weight for base in bases]
-    if joined(bases, weights) is not None:
-        return True
-    first = weights[0]
-    alike = all((W.dtype, W.device, W.shape[1]) == (first.dtype, first.device, first.shape[1]) for W in weights)
-    if not alike or first.is_meta or any(shard.is_sharded(W) for W in weights):
-        return False
-    whole = torch.cat([W.detach() for W in weights])
-    for W, part in zip(weights, whole.split_with_sizes([W.shape[0] for W in weights]), strict=True):
-        W.data = part
-    return True
+def join(bases: Sequence[Base]) -> None:
+    """Move tensors that can lie so into one piece of memory, bit for bit."""
+    formats, apart = [base.format for base in bases], [base.packed for base in bases]
+    if len(bases) == 1 or not _alike(formats):
+        return
+    for i in range(formats[0].stacks):
+        tensors = [packed[i] for packed in apart]
+        kinds = {(t.dtype, t.device, t.shape[1:]) for t in tensors}
+        if len(kinds) > 1 or tensors[0].is_meta or _behind(tensors) is not None:
+            continue
+        whole = torch.cat([t.detach() for t in tensors])
+        for t, rows in zip(tensors, whole.split_with_sizes([t.shape[0] for t in tensors]), strict=True):
+            t.data = rows
 
 
 @torch.no_grad()
 def part(bases: Sequence[Base]) -> None:
-    """Give each weight memory of its own again."""
+    """Give each of those tensors memory of its own again."""
     for base in bases:
-        if isinstance(base, Dense) and base.weight.untyped_storage().nbytes() > base.weight.nbytes:
-            base.weight.data = base.weight.detach().clone()
+        for tensor in base.packed[: base.format.stacks]:
+            if tensor.untyped_storage().nbytes() > tensor.nbytes:
+                tensor.data = tensor.detach().clone()

@@ -1,7 +1,7 @@
 """A module of another class with the state of one that was there: the way in which single modules are lowered.
 
 The stand-in's class is derived from the module's, and both have one dictionary of parameters, submodules, hooks and
-flags. So names, states, sites and sharding are those of the module, and what differs is ``forward``. Nothing is patched,
+flags. So names, states, sites and sharding are those of the module; what differs is ``forward``. Nothing is patched,
 and the module itself can be put back, with its state as it then is.
 """
 

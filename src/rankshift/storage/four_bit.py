@@ -36,11 +36,17 @@ class FourBitLayout(Layout):
     nested: bool
 
     def dense(self, *packed: Tensor) -> Tensor:
-        codes, absmax, *scales = packed
         dtype = torch.float32 if self.dtype is torch.float64 else self.dtype
+        return self._unpacked(packed, dtype).to(self.dtype)
+
+    def fill(self, out: Tensor, *packed: Tensor) -> None:
+        self._unpacked(packed, out.dtype, out)
+
+    def _unpacked(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        codes, absmax, *scales = packed
         return dequantised(
-            codes, absmax, scales[0] if scales else None, self.shape, self.block, self.quant_type, dtype
-        ).to(self.dtype)
+            codes, absmax, scales[0] if scales else None, self.shape, self.block, self.quant_type, dtype, out
+        )
 
     def state(self, absmax: Tensor, scales: Tensor | None) -> QuantState:
         """As bitsandbytes wants it; no tensor is copied but μ and the scales' view."""

@@ -49,6 +49,10 @@ class FP8Layout(Layout):
     scaling: Scaling = "row"
     backward: Backward = "fp8"
 
+    @property
+    def stacks(self) -> int:  # type: ignore[override]
+        return 2 if self.scaling == "row" else 0
+
     def dense(self, *packed: Tensor) -> Tensor:
         wide = torch.promote_types(self.dtype, torch.float32)
         return row_scaled(packed[0], packed[1].view(torch.float32).to(wide), self.dtype)

@@ -27,6 +27,7 @@ from rankshift.storage.quantised import Held, Layout, fresh
 class Int8Layout(Layout):
     """Tensors: codes (out, in) int8; a, (out,), the bits of fp32 as int32. bitsandbytes calls them CB and SCB."""
 
+    stacks: ClassVar[int] = 2
     threshold: float = 6.0
     """Of the layer that is given back: columns of x with a larger value stay in 16 bits there."""
 

@@ -27,6 +27,9 @@ class Layout(Format):
     shape: tuple[int, int]
     dtype: torch.dtype
 
+    def grown(self, out: int) -> Layout:
+        return replace(self, shape=(out, self.shape[1]))
+
     @property
     def computes(self) -> torch.dtype | None:
         return self.dtype
