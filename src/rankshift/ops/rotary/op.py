@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from rankshift.ops.rotary import reference
 from rankshift.ops.rotary.reference import Low, Three
@@ -47,6 +48,7 @@ def rotate_(
     else:
         run = reference.rotate_
     run(q, k, v, cos, sin, low, head)
+    increment_version((q, k, v))  # the kernel writes past autograd
 
 
 @torch.no_grad()
