@@ -33,11 +33,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.base import Base, add_products_
+from rankshift.core.base import Base, Dense, add_products_
 from rankshift.core.errors import ConfigError, RankTooLarge, UnsupportedLayer
 from rankshift.core.event import Event, Moment, Tick
 from rankshift.core.form import EmbeddingForm
@@ -46,12 +47,14 @@ from rankshift.core.random import Key
 from rankshift.core.site import Spec
 from rankshift.methods import switchlora_pool as pool
 from rankshift.methods.lora import LoRA, LoRALayer
+from rankshift.ops.vector_exchange import described, fits, hold_, plain, sent, swap_
 from rankshift.optim import Optimizer
 from rankshift.optim.rounding import narrow
 from rankshift.optim.vectors import Vectors
 
 _GAIN = 3**-0.5  # g: torch's Linear draws from ±√3·g/√n
 _TOGETHER = 1 << 25  # numbers of A and B that are copied at once
+_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 class SwitchLayer(LoRALayer):
@@ -64,28 +67,42 @@ class SwitchLayer(LoRALayer):
     def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA, freeze: int):
         super().__init__(base, spec, rank, scale, config)
         self.silent = frozenset()
-        # by numpy: to read and write a few numbers of each layer takes it a tenth of the time
-        self.ring_A, self.ring_B = (
-            torch.empty(spec.max_rank, length, dtype=spec.master, device="cpu").numpy()
-            for length in (spec.into, spec.out)
-        )
+        self.ring_A, self.ring_B = (pool.Ring(spec.max_rank, length, spec.master) for length in (spec.into, spec.out))
         self.counts = np.zeros(freeze, np.int64)
+        self._seen: tuple[tuple[int, ...], pool.Ints | None] = (), None
 
     @property
     def pool_A(self) -> Tensor:  # noqa: N802
         """Candidates for rows of A, (c, n), on the CPU."""
-        return torch.from_numpy(self.ring_A)
+        return torch.from_numpy(self.ring_A.values)
 
     @property
     def pool_B(self) -> Tensor:  # noqa: N802
         """Candidates for columns of B, (c, m), on the CPU."""
-        return torch.from_numpy(self.ring_B)
+        return torch.from_numpy(self.ring_B.values)
 
     @property
     def clock(self) -> Tensor:
         """(N,), on the CPU: exchanges of A so far, which are those of B; then those in each of the last N − 1
         updates."""
         return torch.from_numpy(self.counts)
+
+    def known(self, A: Tensor, B: Tensor) -> pool.Ints | None:
+        """What kernels know of this layer, to which these belong; None if they cannot do everything for it."""
+        weight = self.base._parameters.get("weight")
+        gradients = A.grad, B.grad
+        if not type(weight) is type(A) is type(B) is nn.Parameter or not all(g is None or plain(g) for g in gradients):
+            return None
+        now = id(weight), id(A), id(B), weight.data_ptr(), A.data_ptr(), B.data_ptr()
+        if self._seen[0] != now:  # to look at all of it takes longer than to exchange it
+            self._seen = now, self._described(weight, A, B)
+        return self._seen[1]
+
+    def _described(self, weight: Tensor, A: Tensor, B: Tensor) -> pool.Ints | None:
+        if not (isinstance(self.base, Dense) and self.base.takes(A) and fits(weight, A, B)):
+            return None
+        pools = self.ring_A.address(A.device), self.ring_B.address(A.device)
+        return described(weight, A, B, *pools) if all(pools) else None
 
     def aside(self) -> dict[str, Tensor]:
         return {"pool_A": self.pool_A, "pool_B": self.pool_B, "clock": self.clock}
@@ -113,6 +130,16 @@ class Moves:
         at = list(some)
         layers, A, B = [self.layers[i] for i in at], [self.A[i] for i in at], [self.B[i] for i in at]
         return Moves(layers, A, B, self.before[at], self.count[at], self.frozen[at], self.clock[at])
+
+    def split(self) -> tuple[list[tuple[Moves, pool.Ints]], Moves]:
+        """Those of layers for which kernels do everything, by GPU, with what they know of them; and the others'."""
+        quick: dict[torch.device, list[int]] = {}
+        known = [layer.known(A, B) for layer, A, B in zip(self.layers, self.A, self.B, strict=True)]
+        for i, (one, A) in enumerate(zip(known, self.A, strict=True)):
+            if one is not None:
+                quick.setdefault(A.device, []).append(i)
+        others = self.of([i for i, one in enumerate(known) if one is None])
+        return [(self.of(some), np.array([known[i] for i in some]).T) for some in quick.values()], others
 
     def batches(self) -> list[list[Moves]]:
         """For each type, dtype and device of A: layers of one shape, so many that they stay below a bound."""
@@ -150,7 +177,10 @@ class Switch:
     def launch(self, adapters: Sequence[Adapter], tick: Tick, void: Tensor | None = None) -> Callable[[], None]:
         moves = self.moves(adapters, tick)
         late = []
-        for batches in moves.batches():
+        quick, others = moves.split()
+        for some, known in quick:
+            exchange_and_hold(some, known, self.rank, tick, void)
+        for batches in others.batches():
             if going := [batch.of(range(batch.going)) for batch in batches if batch.going]:
                 late.append(exchange(going, self.rank, void))
             hold(batches, self.rank, tick, void)
@@ -178,12 +208,33 @@ class Switch:
         u = np.array([word >> 11 for word in words]) * 2.0**-53  # uniform in [0, 1)
         wish = math.floor(q) + (u < q % 1)
         # B's pointer is r//2 ahead: A must not reach it, nor what is frozen behind it
-        spare = np.array([len(layer.ring_A) for layer in layers]) - self.rank
+        spare = np.array([layer.ring_A.count for layer in layers]) - self.rank
         count = np.minimum(np.minimum(wish, self.rank // 2 - still), spare)
         after = np.column_stack([before + count, count, clocks[:, 1:]])[:, : clocks.shape[1]]
         A, B = ([layer._parameters[name] for layer in layers] for name in "AB")  # a tenth of the time of layer.A
         moves = Moves(layers, A, B, before, count, still + count, after)  # type: ignore[arg-type]
         return moves.of([*np.flatnonzero(count).tolist(), *np.flatnonzero((count == 0) & (still > 0)).tolist()])
+
+
+def exchange_and_hold(moves: Moves, known: pool.Ints, rank: int, tick: Tick, void: Tensor | None) -> None:
+    """What :func:`exchange` and :func:`hold` do, by kernels, which read and write the pools by themselves."""
+    device, going = moves.A[0].device, moves.going
+    if going:
+        some = moves.layers[:going]
+        swap_(known[:, :going], moves.before[:going], moves.count[:going], rank, some[0].scale, device, void)
+        bases = [layer.base for layer in some]
+        increment_version([*moves.A[:going], *moves.B[:going], *(base.weight for base in bases)])  # past autograd
+        for base in bases:
+            if not base.changed:
+                base.changed = True
+    addresses = [
+        0 if tensor is None else tensor.data_ptr()
+        for factors in zip(moves.A, moves.B, strict=True)
+        for p in factors
+        for tensor in (p.grad, *map(tick.state(p).get, _STATE))
+    ]
+    told = np.array([moves.before + moves.count, moves.frozen, moves.count])
+    hold_(known, np.array(addresses).reshape(-1, 8).T, told, rank, device, void)
 
 
 def exchange(batches: Sequence[Moves], rank: int, void: Tensor | None) -> Callable[[], None]:
@@ -204,7 +255,9 @@ def exchange(batches: Sequence[Moves], rank: int, void: Tensor | None) -> Callab
     each = torch.arange(max(sizes), device=device)[:, None]
     # layers with fewer exchanges than the most go along with vectors that are exchanged against themselves
     real = (torch.arange(most, device=device) < numbers[0, :, None])[:, :, None]
-    rings = [rings for b in batches for rings in ([x.ring_A for x in b.layers], [x.ring_B for x in b.layers])]
+    rings = [
+        rings for b in batches for rings in ([x.ring_A.values for x in b.layers], [x.ring_B.values for x in b.layers])
+    ]
     candidates = pool.taken(rings, [b.before for b in batches for _ in "AB"], most, device)
     removed = torch.empty_like(candidates)
     new, old = (iter(pool.parts(vectors, rings, most)) for vectors in (candidates, removed))
@@ -267,7 +320,7 @@ def hold(batches: Sequence[Moves], rank: int, tick: Tick, void: Tensor | None) -
 
 def _sent(numbers: Sequence[pool.Ints], device: torch.device, void: Tensor | None) -> Tensor:
     """Numbers of each layer on the device, which nobody waits for; zero where ``void`` is 1."""
-    there = pool.sent(torch.from_numpy(np.concatenate(numbers)), device)
+    there = sent(np.concatenate(numbers), device)
     return there if void is None else there.masked_fill_(void.bool(), 0)
 
 

@@ -7,7 +7,9 @@ behind the pointer are out, and what they hold is what their vectors were when t
 
 from __future__ import annotations
 
+import mmap
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,9 +21,60 @@ from torch import Tensor
 from rankshift.core.errors import ConfigError
 from rankshift.core.random import Key
 from rankshift.core.site import Spec
+from rankshift.ops.vector_exchange import lend, take_back
 
 Ints = NDArray[np.int64]
 Rings = Sequence[NDArray[np.floating]]  # pools of one size, (c, length) each
+
+
+class Ring:
+    """c vectors of one length on the CPU, in pages of their own: it is pages that GPUs are lent."""
+
+    def __init__(self, count: int, length: int, dtype: torch.dtype):
+        page, size = mmap.PAGESIZE, count * length * dtype.itemsize
+        room = np.empty((-(-size // page) + 1) * page, np.uint8)
+        start = -room.ctypes.data % page
+        self.count = count
+        self._pages = room[start : start + room.size - page]
+        # by numpy: to read and write a few numbers of each layer takes it a tenth of the time
+        self._values = torch.from_numpy(self._pages[:size]).view(dtype).view(count, length).numpy()
+        self._lent: tuple[int, torch.device] | None = None  # where GPUs find it, or 0; which one was there last
+
+    @classmethod
+    def of(cls, values: NDArray[np.floating]) -> Ring:
+        """With these vectors."""
+        ring = cls(len(values), values.shape[1], torch.from_numpy(values[:0]).dtype)
+        ring._values[:] = values
+        return ring
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Ring.of, (self.values,)  # of a copy no GPU knows
+
+    @property
+    def values(self) -> NDArray[np.floating]:
+        """(c, length), once no GPU writes there any more."""
+        if self._lent is not None and self._lent[0]:
+            torch.cuda.synchronize(self._lent[1])
+        return self._values
+
+    def address(self, device: torch.device) -> int:
+        """Where a GPU's kernels find it, which read and write it by themselves: it is lent to them from then on. 0 if
+        that is refused."""
+        if self._lent is None:
+            at = self._pages.ctypes.data
+            found = lend(at, self._pages.size)
+            if found:
+                weakref.finalize(self._pages.base, _taken_back, at, device).atexit = False
+            self._lent = found, device
+        if self._lent[1] != device:
+            self._lent = self._lent[0], device
+        return self._lent[0]
+
+
+def _taken_back(address: int, device: torch.device) -> None:
+    """Before memory that was lent is freed."""
+    torch.cuda.synchronize(device)
+    take_back(address)
 
 
 def candidates(key: Key, shape: tuple[int, int], std: float, dtype: torch.dtype) -> Tensor:
@@ -60,11 +113,6 @@ def available() -> int:
     except OSError:
         limit = "max"
     return free if limit == "max" else min(free, int(limit))
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device; the host does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def parts(vectors: Tensor, groups: Sequence[Rings], count: int) -> list[Tensor]:
