@@ -128,6 +128,9 @@ class LoopConfig:
     """Updates between checkpoints to resume from. None: at each evaluation. Ctrl-C saves one too."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    lower: bool = False
+    """Run Llama-shaped blocks as fused kernels that hold the same parameters: faster, less memory, the same results to
+    rounding. Refused where the model has no such block."""
     calibration: int = 32
     """Batches that methods look at before they start, where they do; taken evenly from the training data."""
 

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
+from rankshift import lower as lowering
 from rankshift.core import shard
 from rankshift.core.errors import AttachError, ConfigError, MissingFile, OutOfMemory, TrainingError, WrongBase
 from rankshift.core.method import Method, compare, from_dict, to_dict
@@ -82,6 +83,7 @@ class Trainer(transformers.Trainer):
         method: attached to ``model``. Exactly one of ``method`` and ``run`` is given.
         base: storage of the frozen weights, as in ``rs.attach``: "nf4" under LoRA is QLoRA.
         run: a run that exists already.
+        lower: let the model's blocks run in fused forms, as :meth:`Run.lower` does; refused where none is known.
         then: methods to go on with, and when, after ``method``. A run has its own. A learning rate that one does not
             say is the one before it.
         calibration: batches for methods that look at data before they start, as collated dictionaries.
@@ -108,6 +110,7 @@ class Trainer(transformers.Trainer):
         method: Method | None = None,
         base: Kind | None = None,
         run: Run | None = None,
+        lower: bool = False,
         then: Sequence[Then] = (),
         calibration: Iterable[Any] | None = None,
         check_gradients: bool = True,
@@ -159,6 +162,12 @@ class Trainer(transformers.Trainer):
         self._settled = True
         self._news, self._meter = News(), costs.Meter(self.args.device)
         planned = self._planned_updates()
+        if lower:
+            report = lowering.lower(model)
+            if not report.blocks:
+                why = f": {next(iter(report.refused.values()))}" if report.refused else ""
+                raise ConfigError(f"lower=True, but no block of this {type(model).__name__} can be fused{why}.")
+            _log.info("%s", report)
         if run is None:
             assert method is not None
             run = attach(model, method, base, args.seed, planned, data=self._prepared(), then=coming)
