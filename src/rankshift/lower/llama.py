@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from rankshift.core.site import Site
 from rankshift.lower.nodes import Norm, entry, exit_, normed
 from rankshift.lower.siblings import Group, base_of, join, part, term_of
 from rankshift.lower.stand_in import original, own_class, stand_in
+from rankshift.ops.products import compute_dtype
+
+_log = logging.getLogger(__name__)
 
 _LAYERS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -56,7 +61,7 @@ NORMS = {
 class Block:
     """What a lowered block knows of itself."""
 
-    bases: dict[nn.Module, Base]  # of the layers that were there when it was lowered
+    bases: dict[str, tuple[nn.Module, Base]]  # of the layers that stood there last; of a site its own is asked for
     told: Callable[[Any], dict[str, Any]]
     activation: str
     aside: str | None = None  # why its last forward was the block's own
@@ -91,6 +96,8 @@ def lowered(layer: nn.Module) -> nn.Module | str:
     """The block to put in this one's place, or why there is none."""
     kind = type(layer)
     family = _family(kind)
+    if any(shard.is_sharded(p) for p in layer.parameters()):
+        return "it is sharded already: lower before fully_shard()"
     if family is None or family != f"{kind.__module__}.{kind.__qualname__}" or "forward" in vars(layer):
         return f"{kind.__name__} is not a block as transformers has it"
     if layer._compiled_call_impl is not None:  # type: ignore[truthy-function]
@@ -98,18 +105,34 @@ def lowered(layer: nn.Module) -> nn.Module | str:
     acts: str = layer.self_attn.config.hidden_act  # type: ignore[union-attr, assignment]
     if acts not in _ACTIVATIONS:
         return f"its activation is {acts}"
-    bases = {}
-    for name, module in zip(_LAYERS, _layers(layer), strict=True):
-        base = base_of(module)
-        if base is None:
-            return f"{name} is a {type(module).__name__}"
-        bases[module] = base
-    if any(shard.is_sharded(p) for p in layer.parameters()):
-        return "it is sharded already: lower before fully_shard()"
-    _through(list(bases.values()), join)
+    for name in ("self_attn", "mlp"):
+        if type(inner := getattr(layer, name)).__module__ != kind.__module__:
+            return f"{name} is a {type(inner).__name__}, which transformers does not have there"
+    block = Block({}, FAMILIES[family], _ACTIVATIONS[acts])
+    bases = _bases(block, _layers(layer))
+    if isinstance(bases, str):
+        return bases
+    _through(bases, join)
     new = stand_in(layer, _forward)
-    new.__dict__["lowered"] = Block(bases, FAMILIES[family], _ACTIVATIONS[acts])
+    new.__dict__["lowered"] = block
     return new
+
+
+def _bases(block: Block, modules: list[nn.Module]) -> list[Base] | str:
+    """Of the layers as they are now: others may have come to stand where the ones that were lowered stood."""
+    found: list[Base] = []
+    for name, module in zip(_LAYERS, modules, strict=True):
+        seen, base = block.bases.get(name, (None, None))
+        if isinstance(module, Site):
+            base = module.base
+        if seen is not module:
+            base = base_of(module)
+            if base is None or not base.storage:
+                return f"{name} is a {type(module).__name__}"
+            block.bases[name] = module, base
+        assert base is not None
+        found.append(base)
+    return found
 
 
 def block_of(layer: nn.Module) -> Block:
@@ -135,16 +158,14 @@ def _forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    block = block_of(self)
-    groups = _open(self, block, hidden_states, position_embeddings, kwargs)
-    if isinstance(groups, str):
-        block.aside = groups
+    block: Block | None = vars(self).get("lowered")  # None: it was raised, and what had compiled it goes on to call it
+    groups = _open(self, block, hidden_states, position_embeddings, kwargs) if block is not None else None
+    if block is None or groups is None:
         plain: Tensor = own_class(self).forward(
             self, hidden_states, attention_mask, position_ids, past_key_values, use_cache,
             position_embeddings=position_embeddings, **kwargs,
         )  # fmt: skip
         return plain
-    block.aside = None
     attention, (qkv, after, gate_up, down) = self.self_attn, groups
     assert position_embeddings is not None
     batch, length, width = hidden_states.shape
@@ -164,6 +185,11 @@ def _forward(
     )  # fmt: skip
     y = exit_(o.reshape(batch * length, -1), x, after, between, gate_up, down, block.activation)
     return y.view(batch, length, width)
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    _log.warning("Blocks that were lowered run unfused where %s.", why)
 
 
 def _norm(module: Any) -> Norm:
@@ -187,9 +213,28 @@ def _forward_norm(self: Any, hidden_states: Tensor) -> Tensor:
     return normed(hidden_states, _norm(self))
 
 
+Groups = tuple[Group, Group, Group, Group]
+
+
 def _open(
     layer: Any, block: Block, x: Tensor, positions: tuple[Tensor, Tensor] | None, asked: dict[str, Any]
-) -> tuple[Group, Group, Group, Group] | str:
+) -> Groups | None:
+    """The layers as they are in this forward; None where the block's own forward must run, which is noted."""
+    if torch.compiler.is_compiling():
+        block.aside = "torch.compile makes kernels of its own"
+        return None
+    found = _groups(layer, block, x, positions, asked)
+    block.aside = found if isinstance(found, str) else None
+    if not isinstance(found, str):
+        return found
+    if layer.training and torch.is_grad_enabled():
+        _say_once(found)
+    return None
+
+
+def _groups(
+    layer: Any, block: Block, x: Tensor, positions: tuple[Tensor, Tensor] | None, asked: dict[str, Any]
+) -> Groups | str:
     """The layers as they are in this forward; or why the block's own forward must run."""
     attention = layer.self_attn
     if asked.get("output_attentions") or attention.config.output_attentions:
@@ -197,15 +242,19 @@ def _open(
     if positions is None or positions[0].shape[-1] != attention.head_dim:
         return "positions do not rotate whole heads"
     modules = _layers(layer)
-    bases = [module.base if isinstance(module, Site) else block.bases[module] for module in modules]
-    dtype, kind = bases[0].dtype, x.device.type
-    if x.dtype != dtype or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
+    bases = _bases(block, modules)
+    if isinstance(bases, str):
+        return bases
+    dtype = bases[0].dtype
+    if not x.dtype == compute_dtype(x)[0] == dtype:
         return f"it computes in another dtype than its weights' {str(dtype).removeprefix('torch.')}"
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     if any(norm.weight.requires_grad for norm in norms):
         return "its norms train"
-    inner = (attention, layer.mlp, layer.mlp.act_fn, *norms, *modules)
-    if any(module.__dict__[hooks] for module in inner for hooks in HOOKS):
+    if not all(map(is_norm, norms)):
+        return f"its norms are {type(norms[0]).__name__} and {type(norms[1]).__name__}"
+    acting = [adapter for module in modules if isinstance(module, Site) for adapter in module.acting()]
+    if any(map(_hooked, (attention, layer.mlp, layer.mlp.act_fn, *norms, *modules, *acting))):
         return "a module inside it is hooked"
     terms: list[LowRank | Columns | None] = []
     for module, base in zip(modules, bases, strict=True):
@@ -219,3 +268,11 @@ def _open(
     if any(group.low and group.channels is not None for group in groups):
         return "its layers have adapters of several kinds"
     return groups[0], groups[1], groups[2], groups[3]
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a call does more than the module's class says. transformers' recorders stay where they once were needed;
+    what they record of a block's inside has been asked for by name."""
+    own = vars(module)
+    hooks = [hook for name in HOOKS if isinstance(own[name], dict) for hook in own[name].values()]
+    return "forward" in own or any(getattr(h, "__module__", "") != "transformers.utils.output_capturing" for h in hooks)

@@ -24,7 +24,8 @@ class Lowered:
     @property
     def aside(self) -> dict[str, str]:
         """Blocks whose last forward ran unfused → why."""
-        found = {name: llama.block_of(self.model.get_submodule(name)).aside for name in self.blocks}
+        layers = {name: self.model.get_submodule(name) for name in self.blocks}
+        found = {name: llama.block_of(layer).aside for name, layer in layers.items() if stands_in(layer)}
         return {name: why for name, why in found.items() if why is not None}
 
     def __str__(self) -> str:
@@ -45,7 +46,7 @@ def lower(model: nn.Module) -> Lowered:
     done = Lowered(model)
     for name, layer in list(model.named_modules()):
         if llama.is_block(layer):
-            new = layer if stands_in(layer) else llama.lowered(layer)
+            new = layer if stands_in(layer) else llama.lowered(layer) if name else "it is all of the model"
             if isinstance(new, str):
                 done.refused[name] = new
             else:
