@@ -9,11 +9,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from rankshift.ops.skinny import reference
 from rankshift.ops.stochastic_rounding.op import runs_on
 
 _HALF = (torch.bfloat16, torch.float16)
+_WIDEST = 128  # the largest rank that the kernel takes
+_TOGETHER = 16  # matrices in a launch
 
 
 @torch.no_grad()
@@ -33,7 +36,14 @@ def down_back(
         widths: None for one layer.
         scale: what dB is multiplied by.
     """
-    return reference.down_back(dY, B, Z, widths, scale)
+    widths = tuple(dY.shape[1:] if widths is None else widths)
+    given = (dY, B) if Z is None else (dY, B, Z)
+    fits = B.shape[1] <= _WIDEST and all(t.dtype == dY.dtype and t.stride(1) == 1 for t in given)
+    if not (fits and dY.dtype in _HALF and dY.numel() and runs_on(dY.device)):
+        return reference.down_back(dY, B, Z, widths, scale)
+    from rankshift.ops.skinny.triton import down_back as launch
+
+    return launch(dY, B, Z, widths, scale)
 
 
 @torch.no_grad()
@@ -45,8 +55,12 @@ def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[T
         scales: as many numbers.
         targets: as many matrices of the same shapes, of any strides: slices, of which none overlap.
     """
-    reference.pack(sources, scales, targets)
+    if not targets or not all(t.dtype.itemsize <= 4 and runs_on(t.device) for t in (*sources, *targets)):
+        reference.pack(sources, scales, targets)
+        return
+    from rankshift.ops.skinny.triton import pack as launch
 
-
-def _launches(x: Tensor) -> bool:
-    return x.dtype in _HALF and x.numel() > 0 and runs_on(x.device)
+    for at in range(0, len(targets), _TOGETHER):
+        some = slice(at, at + _TOGETHER)
+        launch(sources[some], scales[some], targets[some])
+    increment_version(list(targets))  # the kernel writes past autograd

@@ -1,0 +1,163 @@
+"""The kernels. A program of the first keeps the rows of S that it takes, and passes once over the columns of dY."""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ENOUGH = 192  # programs for 132 multiprocessors
+_TILES = {  # by the padded rank: two programs fit on a multiprocessor, or one with more of its tiles on their way
+    16: {"ROWS": 256, "COLUMNS": 64, "STAGES": 2, "num_warps": 8},
+    32: {"ROWS": 256, "COLUMNS": 64, "STAGES": 2, "num_warps": 8},
+    64: {"ROWS": 256, "COLUMNS": 64, "STAGES": 3, "num_warps": 8},
+    128: {"ROWS": 128, "COLUMNS": 64, "STAGES": 3, "num_warps": 8},
+}
+_SUM = {"AT_ONCE": 16, "SIZE": 512, "num_warps": 8}
+_PACK = {"SIZE": 2048, "num_warps": 8}
+
+
+def down_back(
+    dY: Tensor, B: Tensor, Z: Tensor | None, widths: tuple[int, ...], scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """See op.down_back."""
+    (T, N), r = dY.shape, B.shape[1]
+    tile = _TILES[max(16, triton.next_power_of_2(r))]
+    rows, columns = tile["ROWS"], tile["COLUMNS"]
+    down = triton.cdiv(T, rows)
+    slab = min(max(N * down // _ENOUGH, 2 * columns), 4096)
+    slab = 1 << (slab.bit_length() - 1)
+    across = sum(triton.cdiv(n, slab) for n in widths)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=dY.device)
+    parts_s, parts_b = new(across, T, r), new(down if Z is not None else 0, N, r)
+    S = torch.empty(T, len(widths) * r, dtype=dY.dtype, device=dY.device)
+    dB = S if Z is None else new(N, r)
+    blocks = triton.cdiv(T * r, _SUM["SIZE"]) * len(widths), triton.cdiv(N * r, _SUM["SIZE"]) * (Z is not None)
+    with torch.cuda.device_of(dY):
+        _down[(across, down)](
+            dY, B, B if Z is None else Z, parts_s, parts_b, T, N, scale,
+            dY.stride(0), B.stride(0), 0 if Z is None else Z.stride(0), WIDTHS=widths, SLAB=slab, r=r,
+            SUMS=Z is not None, EVEN=T % rows == 0 and all(n % columns == 0 for n in widths), **tile,
+        )  # fmt: skip
+        _sum[(sum(blocks),)](parts_s, parts_b, S, dB, T, N, down, blocks[0], WIDTHS=widths, SLAB=slab, r=r, **_SUM)
+    return S, None if Z is None else dB
+
+
+def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[Tensor]) -> None:
+    """See op.pack, of up to 16 matrices."""
+    largest = max(source.numel() for source in sources)
+    with torch.cuda.device_of(targets[0]):
+        _pack[(triton.cdiv(largest, _PACK["SIZE"]), len(sources))](
+            tuple(sources), tuple(targets), tuple(scales), tuple(source.shape[1] for source in sources),
+            tuple(source.numel() for source in sources), tuple(source.stride() for source in sources),
+            tuple(target.stride() for target in targets), **_PACK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _down(
+    dY, B, Z, S, dB, T, N, scale, y_row, b_row, z_row,
+    WIDTHS: tl.constexpr, SLAB: tl.constexpr, r: tl.constexpr, SUMS: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    slab = tl.program_id(0)
+    layer, first, end = _place(slab, WIDTHS, SLAB)
+    t = tl.program_id(1) * ROWS
+    rows, columns, ranks = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, R)
+    there, ranked = t + rows < T, ranks < r
+    dY += tl.cast(t, tl.int64) * y_row
+    if SUMS:
+        Z += tl.cast(t, tl.int64) * z_row + layer * r
+        z = _read(Z, rows, ranks, z_row, there, ranked, EVEN and r == R)
+    total = tl.zeros((ROWS, R), dtype=tl.float32)
+    for n in tl.range(first, tl.minimum(first + SLAB, end), COLUMNS, num_stages=STAGES):
+        here = n + columns
+        y = _read(dY, rows, here, y_row, there, here < end, EVEN)
+        b = _read(B, here, ranks, b_row, here < end, ranked, EVEN and r == R)
+        total = tl.dot(y, b, total)
+        if SUMS:
+            part = dB + tl.cast(tl.program_id(1), tl.int64) * N * r
+            _write(part, tl.dot(tl.trans(y), z) * scale, here, ranks, r, here < end, ranked)
+    S += (tl.cast(slab, tl.int64) * T + t) * r
+    _write(S, total, rows, ranks, r, there, ranked)
+
+
+@triton.jit
+def _read(x, rows, columns, row, there, inside, EVEN: tl.constexpr):
+    at = x + rows[:, None] * row + columns[None, :]
+    return tl.load(at) if EVEN else tl.load(at, mask=there[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def _write(x, value, rows, columns, row, there, inside):
+    tl.store(x + rows[:, None] * row + columns[None, :], value, mask=there[:, None] & inside[None, :])
+
+
+@triton.jit
+def _place(slab, WIDTHS: tl.constexpr, SLAB: tl.constexpr):
+    """Which layer a slab belongs to, where it begins, and where the layer ends."""
+    layer, first, end = 0, 0, 0
+    offset = 0
+    before = 0
+    for i in tl.static_range(len(WIDTHS)):
+        inside = slab >= before
+        layer = tl.where(inside, i, layer)
+        first = tl.where(inside, offset + (slab - before) * SLAB, first)
+        end = tl.where(inside, offset + WIDTHS[i], end)
+        offset += WIDTHS[i]
+        before += (WIDTHS[i] + SLAB - 1) // SLAB
+    return layer, first, end
+
+
+@triton.jit
+def _sum(
+    parts_s, parts_b, S, dB, T, N, down, blocks, WIDTHS: tl.constexpr, SLAB: tl.constexpr, r: tl.constexpr,
+    AT_ONCE: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """S from what each slab of columns has, dB from what each tile of rows has."""
+    block = tl.program_id(0)
+    if block < blocks:
+        layers: tl.constexpr = len(WIDTHS)
+        layer = block % layers
+        at = block // layers * SIZE + tl.arange(0, SIZE)
+        before, count = 0, 0
+        slabs = 0
+        for i in tl.static_range(layers):
+            before = tl.where(layer == i, slabs, before)
+            count = tl.where(layer == i, (WIDTHS[i] + SLAB - 1) // SLAB, count)
+            slabs += (WIDTHS[i] + SLAB - 1) // SLAB
+        total = _total(parts_s + tl.cast(before, tl.int64) * T * r, count, T * r, at, AT_ONCE)
+        where = S + tl.cast(at // r, tl.int64) * (layers * r) + layer * r + at % r
+        tl.store(where, total.to(S.dtype.element_ty), mask=at < T * r)
+    else:
+        at = (block - blocks) * SIZE + tl.arange(0, SIZE)
+        tl.store(dB + at, _total(parts_b, down, N * r, at, AT_ONCE).to(dB.dtype.element_ty), mask=at < N * r)
+
+
+@triton.jit
+def _total(parts, count, size, at, AT_ONCE: tl.constexpr):
+    """The numbers ``at`` of ``count`` parts of ``size`` numbers, summed."""
+    total = tl.zeros(at.shape, dtype=tl.float32)
+    for first in range(0, count, AT_ONCE):
+        which = first + tl.arange(0, AT_ONCE)
+        inside = (which < count)[:, None] & (at < size)[None, :]
+        total += tl.sum(tl.load(parts + which.to(tl.int64)[:, None] * size + at[None, :], mask=inside, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def _pack(sources, targets, scales, widths, sizes, source_strides, target_strides, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    for i in tl.static_range(len(sources)):
+        if tl.program_id(1) == i:
+            row, column = at // widths[i], at % widths[i]
+            source = sources[i] + row * source_strides[i][0] + column * source_strides[i][1]
+            target = targets[i] + row * target_strides[i][0] + column * target_strides[i][1]
+            value = tl.load(source, mask=at < sizes[i]).to(tl.float32) * scales[i]
+            tl.store(target, value.to(targets[i].dtype.element_ty), mask=at < sizes[i])
