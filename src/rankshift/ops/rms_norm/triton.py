@@ -15,7 +15,7 @@ from torch import Tensor
 from rankshift.ops.rms_norm.reference import Low
 
 # up to which rank: rows, columns, warps, and how many blocks of columns are in work or on their way
-_NORM = {32: (16, 512, 8, 3), 64: (16, 256, 8, 3), 128: (16, 128, 4, 3)}
+_NORM = {16: (16, 512, 8, 3), 64: (16, 256, 8, 3), 128: (16, 128, 4, 3)}
 _BACK = {64: (32, 128, 8, 3), 192: (32, 128, 8, 2), 384: (32, 64, 8, 2)}
 _ADD = {32: (32, 256, 8), 128: (32, 128, 8)}
 
