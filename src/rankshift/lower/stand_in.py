@@ -23,10 +23,21 @@ def stand_in(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
 
 def original(new: nn.Module) -> nn.Module:
     """The module whose place a stand-in took, with the state as it now is."""
-    kind: Any = own_class(new)
-    module: nn.Module = kind.__new__(kind)
+    own: Any = type(new)
+    module: nn.Module = object.__new__(_without(own))  # FSDP2's own __new__ makes another class's
     module.__dict__ = new.__dict__
     return module
+
+
+@functools.cache
+def _without(kind: Any) -> Any:
+    """A class without the stand-in's, with what has been wrapped around it since: FSDP2 derives a class from it."""
+    if not hasattr(kind, "stands_for"):
+        return kind
+    if "stands_for" in vars(kind):
+        return kind.stands_for
+    words = {name: value for name, value in vars(kind).items() if name in ("__module__", "__deepcopy__")}
+    return type(kind)(kind.__name__, tuple(map(_without, kind.__bases__)), words)
 
 
 def own_class(new: nn.Module) -> type[nn.Module]:
