@@ -59,8 +59,10 @@ def linear_cross_entropy(
         kept: how many labels are not ignored, for a caller who knows; must be right.
 
     Raises:
-        ValueError: weight or bias requires a gradient.
+        ValueError: weight or bias requires a gradient, or there is not one label for each row.
     """
+    if labels.shape != h.shape[:1]:
+        raise ValueError(f"labels have the shape {tuple(labels.shape)}, but there are {len(h)} rows of hidden states.")
     graph = torch.is_grad_enabled()
     if graph and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError(
