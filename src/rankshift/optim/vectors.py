@@ -19,6 +19,7 @@ from torch import Tensor
 from rankshift.core import shard
 from rankshift.core.errors import ConfigError
 from rankshift.core.random import Key
+from rankshift.ops import vector_adam
 from rankshift.optim.moments import Wide, adopt
 from rankshift.optim.transform import Hyper
 
@@ -60,7 +61,11 @@ class Vectors:
             some = [[each[index] for found in shapes.values() for index in found] for each in tensors]
             if shard.is_sharded(some[0][0]):
                 some = [[shard.held(t) for t in each] for each in some]
-            _step(some, [len(found) for found in shapes.values()], self.axis, hyper)
+            if vector_adam.fits(some[0], some[1]):
+                keep = 1 - hyper.lr * hyper.weight_decay
+                vector_adam.step_(some, self.axis, hyper.lr, hyper.betas, hyper.eps, keep, hyper.void)
+            else:
+                _step(some, [len(found) for found in shapes.values()], self.axis, hyper)
 
     def retract(self, states: Sequence[dict[str, Tensor]], hyper: Hyper) -> None:
         """Nothing: it counts on the device, which did not."""
