@@ -28,6 +28,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 import rankshift as rs
 from rankshift.core.site import Site
 from rankshift.lower import head as lowered
+from rankshift.lower import lower, undo
 from rankshift.lower.head import LazyLogits, lower_head, raise_head
 
 V, K, B, S = 37, 16, 3, 7
@@ -438,6 +439,23 @@ def test_why_not() -> None:
     rs.attach(model, rs.LoRA(rank=2, targets=["lm_head"]), base="nf4")
     assert lower_head(model) == "the head is held in nf4"
     assert type(model.lm_head) is Site
+
+
+def test_beside_lowered_blocks() -> None:
+    model, data = adapted(), batch()
+    want = grads(model, exact(model, data))
+    lower(model)
+    lower_head(model)
+    out = model(**data)
+    assert isinstance(out.logits, LazyLogits)
+    same(grads(model, out.loss), want, 1e-5)  # transformers' norms are taken in fp32
+    undo(model)
+    assert type(model.lm_head) is Site
+    assert type(model(**data).logits) is Tensor
+    raise_head(model)
+    assert "asked" not in vars(model.lm_head)
+    assert model.loss_function is ForCausalLMLoss
+    same(grads(model, exact(model, data)), want)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "adapted"])

@@ -8,8 +8,7 @@ finds the logits, differentiable, computed then.
 
 Logits are lazy in a training forward that is asked for its loss (``labels``), with gradients. All others are the
 layer's own: in evaluation, under ``no_grad``, without labels, inside ``torch.compile``, where the weight or the bias of
-the head trains, and where an adapter on it is more than a low-rank term. The layer is replaced by an object of a
-derived class that shares its state, as blocks are: names, states, sites and sharding stay what they were.
+the head trains, and where an adapter on it is more than a low-rank term.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from rankshift.core.base import Dense
 from rankshift.core.form import Form
 from rankshift.core.site import Site
 from rankshift.lower.siblings import term_of
+from rankshift.lower.stand_in import original, own_class, stand_in, stands_in
 from rankshift.ops.linear_cross_entropy import linear_cross_entropy
 
 _LOSS = "ForCausalLMLoss"  # of transformers; other losses do not say what they compute
@@ -42,7 +42,7 @@ def lower_head(model: nn.Module) -> Callable[[], None] | str:
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if layer is None:
         return "the model has no output embeddings"
-    if isinstance(layer, _Head):
+    if _is_lowered(layer):
         return "the head is lowered already"
     if not isinstance(getattr(type(model), "loss_function", None), property):
         return f"a {type(model).__name__} has no loss function that can be set"
@@ -52,9 +52,8 @@ def lower_head(model: nn.Module) -> Callable[[], None] | str:
     why = _why_not(layer)
     if why is not None:
         return why
-    head: nn.Module = _HeadSite.__new__(_HeadSite) if type(layer) is Site else _HeadLinear.__new__(_HeadLinear)
-    head.__dict__ = layer.__dict__
-    head.__dict__["asked"] = None
+    head = stand_in(layer, _forward)
+    head.__dict__["asked"] = None  # a Count, in a forward that is asked for its loss
     model.set_output_embeddings(head)  # type: ignore[operator]
     hooks = (
         model.register_forward_pre_hook(_asked, with_kwargs=True),
@@ -72,13 +71,14 @@ def raise_head(model: nn.Module) -> None:
     for hook in loss.hooks:
         hook.remove()
     model.loss_function = loss.own  # type: ignore[assignment]
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(head, _Head):  # else it was put back with the layers of a run
-        kind: Any = Site if isinstance(head, Site) else nn.Linear
-        layer: nn.Module = kind.__new__(kind)
-        layer.__dict__ = head.__dict__
-        del layer.__dict__["asked"]
-        model.set_output_embeddings(layer)  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if _is_lowered(head):  # else it was put back with the layers of a run
+        model.set_output_embeddings(original(head))  # type: ignore[operator]
+    vars(head).pop("asked", None)
+
+
+def _is_lowered(head: nn.Module) -> bool:
+    return stands_in(head) and "asked" in vars(head)
 
 
 def _why_not(layer: nn.Module) -> str | None:
@@ -127,60 +127,44 @@ class Count:
 
 
 def _asked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(head, _Head) and not torch.compiler.is_compiling() and kwargs.get("labels") is not None:
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if _is_lowered(head) and not torch.compiler.is_compiling() and kwargs.get("labels") is not None:
         told = {name: kwargs[name] for name in ("labels", "shift_labels", "ignore_index") if name in kwargs}
         head.asked = Count(**told)
 
 
 def _answered(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(head, _Head) and not torch.compiler.is_compiling():
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if _is_lowered(head) and not torch.compiler.is_compiling():
         head.asked = None
 
 
 # ---- the layer
 
 
-class _Head(nn.Module):
-    """Stands at the head, and hands on lazy logits where a loss will be taken from them."""
+def _forward(self: Any, x: Tensor) -> Tensor:
+    lazy = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.is_meta
+    source = _source(self, x) if lazy and self.asked is not None else None
+    if source is None:
+        plain: Tensor = own_class(self).forward(self, x)
+        return plain
+    return _lazy(source, source.dtype)
 
-    asked: Count | None
-    """Of the labels, in a forward that is asked for its loss."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        lazy = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.is_meta
-        source = self._source(x) if lazy else None
-        if source is None:
-            y: Tensor = super().forward(x)
-            return y
-        return _lazy(source, source.dtype)
-
-    def _source(self, x: Tensor) -> Source | None:
-        """What logits are the product of, where a loss is asked for and they are the product of just that."""
-        if self.asked is None:
+def _source(head: Any, x: Tensor) -> Source | None:
+    """What logits are the product of, where they are the product of just that."""
+    base, low = head, None
+    if isinstance(head, Site):
+        base, term = head.base, term_of(head)
+        if isinstance(term, LowRank):
+            low = term.scale * term.A, term.B
+        elif term is not None:
             return None
-        low = None
-        base: Any = self
-        if isinstance(self, Site):
-            base, term = self.base, term_of(self)
-            if isinstance(term, LowRank):
-                low = term.scale * term.A, term.B
-            elif term is not None:
-                return None
-        if type(base.weight) is not nn.Parameter or base.weight.requires_grad or shard.units(self):
-            return None
-        if base.bias is not None and base.bias.requires_grad:
-            return None
-        return Source(x, base.weight, base.bias, low, self, super().forward, self.asked)
-
-
-class _HeadLinear(_Head, nn.Linear):
-    pass
-
-
-class _HeadSite(_Head, Site):
-    pass
+    if type(base.weight) is not nn.Parameter or base.weight.requires_grad or shard.units(head):
+        return None
+    if base.bias is not None and base.bias.requires_grad:
+        return None
+    return Source(x, base.weight, base.bias, low, head)
 
 
 # ---- logits that are not there yet
@@ -195,12 +179,10 @@ class Source:
         weight: Tensor,  # (V, K)
         bias: Tensor | None,
         low: tuple[Tensor, Tensor] | None,
-        head: nn.Module,
-        forward: Callable[[Tensor], Tensor],
-        count: Count,
+        head: Any,
     ):
-        self.x, self.weight, self.bias, self.low, self.count = x, weight, bias, low, count
-        self.head, self.forward = head, forward
+        self.x, self.weight, self.bias, self.low, self.head = x, weight, bias, low, head
+        self.count: Count = head.asked
         self.trained = [p for p in head.parameters() if p.requires_grad]
         self.held = self.now()
         kind = x.device.type
@@ -220,7 +202,8 @@ class Source:
                 "parameters have changed since. Use them before the update, or run the forward without labels."
             )
         with self.autocast():
-            return self.forward(x)
+            plain: Tensor = own_class(self.head).forward(self.head, x)
+            return plain
 
 
 class LazyLogits(Tensor):
@@ -290,10 +273,21 @@ _PRODUCTS = {"mul", "multiply", "__mul__", "__rmul__"}
 _QUOTIENTS = {"div", "divide", "true_divide", "__truediv__"}
 _NATIVE: set[Any] = {
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "stride", "is_contiguous", "element_size", "__len__")),
-    *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "get_device", "register_hook", "_is_view")),
+    *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "get_device", "register_hook")),
     *(
         getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_sparse", "requires_grad", "grad_fn")
+        for name in (
+            "shape",
+            "dtype",
+            "device",
+            "layout",
+            "ndim",
+            "is_cuda",
+            "is_sparse",
+            "requires_grad",
+            "grad_fn",
+            "_base",
+        )
     ),
     torch.is_floating_point,
     torch.is_complex,
