@@ -20,7 +20,8 @@ What differs from the released code, which
 - adds corrections to W in bf16: with no learning at all W + s·BA drifts by 16 % in 8000 updates. Here W is fp32;
 - clips gradients before it zeroes the frozen ones, as is done here, because it is the trainer that clips;
 - draws counts from numpy's global generator: here from a key of the layer and the update, equal on all ranks;
-- exchanges by loops over layers, with transfers that are waited for: here all layers of a shape go together;
+- exchanges by loops over layers, with transfers that are waited for: here all layers go together, on a GPU in three
+  launches that read and write the pools by themselves (ops/vector_exchange);
 - skips layers with min(m, n) ≤ r: here they are refused.
 """
 
@@ -223,7 +224,8 @@ def exchange_and_hold(moves: Moves, known: pool.Ints, rank: int, tick: Tick, voi
         some = moves.layers[:going]
         swap_(known[:, :going], moves.before[:going], moves.count[:going], rank, some[0].scale, device, void)
         bases = [layer.base for layer in some]
-        increment_version([*moves.A[:going], *moves.B[:going], *(base.weight for base in bases)])  # past autograd
+        weights = [base._parameters["weight"] for base in bases]
+        increment_version([*moves.A[:going], *moves.B[:going], *weights])  # the kernels write past autograd
         for base in bases:
             if not base.changed:
                 base.changed = True

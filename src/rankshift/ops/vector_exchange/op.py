@@ -36,8 +36,8 @@ def plain(tensor: Tensor) -> bool:
 
 
 def sent(numbers: Ints, device: torch.device) -> Tensor:
-    """Numbers of the host on the device; the host does not wait."""
-    tensor = torch.from_numpy(numbers)
+    """Numbers of the host on the device, in C's order; the host does not wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
