@@ -1,0 +1,268 @@
+"""The two nodes of a fused block against the block's equations, written out, in float64; and what they keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lower_models as models
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import rankshift as rs
+from rankshift.core.adapter import Columns, LowRank
+from rankshift.core.base import Dense
+from rankshift.core.form import Form
+from rankshift.lower.nodes import Norm, entry, exit_, normed
+from rankshift.lower.siblings import Group, join
+
+BATCH, LENGTH, HEAD, QUERIES, KEYS, WIDTH, HIDDEN, EPS = 2, 5, 6, 4, 2, 20, 28, 1e-5
+T, O = BATCH * LENGTH, QUERIES * HEAD  # noqa: E741
+SHAPES = {
+    "q": (O, WIDTH), "k": (KEYS * HEAD, WIDTH), "v": (KEYS * HEAD, WIDTH), "o": (WIDTH, O),
+    "gate": (HIDDEN, WIDTH), "up": (HIDDEN, WIDTH), "down": (WIDTH, HIDDEN),
+}  # fmt: skip
+ATTENTION, MLP = ("q", "k", "v"), ("o", "gate", "up", "down")
+Term = LowRank | Columns | None
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- what adapters may hand over ------------------------------------------------------------------------------------
+
+
+def low(name: str, rank: int, scale: float = 0.7, A: bool = True, B: bool = True) -> LowRank:
+    out, into = SHAPES[name]
+    seed = 10 * list(SHAPES).index(name)
+    down, up = seeded(rank, into, seed=seed + 1) / into**0.5, seeded(out, rank, seed=seed + 2) / rank**0.5
+    return LowRank(down.requires_grad_(A), up.requires_grad_(B), scale)
+
+
+def columns(name: str, rank: int, scale: float = 0.7) -> Columns:
+    out, into = SHAPES[name]
+    seed = 10 * list(SHAPES).index(name)
+    at = torch.randperm(into, generator=torch.Generator().manual_seed(seed))[:rank].sort().values
+    return Columns(at, seeded(out, rank, seed=seed + 1).requires_grad_(), scale)
+
+
+def shared(trains: bool, scales: bool) -> dict[str, Term]:
+    """One A for all layers, of which each reads its columns; VeRA's does not train."""
+    A = (seeded(9, HIDDEN, seed=1) / 5).requires_grad_(trains)
+    found: dict[str, Term] = {}
+    for i, (name, (out, into)) in enumerate(SHAPES.items()):
+        found[name] = LowRank(A[:, :into], seeded(out, 9, seed=i).requires_grad_(), 1.0 + i * scales)
+    return found
+
+
+RANKS = (1, 5, 3, 2, 4, 6, 7)
+TERMS = {
+    "nothing": lambda: {},
+    "equal": lambda: {name: low(name, 3) for name in SHAPES},
+    "unequal": lambda: {name: low(name, r, 0.3 * r) for name, r in zip(SHAPES, RANKS, strict=True)},
+    "unequal, one scale": lambda: {name: low(name, r) for name, r in zip(SHAPES, RANKS, strict=True)},
+    "some": lambda: {"q": low("q", 3), "v": low("v", 2, 2.0), "up": low("up", 4), "down": low("down", 5)},
+    "others": lambda: {"k": low("k", 3), "o": low("o", 2, 2.0), "gate": low("gate", 4)},
+    "A frozen": lambda: {name: low(name, 3, A=False) for name in SHAPES},
+    "B frozen": lambda: {name: low(name, 3, B=False) for name in SHAPES},
+    "some frozen": lambda: {name: low(name, 3, A=i % 2 == 0, B=i % 3 == 0) for i, name in enumerate(SHAPES)},
+    "shared": lambda: shared(False, False),
+    "shared, scales": lambda: shared(False, True),
+    "shared, trained": lambda: shared(True, True),
+    "rank 70": lambda: {name: low(name, 70) for name in SHAPES},
+    "rank 130": lambda: {name: low(name, 130) for name in SHAPES},
+    "rank 130, A frozen": lambda: {name: low(name, 130, A=False) for name in SHAPES},
+    "columns": lambda: {name: columns(name, r, 0.3 * r) for name, r in zip(SHAPES, RANKS, strict=True)},
+    "some columns": lambda: {name: columns(name, 3) for name in ("q", "v", "gate", "down")},
+    "columns and ranks": lambda: {n: (columns if n in ("q", "k", "v", "down") else low)(n, 3) for n in SHAPES},
+}
+
+
+class Layer:
+    """A linear layer and its term, as a group takes it and as an equation."""
+
+    def __init__(self, name: str, term: Term, bias: bool):
+        out, into = SHAPES[name]
+        seed = 100 * list(SHAPES).index(name)
+        self.term = term
+        self.W, self.b = seeded(out, into, seed=seed + 3) / into**0.5, seeded(out, seed=seed + 4) if bias else None
+        self.linear = nn.Linear(into, out, bias, dtype=torch.float64).requires_grad_(False)
+        self.linear.weight.data.copy_(self.weight().detach())
+        if bias:
+            self.linear.bias.data.copy_(self.b)
+
+    def weight(self) -> Tensor:
+        """As it is stored."""
+        if isinstance(self.term, Columns):
+            return self.W.index_add(1, self.term.channels, self.term.scale * self.term.D)
+        return self.W
+
+    def __call__(self, x: Tensor) -> Tensor:
+        W = self.weight()
+        if isinstance(self.term, LowRank):
+            W = W + self.term.scale * (self.term.B @ self.term.A)
+        y = torch.einsum("ti,oi->to", x, W)
+        return y if self.b is None else y + self.b
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        if self.term is None:
+            return []
+        tensors = (self.term.D,) if isinstance(self.term, Columns) else (self.term.A, self.term.B)
+        return [t if t.is_leaf else t._base for t in tensors if t.requires_grad]
+
+
+def layers(case: str, names: tuple[str, ...], bias: bool) -> dict[str, Layer]:
+    terms = TERMS[case]()
+    return {name: Layer(name, terms.get(name), bias) for name in names}
+
+
+def group(members: list[Layer], together: bool) -> Group:
+    bases = [Dense(member.linear, Form()) for member in members]
+    if together:
+        join(bases)
+        assert len({base.weight.untyped_storage().data_ptr() for base in bases}) == 1
+    return Group(bases, [member.term for member in members])
+
+
+def rms_norm(x: Tensor, w: Tensor) -> Tensor:
+    return x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + EPS) * w
+
+
+def rotated(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(T, H·D) to (batch, H, S, D), turned as transformers' rotate_half does."""
+    y = y.view(BATCH, LENGTH, -1, HEAD).transpose(1, 2)
+    a, b = y.chunk(2, -1)
+    cos, sin = (table.view(-1, 1, LENGTH, HEAD) for table in (cos, sin))
+    return y * cos + torch.cat((-b, a), -1) * sin
+
+
+def angles(rows: int) -> tuple[Tensor, Tensor]:
+    angle = torch.cat([seeded(rows, HEAD // 2, seed=77)] * 2, -1)
+    return angle.cos(), angle.sin()
+
+
+def same(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def agree(fused: list[Tensor], plain: list[Tensor], leaves: list[Tensor]) -> None:
+    """Values, and gradients at random cotangents: twice, as the graph must stay what it was."""
+    same([t.detach() for t in fused], [t.detach() for t in plain])
+    assert [t.requires_grad for t in fused] == [bool(leaves)] * len(fused)
+    leaves = list(dict.fromkeys(leaves))
+    if leaves:
+        dy = [seeded(*t.shape, seed=50 + i) for i, t in enumerate(fused)]
+        grads = [torch.autograd.grad(fused, leaves, dy, retain_graph=True, allow_unused=True) for _ in range(2)]
+        ends = [(t, d) for t, d in zip(plain, dy, strict=True) if t.requires_grad]
+        wanted = torch.autograd.grad([t for t, _ in ends], leaves, [d for _, d in ends], allow_unused=True)
+        assert [g is None for g in grads[0]] == [g is None for g in wanted]
+        same([g for g in grads[0] if g is not None], [g for g in wanted if g is not None])
+        for a, b in zip(*grads, strict=True):
+            assert a is b or torch.equal(a, b)
+
+
+CASES = [(case, False, True, True) for case in TERMS]
+CASES += [(case, True, False, True) for case in ("nothing", "unequal", "shared", "columns", "rank 130")]
+CASES += [(case, False, True, False) for case in ("nothing", "some", "others", "columns", "A frozen", "rank 130")]
+
+
+@pytest.mark.parametrize(("case", "bias", "together", "x_grad"), CASES)
+def test_entry(case, bias, together, x_grad):
+    parts = layers(case, ATTENTION, bias)
+    x, w = seeded(T, WIDTH, seed=7).requires_grad_(x_grad), 1 + 0.3 * seeded(WIDTH, seed=8)
+    cos, sin = angles(T if bias else LENGTH)  # every token's own position, or one table for all sequences
+    fused = entry(x, Norm(w, EPS), group(list(parts.values()), together), cos, sin, HEAD, BATCH)
+    q, k, v = (layer(rms_norm(x, w)) for layer in parts.values())
+    v = v.view(BATCH, LENGTH, -1, HEAD).transpose(1, 2)
+    plain = [rotated(q, cos, sin), rotated(k, cos, sin), v, x]
+    agree(list(fused), plain, [x] * x_grad + [leaf for layer in parts.values() for leaf in layer.leaves])
+
+
+GELU = [("gelu_tanh", case, False, True, True) for case in ("unequal", "rank 130", "columns", "nothing")]
+
+
+@pytest.mark.parametrize(("activation", "case", "bias", "together", "x_grad"), [*(("silu", *c) for c in CASES), *GELU])
+def test_exit(activation, case, bias, together, x_grad):
+    parts = layers(case, MLP, bias)
+    x, w = seeded(T, WIDTH, seed=7).requires_grad_(x_grad), 1 + 0.3 * seeded(WIDTH, seed=8)
+    o = seeded(T, O, seed=9).requires_grad_(x_grad)
+    after, gate, up, down = parts.values()
+    groups = group([after], together), group([gate, up], together), group([down], together)
+    fused = exit_(o, x, groups[0], Norm(w, EPS), groups[1], groups[2], activation)
+    x2 = x + after(o)
+    n = rms_norm(x2, w)
+    act = F.silu if activation == "silu" else lambda t: F.gelu(t, approximate="tanh")
+    plain = x2 + down(act(gate(n)) * up(n))
+    agree([fused], [plain], [x, o] * x_grad + [leaf for layer in parts.values() for leaf in layer.leaves])
+
+
+def test_of_o_and_x_either_may_need_no_gradient():
+    parts = layers("equal", MLP, False)
+    after, gate, up, down = parts.values()
+    groups = group([after], True), group([gate, up], True), group([down], True)
+    w = 1 + 0.3 * seeded(WIDTH, seed=8)
+    for needs in ((True, False), (False, True)):
+        o, x = (seeded(T, n, seed=n).requires_grad_(need) for n, need in zip((O, WIDTH), needs, strict=True))
+        fused = exit_(o, x, groups[0], Norm(w, EPS), groups[1], groups[2], "silu")
+        x2 = x + after(o)
+        n = rms_norm(x2, w)
+        agree([fused], [x2 + down(F.silu(gate(n)) * up(n))], [t for t in (o, x) if t.requires_grad] + after.leaves)
+
+
+def test_a_norm_alone():
+    x, w = seeded(2, 3, WIDTH, seed=7).requires_grad_(), 1 + 0.3 * seeded(WIDTH, seed=8)
+    agree([normed(x, Norm(w, EPS))], [rms_norm(x, w)], [x])
+
+
+# ---- bytes kept for backward ----------------------------------------------------------------------------------------
+
+
+def kept_per_token(method: Any) -> tuple[float, Any]:
+    """Bytes in bf16 that a lowered block keeps for backward, for one token more; and its configuration. Attention's own
+    are left out, but for q, k and v, which nobody else keeps."""
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 1}
+    model = models.llama(dtype=torch.bfloat16, attn="sdpa", **sizes)
+    run = rs.attach(model, method)
+    run.lower()
+    config, layer = model.config, model.model.layers[0]
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Any:
+        for t in (q, k, v):
+            found[t.untyped_storage().data_ptr()] = t
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            return sdpa(module, q, k, v, *args, **options)
+
+    def keep(t: Tensor) -> Tensor:
+        found[t.untyped_storage().data_ptr()] = t
+        return t
+
+    ALL_ATTENTION_FUNCTIONS.register("counted", attention)
+    config._attn_implementation = "counted"
+    totals = []
+    for batch in (2, 4):
+        found: dict[int, Tensor] = {}
+        x = torch.randn(batch, 16, 64, dtype=torch.bfloat16, requires_grad=True)
+        positions = model.model.rotary_emb(x, torch.arange(16)[None])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = layer(x, position_embeddings=positions)
+        assert layer.lowered.aside is None
+        assert y.requires_grad
+        totals.append(sum(t.untyped_storage().nbytes() for t in found.values()))
+    return (totals[1] - totals[0]) / 32, config
+
+
+@pytest.mark.parametrize("kind", ["lora", "paca", "vera"])
+def test_a_block_keeps_what_a_frozen_one_must(kind):
+    method = {"lora": rs.LoRA(rank=4), "paca": rs.PaCA(rank=4), "vera": rs.VeRA(rank=4)}[kind]
+    found, c = kept_per_token(method)
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    ideal = 2 * c.hidden_size + 2 * queries + 2 * keys + 2 * c.intermediate_size  # x, x₂, q and o, k and v, g and u
+    beside = {"lora": 7 * 4, "paca": 4, "vera": 4 * 4}[kind]  # Z of each layer; of h its channels; Z of each group
+    assert found <= 1.02 * 2 * ideal + 2 * beside
+    assert found >= 2 * ideal
