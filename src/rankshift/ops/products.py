@@ -35,8 +35,11 @@ def _autocast(kind: str) -> bool:
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right in the memory of ``total``."""
-    if torch.compiler.is_compiling():  # the compiler reuses the memory; told to write in place, it copies first
-        return torch.addmm(total, left, right)
+    if torch.compiler.is_compiling():
+        # A sum in fp32 the compiler takes into whatever reads it next. Of one in 16 bits it makes a GEMM that adds, for
+        # which it copies ``total`` first: twice what the products of the branch take.
+        wide = torch.promote_types(total.dtype, torch.float32)
+        return (total.to(wide) + (left @ right).to(wide)).to(total.dtype)
     return torch.addmm(total, left, right, out=total)  # addmm_ would escape torch's FlopCounterMode
 
 
