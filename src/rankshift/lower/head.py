@@ -127,15 +127,19 @@ class Count:
 
 
 def _asked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling() or kwargs.get("labels") is None:
+        return
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    if _is_lowered(head) and not torch.compiler.is_compiling() and kwargs.get("labels") is not None:
+    if _is_lowered(head):
         told = {name: kwargs[name] for name in ("labels", "shift_labels", "ignore_index") if name in kwargs}
         head.asked = Count(**told)
 
 
 def _answered(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    if _is_lowered(head) and not torch.compiler.is_compiling():
+    if _is_lowered(head):
         head.asked = None
 
 
@@ -158,7 +162,7 @@ def _source(head: Any, x: Tensor) -> Source | None:
         base, term = head.base, term_of(head)
         if isinstance(term, LowRank):
             low = term.scale * term.A, term.B
-        elif term is not None:
+        elif term is not None or not isinstance(base, Dense):
             return None
     if type(base.weight) is not nn.Parameter or base.weight.requires_grad or shard.units(head):
         return None
@@ -271,27 +275,24 @@ class LazyLogits(Tensor):
 _DTYPES = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 _PRODUCTS = {"mul", "multiply", "__mul__", "__rmul__"}
 _QUOTIENTS = {"div", "divide", "true_divide", "__truediv__"}
+_ASKED = (
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "is_contiguous",
+    "element_size",
+    "__len__",
+    "is_floating_point",
+    "is_complex",
+)
+_SEEN = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_sparse", "requires_grad", "grad_fn", "_base")
 _NATIVE: set[Any] = {
-    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "stride", "is_contiguous", "element_size", "__len__")),
-    *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "get_device", "register_hook")),
-    *(
-        getattr(Tensor, name).__get__
-        for name in (
-            "shape",
-            "dtype",
-            "device",
-            "layout",
-            "ndim",
-            "is_cuda",
-            "is_sparse",
-            "requires_grad",
-            "grad_fn",
-            "_base",
-        )
-    ),
-    torch.is_floating_point,
-    torch.is_complex,
+    *(getattr(Tensor, name) for name in (*_ASKED, "get_device", "register_hook")),
+    *(getattr(Tensor, name).__get__ for name in _SEEN),
+    *(torch.is_floating_point, torch.is_complex),
 }
+"""What needs no logits."""
 
 
 def _lazy(
@@ -301,9 +302,8 @@ def _lazy(
     multiplier: float = 1.0,
     after: float | None = None,
 ) -> Tensor:
-    lazy: LazyLogits = _Stand.apply(  # type: ignore[no-untyped-call]
-        source, dtype, steps, source.x, *source.trained
-    )
+    stand: Any = _Stand.apply
+    lazy: LazyLogits = stand(source, dtype, steps, source.x, *source.trained)
     lazy.source, lazy.steps, lazy.multiplier, lazy.after, lazy.there = source, steps, multiplier, after, None
     return lazy
 

@@ -127,7 +127,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         low = None if A is None or B is None else (A.to(h.dtype), B.to(h.dtype))
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            x, label = (h[part], labels[part]) if index is None else (h[index[part]], labels[index[part]])
+            x, label = (
+                (h[part], labels[part]) if index is None else (h.index_select(0, index[part]), labels[index[part]])
+            )
             whole = buffer[: len(x)]
             logits = whole[:, : len(W)]
             if bias is None:
