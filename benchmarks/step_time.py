@@ -1,6 +1,6 @@
 """Whole training steps on one GPU, ours and the peers', in turns, against the best frozen floor of the run.
 
-    PYTHONPATH=src:.whl:.peers python benchmarks/step_time.py run --shape 1.1B --out benchmarks/results/step_time.json
+    PYTHONPATH=src python benchmarks/step_time.py run --shape 1.1B --out benchmarks/results/step_time.json
     python benchmarks/step_time.py table benchmarks/results/step_time*.json
     python benchmarks/step_time.py plot benchmarks/results/step_time*.json --out docs/img/step_time.png
     PYTHONPATH=src python benchmarks/step_time.py run --shape tiny --device cpu --rounds 3 --warmup 2
@@ -46,6 +46,8 @@ PACKAGES = (
     "galore_torch",
 )  # fmt: skip
 REFERENCE = "frozen, blocks compiled"
+PEERS = HERE.parent / ".peers"  # packages that only some peers' processes see, where there is such a folder
+Events = queue.Queue[tuple["Worker", dict[str, Any]]]  # what processes say
 
 
 # ---- one arm's process
@@ -92,12 +94,15 @@ def child() -> None:
 class Worker:
     """A process with one arm, and what it has said."""
 
-    def __init__(self, arm: Any, spec: dict[str, Any], events: queue.Queue[tuple[Worker, dict[str, Any]]], lock: str):
+    def __init__(self, arm: Any, spec: dict[str, Any], events: Events, locks: str):
         self.arm, self.name, self.began = arm, spec.get("arm", ""), time.monotonic()
         self.info: dict[str, Any] = {}
         self.samples: list[dict[str, float]] = []
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the process has ended
-        environment = os.environ | {"STEP_TIME_LOCK": lock} | (arm.environment if arm else {})
+        environment = os.environ | {"STEP_TIME_LOCKS": locks} | (arm.environment if arm else {})
+        if arm and arm.outside:
+            path = os.environ.get("PYTHONPATH", "")
+            environment["PYTHONPATH"] = os.pathsep.join([*path.split(os.pathsep), str(PEERS)])
         environment |= {
             "UNSLOTH_COMPILE_LOCATION": tempfile.gettempdir() + f"/unsloth_{os.getpid()}_{id(self)}",
             "TORCHINDUCTOR_COMPILE_THREADS": "4",
@@ -115,7 +120,7 @@ class Worker:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
 
-    def _listen(self, events: queue.Queue[tuple[Worker, dict[str, Any]]]) -> None:
+    def _listen(self, events: Events) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             events.put((self, json.loads(line)))
@@ -145,18 +150,22 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace):
         import step_time_arms as arms
+        import torch
 
         self.options, self.arms, self.shape = options, arms, arms.SHAPES[options.shape]
-        self.events: queue.Queue[tuple[Worker, dict[str, Any]]] = queue.Queue()
+        self.events: Events = queue.Queue()
         self.began = time.monotonic()
-        self.lock = tempfile.mkstemp(prefix="step_time_", suffix=".lock")[1]
+        self.locks = tempfile.mkdtemp(prefix="step_time_")
         self.clock = Clock()
-        self.total = float("inf")
+        self.cuda = options.device.startswith("cuda")
+        gpu = torch.cuda.get_device_properties(0) if self.cuda else None
+        self.total = gpu.total_memory / 2**30 if gpu else float("inf")
         self.retried: set[str] = set()
+        self.dead: dict[Worker, dict[str, Any]] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         self.result: dict[str, Any] = {
-            "date": datetime.date.today().isoformat(), "gpu": "", "versions": versions(), "shape": options.shape,
-            "layers": self.shape.layers, "tokens": self.shape.batch * self.shape.length,
+            "date": datetime.date.today().isoformat(), "gpu": gpu.name if gpu else "", "versions": versions(),
+            "shape": options.shape, "layers": self.shape.layers, "tokens": self.shape.batch * self.shape.length,
             "sequences": self.shape.batch, "rounds": options.rounds, "steps_a_turn": options.turn,
             "warmup": options.warmup, "reference": REFERENCE, "arms": self.rows, "left_out": {}, "failed": {},
             "batches": [],
@@ -174,7 +183,7 @@ class Bench:
             "arm": name, "shape": options.shape, "device": options.device, "warmup": options.warmup,
             "first": arm.first,
         }  # fmt: skip
-        return Worker(arm, spec, self.events, self.lock)
+        return Worker(arm, spec, self.events, self.locks)
 
     def wait(self, seconds: float) -> tuple[Worker, dict[str, Any]] | None:
         try:
@@ -211,25 +220,26 @@ class Bench:
                 return ready
             oldest = min(building, key=lambda w: w.began)
             got = self.wait(oldest.began + options.build_limit - time.monotonic())
+            said: dict[str, Any]
             if got is None:
-                worker, said = oldest, {"failed": f"not built in {options.build_limit:.0f} s"}
+                worker, said = oldest, {"failed": f"not ready in {options.build_limit:.0f} s"}
                 worker.process.kill()
             else:
                 worker, said = got
             if worker not in building:
-                if worker in ready and "failed" in said:  # ended while others were built
-                    ready.remove(worker)
-                    self.lose(worker, said)
+                self.dead[worker] = said
                 continue
             building.remove(worker)
             if "ready" in said:
                 worker.info = said["ready"]
-                self.total = worker.info.get("total_gib", self.total)
-                self.result["gpu"] = worker.info.get("gpu", "")
                 ready.append(worker)
                 memory = f", {worker.info['gib']:.1f} GiB" if "gib" in worker.info else ""
                 self.note(f"{worker.name}: ready after {worker.info['built_s']:.0f} s{memory}")
-            elif "OutOfMemory" in said.get("failed", "") and worker.name not in self.retried and (ready or building):
+            elif (
+                "out of memory" in said.get("failed", "").lower()
+                and worker.name not in self.retried
+                and (held or ready or building)
+            ):
                 self.retried.add(worker.name)
                 todo.append(worker.name)
                 closed = True
@@ -246,6 +256,9 @@ class Bench:
         """The answer, or None if the arm failed."""
         worker.tell(order)
         until = time.monotonic() + seconds
+        if worker in self.dead:
+            self.lose(worker, self.dead[worker])
+            return None
         while True:
             got = self.wait(until - time.monotonic())
             if got is None:
@@ -257,6 +270,7 @@ class Bench:
                     return got[1]["done"]
                 self.lose(worker, got[1])
                 return None
+            self.dead[got[0]] = got[1]  # ended while it was not its turn
 
     def turns(self, workers: list[Worker]) -> list[Worker]:
         """Times all in turns; those that came through."""
@@ -274,8 +288,8 @@ class Bench:
             self.clock.sample()
         return workers
 
-    def record(self, workers: list[Worker], reference: Worker | None) -> None:
-        base = median(reference.samples, "ms") if reference else float("nan")
+    def record(self, workers: list[Worker], reference: list[Worker]) -> None:
+        base = median(reference[0].samples, "ms") if reference else None
         batch: dict[str, Any] = {"arms": [w.name for w in workers], "reference_ms": base}
         self.result["batches"].append(batch | self.clock.report())
         for worker in workers:
@@ -283,7 +297,7 @@ class Bench:
             row: dict[str, Any] = {
                 "ms": statistics.median(times), "p10": times[len(times) // 10], "p90": times[len(times) * 9 // 10],
                 "host_ms": median(worker.samples, "host_ms"), "wall_ms": median(worker.samples, "wall_ms"),
-                "x_reference": statistics.median(times) / base, "rounds": len(times),
+                "x_reference": statistics.median(times) / base if base else None, "rounds": len(times),
                 "owner": worker.arm.owner, "arithmetic": worker.arm.arithmetic,
             }  # fmt: skip
             keys = ("gib", "resident_gib", "reserved_gib", "loss", "lowered", "built_s")
@@ -291,7 +305,7 @@ class Bench:
             kept = self.rows.get(worker.name)
             if kept is None:
                 self.rows[worker.name] = row
-            elif worker is reference:
+            else:  # the reference, which is in every batch
                 kept["ms"] = statistics.median(b["reference_ms"] for b in self.result["batches"])
         ratios(self.rows)
         for name in batch["arms"]:
@@ -299,7 +313,7 @@ class Bench:
             memory = f"{row['gib']:7.2f} GiB" if "gib" in row else ""
             print(
                 f"    {name:40} {row['ms']:8.2f} ms [{row['p10']:.2f}, {row['p90']:.2f}]  host {row['host_ms']:7.2f}"
-                f"  × reference {row['x_reference']:.3f}  {memory}",
+                f"  × best floor {shown(row['x_floor'])}  {memory}",
                 flush=True,
             )
         self.write()
@@ -323,29 +337,25 @@ class Bench:
             self.options.out.write_text(json.dumps(self.result, indent=1) + "\n")
 
     def run(self, names: list[str]) -> None:
-        cuda = self.options.device.startswith("cuda")
-        todo = []
-        for name in names:
-            if self.arms.ARMS[name].llama and self.shape.family != "llama":
-                self.result["left_out"][name] = "it is for Llama's blocks"
-            elif name != REFERENCE:
-                todo.append(name)
-        held = self.build([REFERENCE], [])
-        reference = held[0] if held else None
-        if not todo and held:
-            todo.append("")  # the floor alone
+        todo = [REFERENCE, *(name for name in names if name != REFERENCE)]
+        for name in [name for name in todo if self.arms.ARMS[name].llama and self.shape.family != "llama"]:
+            self.result["left_out"][name] = "it is for Llama's blocks"
+            todo.remove(name)
+        reference: list[Worker] = []
         while todo:
-            batch = [] if todo == [""] and todo.pop() == "" else self.build(todo, held)
-            workers = self.turns([*held, *batch])
-            if reference is not None and reference not in workers:
-                held, reference = [], None
+            batch = self.build(todo, reference)
+            if not batch:
+                continue
+            workers = self.turns(reference + batch)
+            reference = [worker for worker in workers if worker.name == REFERENCE]
             if workers:
                 self.record(workers, reference)
-            if self.options.kernels and cuda:
+            if self.options.kernels and self.cuda:
                 self.kernels(workers)
             for worker in batch:
-                worker.end(self.options.log)
-        for worker in held:
+                if worker not in reference:
+                    worker.end(self.options.log)
+        for worker in reference:
             worker.end(self.options.log)
         self.write()
 
@@ -390,27 +400,23 @@ def median(samples: list[dict[str, float]], key: str) -> float:
 
 def ratios(rows: dict[str, dict[str, Any]]) -> str | None:
     """Writes each row's ratio to the best floor; its name. Both were measured in turns with the same reference."""
-    floors = {name: row["x_reference"] for name, row in rows.items() if row["owner"] == "floor"}
+    floors = {name: row["x_reference"] for name, row in rows.items() if row["owner"] == "floor" and row["x_reference"]}
     best = min(floors, key=lambda name: floors[name], default=None)
     for row in rows.values():
-        row["x_floor"] = row["x_reference"] / floors[best] if best else None
+        row["x_floor"] = row["x_reference"] / floors[best] if best and row["x_reference"] else None
     return best
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    try:
-        import rankshift
+def shown(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else format(value, form)
 
-        found["rankshift"] = rankshift.__version__
-    except ImportError:
-        pass
-    return found
+
+def versions() -> dict[str, str]:
+    places = [str(PEERS), *reversed(sys.path)]  # the first on the path counts
+    found = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions(path=places)}
+    import rankshift
+
+    return {name: found[name] for name in PACKAGES if name in found} | {"rankshift": rankshift.__version__}
 
 
 # ---- tables and plots
@@ -429,7 +435,7 @@ def merged(files: list[Path]) -> dict[str, dict[str, Any]]:
     for result in shapes.values():
         result["best"] = ratios(result["arms"])
         owners = ("floor", "ours", "peer")
-        order = sorted(result["arms"].items(), key=lambda arm: (owners.index(arm[1]["owner"]), arm[1]["x_reference"]))
+        order = sorted(result["arms"].items(), key=lambda arm: (owners.index(arm[1]["owner"]), arm[1]["ms"]))
         result["arms"] = dict(order)
         for key in ("left_out", "failed"):
             result[key] = {name: why for name, why in result[key].items() if name not in result["arms"]}
@@ -455,12 +461,10 @@ def table(files: list[Path]) -> str:
             out.append("|---|--:|--:|--:|--:|--:|--:|")
             for name, row in rows.items():
                 bold = "**" if name == result["best"] else ""
-                ratio = f"{row['x_floor']:.3f}" if row["x_floor"] else "–"
-                gib = f"{row['gib']:.2f}" if "gib" in row else "–"
-                launches = f"{row['launches']:.0f}" if "launches" in row else "–"
                 out.append(
-                    f"| {bold}{name}{bold} | {row['ms']:.1f} | {row['p10']:.1f}–{row['p90']:.1f} | {ratio} | {gib} "
-                    f"| {row['host_ms']:.1f} | {launches} |"
+                    f"| {bold}{name}{bold} | {row['ms']:.1f} | {row['p10']:.1f}–{row['p90']:.1f} "
+                    f"| {shown(row['x_floor'])} | {shown(row.get('gib'), '.2f')} | {row['host_ms']:.1f} "
+                    f"| {shown(row.get('launches'), '.0f')} |"
                 )
         for key, title in (("left_out", "Left out"), ("failed", "Failed")):
             if result[key]:
@@ -484,7 +488,8 @@ def plot(files: list[Path], out: Path) -> None:
     )  # fmt: skip
     colours = {"floor": "#4d4d4d", "ours": "#1b7fb8", "peer": "#d9a441"}
     for (shape, result), (left, right) in zip(shapes.items(), axes, strict=True):
-        rows = dict(sorted(result["arms"].items(), key=lambda item: -item[1]["x_floor"]))
+        rows = {name: row for name, row in result["arms"].items() if row["x_floor"]}
+        rows = dict(sorted(rows.items(), key=lambda item: -item[1]["x_floor"]))
         shades = [colours[row["owner"]] for row in rows.values()]
         for axis, values, title in (
             (left, [row["x_floor"] for row in rows.values()], f"{shape}: time of a step × best frozen floor"),
@@ -509,15 +514,15 @@ def gather(options: argparse.Namespace, specs: dict[str, dict[str, Any]], key: s
     """What one process for each spec answers, a few at a time."""
     import step_time_arms as arms
 
-    events: queue.Queue[tuple[Worker, dict[str, Any]]] = queue.Queue()
-    lock = tempfile.mkstemp(prefix="step_time_", suffix=".lock")[1]
+    events: Events = queue.Queue()
+    locks = tempfile.mkdtemp(prefix="step_time_")
     todo, found = list(specs), {}
     running: list[Worker] = []
     while todo or running:
         while todo and len(running) < options.parallel:
             name = todo.pop(0)
             arm = arms.ARMS[name]
-            running.append(Worker(arm, {"arm": name, "first": arm.first} | specs[name], events, lock))
+            running.append(Worker(arm, {"arm": name, "first": arm.first} | specs[name], events, locks))
         worker, said = events.get()
         if worker in running:
             running.remove(worker)
@@ -615,7 +620,7 @@ def main() -> None:
             sub.add_argument("--turn", type=int, default=1, help="steps a turn, timed together")
             sub.add_argument("--warmup", type=int, default=10)
             sub.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which none is begun")
-            sub.add_argument("--build-limit", type=float, default=240, help="seconds that an arm may take to be ready")
+            sub.add_argument("--build-limit", type=float, default=300, help="seconds that an arm may take to be ready")
             sub.add_argument("--kernels", type=Path, help="also count launches; the longest kernels go to this file")
         elif verb == "block":
             sub.add_argument("--tokens", type=int, help="one sequence of so many instead of the shape's batch")
