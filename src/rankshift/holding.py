@@ -120,10 +120,10 @@ def hold(
         if site is None:
             parent, _, leaf = spec.name.rpartition(".")
             module = model.get_submodule(spec.name)
-            if (known := storage_of(module)) is not None:
-                setattr(model.get_submodule(parent), leaf, known.over(module))
+            if storage_of(module) is not None:
+                setattr(model.get_submodule(parent), leaf, storage.over(module).alone())
             elif not method.in_place(spec.weight, adapted=False):
-                setattr(model.get_submodule(parent), leaf, storage.of(Dense(module, Form()), kind))
+                setattr(model.get_submodule(parent), leaf, storage.of(Dense(module, Form()), kind).alone())
             del module  # and with it its weight, before the next is read
             continue
         if isinstance(site.base, Dense):
@@ -222,8 +222,10 @@ def targets(
 
 def refuse_sharded(placement: Placement, onto: Onto) -> None:
     """Raise AttachError where dense weights would take the place of what FSDP2 has sharded."""
-    bases = [base for _, module, _ in walk(placement.model) if (base := held_in(module)) is not None]
-    if onto != "requantised" and any(shard.is_sharded(t) for base in bases for t in base.stored.values()):
+    model = placement.model
+    if onto == "requantised" or not any(held_in(module) is not None for _, module, _ in walk(model)):
+        return
+    if any(map(shard.is_sharded, model.parameters())):  # whether codes are among what is sharded or were left out
         raise AttachError(
             "The base is held in fewer bits and sharded by FSDP2, which knows no dense weights in their place. Save "
             'the run and merge it in one process (rs.load, or "rankshift merge"), export it with format="merged", or '
@@ -253,7 +255,7 @@ def _off(before: Tensor, after: Tensor) -> float:
 
 def _layers(model: nn.Module, specs: Sequence[Spec]) -> list[Spec]:
     """The linear layers at sites, and of the body those that can be held: not what is read without being called, nor
-    what shares its weight."""
+    what shares its weight, nor what transformers says is to stay in 32 bits (T5's wo, which it never quantises)."""
     found = {spec.name: spec for spec in specs}
     alone = []
     for name in linear_layers(model):
@@ -261,7 +263,12 @@ def _layers(model: nn.Module, specs: Sequence[Spec]) -> list[Spec]:
             with contextlib.suppress(UnsupportedLayer):
                 alone.append(_spec(model, name))
     tied = {spec.name for spec in perhaps_tied(model, [spec for spec in alone if spec.storage == "dense"])}
-    return [spec for spec in (*specs, *alone) if type(spec.form) is Form and spec.name not in tied]
+    wide = [name for module in model.modules() for name in getattr(module, "_keep_in_fp32_modules", None) or ()]
+    return [
+        spec
+        for spec in (*specs, *alone)
+        if type(spec.form) is Form and spec.name not in tied and not any(f".{w}." in f".{spec.name}." for w in wide)
+    ]
 
 
 def _spec(model: nn.Module, name: str) -> Spec:

@@ -136,7 +136,7 @@ def _swaps_data(adapter: Adapter, tick: Tick) -> None:
 
 
 def _into_the_codes(adapter: Adapter, tick: Tick) -> None:
-    adapter.base.weight.bitwise_xor_(1)
+    adapter.base.codes.bitwise_xor_(1)
 
 
 _EVENTS: dict[str, Any] = {

@@ -132,7 +132,7 @@ def test_a_quantised_base_that_is_another_is_found(monkeypatch: pytest.MonkeyPat
 
 
 def test_codes_that_are_written_behind_the_back_are_found() -> None:
-    assert "base.weight differs in its bits" in verdict(laws.quantised, Faulty(fault="writes into the codes"), "one")
+    assert "base.codes differs in its bits" in verdict(laws.quantised, Faulty(fault="writes into the codes"), "one")
 
 
 PARALLEL: list[tuple[Callable[..., None], Method, str, tuple[Engine, ...]]] = [

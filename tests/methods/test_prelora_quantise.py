@@ -71,7 +71,7 @@ def test_it_freezes_into_fewer_bits_and_goes_on(second: rs.Method, kind: str, ca
     assert {site.base.kind for site in loop.run.sites.values()} == {kind}
     rest = {name for name, p in loop.run.model.named_parameters() if p.requires_grad}
     assert any(name.startswith("head") for name in rest), "what has no adapter trains on"
-    codes = {name: site.base.weight.clone() for name, site in loop.run.sites.items()}
+    codes = {name: site.base.codes.clone() for name, site in loop.run.sites.items()}
     at_the_freeze = loop.save()
     for _ in range(2):
         loop.step()
@@ -84,7 +84,7 @@ def test_it_freezes_into_fewer_bits_and_goes_on(second: rs.Method, kind: str, ca
             again.step()
         assert torch.equal(out(again.run.model), out(loop.run.model)), f"resumed {name}"
     for name, site in loop.run.sites.items():
-        assert torch.equal(site.base.weight, codes[name]), "codes moved"
+        assert torch.equal(site.base.codes, codes[name]), "codes moved"
     y, merged = out(loop.run.model), loop.run.merge()
     assert (out(merged) - y).abs().max() < 2e-5
     assert {type(merged.get_submodule(name)) for name in codes} == {nn.Linear}
@@ -95,7 +95,7 @@ def test_the_codes_are_those_of_the_weights_as_they_had_been_trained() -> None:
     for name, site in held.run.sites.items():
         weight = plain.run.sites[name].base.weight.detach()
         codes, _ = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        assert torch.equal(site.base.weight, codes)
+        assert torch.equal(site.base.codes, codes)
         assert torch.equal(held.run.adapter()[name].A, plain.run.adapter()[name].A)  # type: ignore[arg-type]
     assert held.run.summary().bytes_base < plain.run.summary().bytes_base
     assert held.run.summary().total == plain.run.summary().total

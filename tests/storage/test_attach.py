@@ -170,10 +170,10 @@ def test_qpaca_trains_the_original_columns_and_the_codes_are_made_without_them()
         codes, state = bitsandbytes.functional.quantize_4bit(
             weight.index_fill(1, at, 0.0), quant_type="nf4", compress_statistics=True
         )
-        assert torch.equal(site.base.weight, codes)
+        assert torch.equal(site.base.codes, codes)
         known = bitsandbytes.functional.dequantize_4bit(codes, state).index_copy(1, at, weight[:, at])
         assert torch.equal(site.base.dense(), known)
-    codes = {name: site.base.weight.clone() for name, site in run.sites.items()}
+    codes = {name: site.base.codes.clone() for name, site in run.sites.items()}
     optimizer = run.optimizer(lr=1e-2)
     for step in range(3):
         loss_of(model, batch(step)).backward()
@@ -181,7 +181,7 @@ def test_qpaca_trains_the_original_columns_and_the_codes_are_made_without_them()
         optimizer.zero_grad()
     for name, site in run.sites.items():
         adapter: Any = run.adapter()[name]
-        assert torch.equal(site.base.weight, codes[name])
+        assert torch.equal(site.base.codes, codes[name])
         want = adapter.origin + adapter.scale * adapter.D
         assert torch.equal(site.base.dense()[:, adapter.channels], want.detach())
     with run.disabled():
@@ -284,10 +284,10 @@ def test_the_state_of_a_model_says_where_its_columns_belong() -> None:
 def test_a_model_in_another_dtype(kind: Any, method: rs.Method) -> None:
     """Codes stay; what they stand for is of the new dtype."""
     run = rs.attach(tiny(), method, base=kind)
-    codes = {name: site.base.weight.clone() for name, site in run.sites.items()}
+    codes = {name: site.base.codes.clone() for name, site in run.sites.items()}
     run.model.to(torch.bfloat16)
     for name, site in run.sites.items():
-        assert torch.equal(site.base.weight, codes[name])
+        assert torch.equal(site.base.codes, codes[name])
         assert site.base.dense().dtype == torch.bfloat16
     with torch.no_grad():
         y = run.model(batch(0))

@@ -75,7 +75,7 @@ def test_the_weight_is_rounded_to_the_nearest(shape: tuple[int, int], dtype: tor
     layer = linear(*shape, dtype)
     base, want = ours(layer, scaling=scaling), rounded(layer.weight, scaling)
     assert base.dense().dtype is dtype
-    codes = base.weight.view(torch.float8_e4m3fn).to(FP64)
+    codes = base.codes.view(torch.float8_e4m3fn).to(FP64)
     assert codes.abs().amax() == 448
     assert base.scales.shape == ((shape[0],) if scaling == "row" else (1,))
     exact = codes * base.scales.view(FP32).to(FP64)[:, None]
@@ -85,7 +85,7 @@ def test_the_weight_is_rounded_to_the_nearest(shape: tuple[int, int], dtype: tor
         (exact - layer.weight).abs() <= layer.weight.abs() / 16 * 1.001 + 2.0**-9 * base.scales.view(FP32)[:, None]
     ).all()
     close(base.dense(), exact, dtype)
-    assert torch.equal(base.transposed, base.weight.t())
+    assert torch.equal(base.transposed, base.codes.t())
 
 
 def test_bytes() -> None:
@@ -154,7 +154,7 @@ def test_16_bit_factors_are_rounded(
 ) -> None:
     layer = linear(*shape, dtype, bias)
     base = ours(layer, scaling=scaling, backward=backward)
-    codes, scales = base.weight.view(torch.float8_e4m3fn).to(FP64), base.scales.view(FP32).to(FP64)
+    codes, scales = base.codes.view(torch.float8_e4m3fn).to(FP64), base.scales.view(FP32).to(FP64)
     W = codes * scales[:, None]
     x = seeded(2, 3, shape[1], seed=3, dtype=dtype) * torch.logspace(-2, 2, 3, dtype=dtype)[:, None]
     dy = seeded(2, 3, shape[0], seed=4, dtype=dtype) * torch.logspace(2, -2, 3, dtype=dtype)[:, None]
@@ -193,7 +193,7 @@ def test_it_is_near_to_the_layer_that_it_stands_for(backward: str) -> None:
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
 def test_wide_factors_are_not(dtype: torch.dtype, scaling: str) -> None:
     base = ours(linear(12, 20, dtype), scaling=scaling)
-    W = base.weight.view(torch.float8_e4m3fn).to(FP64) * base.scales.view(FP32).to(FP64)[:, None]
+    W = base.codes.view(torch.float8_e4m3fn).to(FP64) * base.scales.view(FP32).to(FP64)[:, None]
     x, dy = seeded(5, 20, seed=3, dtype=dtype).requires_grad_(), seeded(5, 12, seed=4, dtype=dtype)
     y = base.linear(x)
     y.backward(dy)
@@ -235,7 +235,7 @@ def test_the_call_of_the_tensor_cores_means_the_reference(
 def test_lora_beside_it() -> None:
     layer = linear(12, 20, BF16)
     base = ours(layer)
-    codes, scales = base.weight.view(torch.float8_e4m3fn).to(FP64), base.scales.view(FP32).to(FP64)
+    codes, scales = base.codes.view(torch.float8_e4m3fn).to(FP64), base.scales.view(FP32).to(FP64)
     A, B = seeded(3, 20, seed=5).requires_grad_(), (seeded(12, 3, seed=6) * 0.1).requires_grad_()
     x, dy = seeded(7, 20, seed=3, dtype=BF16).requires_grad_(), seeded(7, 12, seed=4, dtype=BF16)
     y = lora_linear(x, A, B, 0.5, base.bias, base.format, base.packed)
@@ -253,7 +253,7 @@ def test_lora_beside_it() -> None:
 def test_every_order_of_lora_is_the_same_layer(dtype: torch.dtype, forward: str, backward: str) -> None:
     """Those that merge read the weight; they are for wide dtypes only, where nothing else is rounded."""
     base = ours(linear(12, 20, dtype))
-    W = base.weight.view(torch.float8_e4m3fn).to(FP64) * base.scales.view(FP32).to(FP64)[:, None]
+    W = base.codes.view(torch.float8_e4m3fn).to(FP64) * base.scales.view(FP32).to(FP64)[:, None]
     A, B = seeded(3, 20, seed=5, dtype=dtype), seeded(12, 3, seed=6, dtype=dtype)
     x, dy = seeded(7, 20, seed=3, dtype=dtype).requires_grad_(), seeded(7, 12, seed=4, dtype=dtype)
     y = lora_linear(x, A, B, 0.5, None, base.format, base.packed, forward, backward)  # type: ignore[arg-type]
@@ -267,7 +267,7 @@ def test_an_input_that_was_made_narrower_decides() -> None:
     """FSDP2's mixed precision casts the input of a layer that was loaded in fp32; a wider one is cast as ever."""
     wide, narrow = ours(linear(12, 20, FP32)), ours(linear(12, 20, BF16))
     x = seeded(5, 20, seed=3, dtype=BF16)
-    W = wide.weight.view(torch.float8_e4m3fn).to(FP64) * wide.scales.view(FP32).to(FP64)[:, None]
+    W = wide.codes.view(torch.float8_e4m3fn).to(FP64) * wide.scales.view(FP32).to(FP64)[:, None]
     y = wide.linear(x)
     assert y.dtype is BF16
     close(y, rounded(x, "row") @ W.t() + wide.bias.to(FP64), BF16)
@@ -293,9 +293,9 @@ def test_columns_beside_are_multiplied_by_themselves(
         base.house(Mock())
     else:
         assert torch.equal(base.columns(at, slice(0, 12)), layer.weight[:, at])
-        assert not base.weight[:, at].any()
+        assert not base.codes[:, at].any()
     base.put_(at, columns)
-    codes, scales = base.weight.view(torch.float8_e4m3fn).to(FP64), base.scales.view(FP32).to(FP64)
+    codes, scales = base.codes.view(torch.float8_e4m3fn).to(FP64), base.scales.view(FP32).to(FP64)
     codes[:, at] = 0
     W = codes * scales[:, None]
     if dtype is BF16 and backward == "fp8":
@@ -330,10 +330,10 @@ def test_the_compiler_takes_columns_beside() -> None:
 
 def test_columns_that_were_only_borrowed_leave_the_bits() -> None:
     base, at = ours(linear(12, 20, BF16)), torch.tensor([1, 4])
-    before = base.weight.clone()
+    before = base.codes.clone()
     base.put_(at, base.columns(at, slice(0, 12)))
     assert base.columns_beside is not None
-    assert torch.equal(base.plain().weight, before)
+    assert torch.equal(base.plain().codes, before)
     base.house(Mock())
     base.put_(at, torch.full((12, 2), 9.0))
     again = FP8.over(base.plain()).dense()
@@ -350,12 +350,12 @@ def test_what_is_added_is_rounded_once(dtype: torch.dtype, beside: bool, scaling
     layer, at = linear(12, 20, dtype), torch.tensor([0, 7])
     base = ours(layer, at if beside else None, scaling)
     before, delta = base.dense().to(FP64), seeded(12, 20, seed=8, dtype=FP32) * 0.01
-    codes = base.weight.view(torch.float8_e4m3fn).float()
+    codes = base.codes.view(torch.float8_e4m3fn).float()
     base.add_(lambda rows: torch.zeros(12, 20)[rows])
-    assert torch.equal(base.weight.view(torch.float8_e4m3fn).float(), codes), "rounding what is rounded changed it"
+    assert torch.equal(base.codes.view(torch.float8_e4m3fn).float(), codes), "rounding what is rounded changed it"
     base.add_(lambda rows: delta[rows])
     assert base.changed
-    assert torch.equal(base.transposed, base.weight.t())
+    assert torch.equal(base.transposed, base.codes.t())
     want = before + delta
     step = base.scales.view(FP32).to(FP64)[:, None] * 2.0**-9
     assert ((base.dense() - want).abs() <= want.abs() * (1 / 16 + 0.01) + step).all()
@@ -386,7 +386,7 @@ def test_its_layer_is_given_back_and_taken(scaling: str, backward: str, bias: bo
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(fresh(x), base.linear(x))
     twin = copy.deepcopy(base)
-    assert twin.weight.data_ptr() != base.weight.data_ptr()
+    assert twin.codes.data_ptr() != base.codes.data_ptr()
     assert torch.equal(twin.linear(x), base.linear(x))
     assert f"backward='{backward}'" in repr(layer)
     dense = base.dequantised()

@@ -64,8 +64,8 @@ def close(value: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 def test_the_bits_are_those_of_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
     layer = linear(*shape, dtype)
     made, base = theirs(layer), ours(layer)
-    assert base.weight.dtype is torch.int8
-    assert torch.equal(base.weight, made.weight.data)
+    assert base.codes.dtype is torch.int8
+    assert torch.equal(base.codes, made.weight.data)
     assert torch.equal(base.absmax.view(FP32), made.weight.SCB)
     assert base.dense().dtype is dtype
     close(base.dense(), int8_vectorwise_dequant(made.weight.data, made.weight.SCB), FP32 if dtype is FP64 else dtype)
@@ -77,7 +77,7 @@ def test_a_transposed_layer_is_quantised_by_rows_of_its_matrix() -> None:
     layer = Conv1D(6, 9).requires_grad_(False)  # stores (in, out)
     base = Int8.of(Dense(layer, TransposedForm()), "int8")
     codes, absmax, _ = int8_vectorwise_quant(layer.weight.t().half().contiguous())
-    assert torch.equal(base.weight, codes)
+    assert torch.equal(base.codes, codes)
     assert torch.equal(base.absmax.view(FP32), absmax)
 
 
@@ -100,7 +100,7 @@ def test_the_layer_and_its_gradient_are_those_of_the_dequantised_weight(
     close(y.detach(), want + layer.bias.to(FP64) if bias else want, dtype)
     close(leaf.grad, dy.to(FP64) @ W, dtype)
     assert y.dtype is dtype
-    assert {t.data_ptr() for t in kept} == {base.weight.data_ptr(), base.absmax.data_ptr()}, "codes, by reference"
+    assert {t.data_ptr() for t in kept} == {base.codes.data_ptr(), base.absmax.data_ptr()}, "codes, by reference"
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
@@ -160,7 +160,7 @@ def test_layers_of_bitsandbytes_are_taken_and_given_back(called: bool, bias: boo
     assert storage_of(made) is Int8
     assert Int8.measure(made) == (16, 32, BF16 if bias else FP16, torch.device("cpu"))
     base = Int8.over(made)
-    assert base.weight.data_ptr() == made.weight.data_ptr(), "copied"
+    assert base.codes.data_ptr() == made.weight.data_ptr(), "copied"
     assert base.bias is made.bias
     back = base.plain()
     assert type(back) is bnb.nn.Linear8bitLt
@@ -185,7 +185,7 @@ def test_columns_beside_are_exact(dtype: torch.dtype) -> None:
     base = ours(layer, at)
     without = linear(12, 20, dtype)
     without.weight[:, at] = 0
-    assert torch.equal(base.weight, theirs(without).weight.data)
+    assert torch.equal(base.codes, theirs(without).weight.data)
     W = dequantised(without)
     W[:, at] = layer.weight[:, at].to(FP64)
     assert torch.equal(base.dense()[:, at], layer.weight[:, at])
@@ -239,9 +239,9 @@ def test_what_fp16_cannot_hold_is_refused() -> None:
 
 def test_copies_and_saved_tensors_are_its_own() -> None:
     base, other = ours(linear(6, 8)), ours(linear(6, 8))
-    other.weight.data.zero_()
+    other.codes.data.zero_()
     other.load_state_dict(base.state_dict())
     twin, x = copy.deepcopy(base), seeded(3, 8, dtype=FP32)
-    assert twin.weight.data_ptr() != base.weight.data_ptr()
+    assert twin.codes.data_ptr() != base.codes.data_ptr()
     assert torch.equal(twin.linear(x), base.linear(x))
     assert torch.equal(other.linear(x), base.linear(x))

@@ -186,7 +186,7 @@ def train_in_two(out, kind, engine):
     alike = {"model": base(dropout=0.0), "save_strategy": "no", "rest": {"base": kind}}
     t = trainer(out, rs.LoRA(rank=2), cls=OnCPU, per_device_train_batch_size=1, **alike, **ENGINES[engine])
     t.train()
-    codes = [site.base.weight for site in t.run.sites.values()]
+    codes = [site.base.codes for site in t.run.sites.values()]
     here = sum(getattr(w, "to_local", lambda w=w: w)().numel() for w in codes)
     return {"losses": losses(t), "tensors": tensors(t.run), "held": here / sum(w.numel() for w in codes)}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.base import Base, Dense, Slab, storage_of
+from rankshift.core.base import HOOKS, Base, Dense, Slab, storage_of
 from rankshift.core.errors import TiedWeights, UnmatchedTarget, UnsupportedLayer, nearest
 from rankshift.core.form import ConvForm, EmbeddingForm, ExpertsForm, Form, TransposedForm
 from rankshift.core.lowrank import LowRankSum
@@ -72,6 +72,7 @@ class Site(nn.Module):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.__dict__.update(base.hooks)  # who hooked the layer hooked this place: its hooks run, and can be removed
+        base.__dict__.update({name: getattr(nn.Module(), name) for name in HOOKS})  # here, and not below once more
         self.active: tuple[str, ...] = ()
         self.link(())
 

@@ -108,14 +108,19 @@ class PaCALayer(Adapter):
         self.base.put_(self.occupied, self.origin + self.scale * self.D)
         # what a sharded model computes with are gathered copies: there only updates and verbs write
         sharded = shard.is_sharded(self.D)
-        self._written = None if sharded else (weakref.ref(self.base.weight), weakref.ref(self.D), self.D._version)
+        self._written = None if sharded else (weakref.ref(self._stored), weakref.ref(self.D), self.D._version)
+
+    @property
+    def _stored(self) -> Tensor:
+        """A tensor that holds the weight."""
+        return next(iter(self.base.stored.values()))
 
     def _keep_up(self) -> None:
         """Write if D was changed by another hand than the optimizer's (an average swapped in, a state loaded)."""
         if torch.compiler.is_compiling() or self._written is None:
             return
         weight, D, version = self._written
-        if weight is not None and weight() is not self.base.weight:
+        if weight is not None and weight() is not self._stored:
             return  # gathered by FSDP2, with the columns that stand in the shards
         if D() is not self.D or self.D._version != version:
             self.write()

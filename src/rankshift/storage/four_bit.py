@@ -68,7 +68,7 @@ class FourBit(Held):
     """A linear layer's weight in 4 bits."""
 
     layout: FourBitLayout
-    names: ClassVar[tuple[str, ...]] = ("weight", "absmax", "scales")
+    names: ClassVar[tuple[str, ...]] = ("codes", "absmax", "scales")
 
     @property
     def kind(self) -> str:  # type: ignore[override]

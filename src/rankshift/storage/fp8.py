@@ -33,7 +33,7 @@ from rankshift.ops.fp8 import E4M3, multiplies, product, rounded_rows, rounded_w
 from rankshift.ops.frozen_linear import frozen_linear
 from rankshift.ops.products import accumulate
 from rankshift.ops.row_scaled import row_scaled
-from rankshift.storage.quantised import Beside, Held, Layout, fresh
+from rankshift.storage.quantised import Beside, Held, Layout, fresh, shown
 
 Scaling = Literal["row", "tensor"]
 Backward = Literal["fp8", "bf16"]
@@ -114,7 +114,7 @@ class FP8(Held):
 
     kind: ClassVar[str] = "fp8"
     layout: FP8Layout
-    names: ClassVar[tuple[str, ...]] = ("weight", "scales", "transposed")
+    names: ClassVar[tuple[str, ...]] = ("codes", "scales", "transposed")
 
     @classmethod
     def check(cls, devices: set[torch.device]) -> None:
@@ -153,7 +153,7 @@ class FP8(Held):
     @classmethod
     def taken(cls, module: nn.Module) -> tuple[Layout, list[Tensor]]:
         assert isinstance(module, FP8Linear)
-        cls.check({module.weight.device})
+        cls.check({module.codes.device})
         return module.layout, [tensor.detach() for tensor in module.packed]
 
     def plain(self) -> FP8Linear:
@@ -190,7 +190,7 @@ class FP8Linear(nn.Module):
         def zeros(*shape: int, of: torch.dtype = torch.uint8) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=of, device=device), requires_grad=False)
 
-        self.weight = zeros(out_features, in_features)
+        self.codes = zeros(out_features, in_features)
         self.scales = zeros(out_features if scaling == "row" else 1, of=torch.int32)
         self.transposed = zeros(in_features, out_features) if backward == "fp8" else None
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
@@ -198,7 +198,12 @@ class FP8Linear(nn.Module):
     @property
     def packed(self) -> tuple[Tensor, ...]:
         """The tensors of the layout."""
-        return (self.weight, self.scales) if self.transposed is None else (self.weight, self.scales, self.transposed)
+        return (self.codes, self.scales) if self.transposed is None else (self.codes, self.scales, self.transposed)
+
+    @property
+    def weight(self) -> Tensor:
+        """Its shape, dtype and device; see :func:`rankshift.storage.quantised.shown`."""
+        return shown(self.layout, self.codes.device)
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, self.bias, self.layout, self.packed)

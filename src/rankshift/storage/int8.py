@@ -53,7 +53,7 @@ class Int8(Held):
 
     kind: ClassVar[str] = "int8"
     layout: Int8Layout
-    names: ClassVar[tuple[str, ...]] = ("weight", "absmax")
+    names: ClassVar[tuple[str, ...]] = ("codes", "absmax")
 
     @classmethod
     def describe(cls, module: nn.Module) -> dict[str, Any] | None:

@@ -65,6 +65,7 @@ class Held(Base):
     """Names of the tensors of the layout, in its order; those that a layout does without are left out."""
 
     layout: Layout
+    codes: Tensor
     at: Tensor  # (k,) int64, sorted: which columns are held beside
     own: Tensor  # int64: which of those are the weight's own; the others came out of the codes, and act for a tenant
 
@@ -79,6 +80,8 @@ class Held(Base):
         for name in ("at", "own"):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=tensors[0].device), persistent=False)
         self._hooks = {name: getattr(module, name) for name in HOOKS}
+        self.training = module.training
+        self._shown = shown(layout, tensors[0].device)
         # columns that were asked for last, ``at`` then, the versions of both, and where they are
         self._seen: tuple[Tensor, Tensor, tuple[int, int], Tensor] | None = None
 
@@ -161,6 +164,14 @@ class Held(Base):
     # ---- the weight
 
     @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """What model code may ask of a weight: shape, dtype, device. Without values, see :func:`shown`."""
+        device = self.at.device
+        if (self._shown.dtype, self._shown.device) != (self.layout.dtype, device):
+            self._shown = shown(self.layout, device)
+        return self._shown
+
+    @property
     def stored(self) -> dict[str, Tensor]:
         names = (*self.names, "columns_beside")
         return {name: p for name in names if (p := self._parameters.get(name)) is not None}
@@ -199,6 +210,11 @@ class Held(Base):
     @property
     def dtype(self) -> torch.dtype:
         return self.layout.dtype
+
+    def alone(self) -> Self:
+        """The base as a layer of the model, without a site: what hooked the layer that stood here runs."""
+        self.__dict__.update(self._hooks)
+        return self
 
     def linear(self, x: Tensor) -> Tensor:
         return self._apply_to(x, self.bias)
@@ -318,6 +334,12 @@ class Held(Base):
         layer.weight = nn.Parameter(weight, requires_grad=False)
         fresh(layer, self)
         return layer
+
+
+def shown(layout: Layout, device: torch.device) -> Tensor:
+    """(out, in) in the dtype that a layout stands for: one NaN in memory. Some models cast the input of a layer to the
+    dtype of its weight, which must not be that of codes; who reads values where there are none sees it."""
+    return torch.full((), torch.nan, dtype=layout.dtype, device=device).expand(layout.shape)
 
 
 def marks(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
