@@ -1,12 +1,12 @@
 """A Llama of 60 M or 130 M parameters from scratch, one token budget, by every method that is made for that.
 
     python benchmarks/pretrain.py prepare --data DIR_WITH_books_train_*.jsonl.xz --tokens .lm   # once, on a CPU
-    PYTHONPATH=src python benchmarks/pretrain.py run --tokens .lm --out benchmarks/results/pretrain.json
+    PYTHONPATH=src python benchmarks/pretrain.py run --tokens .lm --steps 600 --out benchmarks/results/pretrain.json
     … run --tokens .lm --shape 130M --steps 400 --rates benchmarks/results/pretrain.json \
         --methods AdamW LoRA "LoRA, warm start" "ReLoRA, warm start" SwitchLoRA --out …/pretrain_130m.json
-    … run --tokens .lm --steps 600 --out benchmarks/results/pretrain_galore.json \
-        --methods "GaLore power 1" "GaLore unaligned" "GaLore power 1 unaligned"
-    python benchmarks/pretrain.py plot --results benchmarks/results/pretrain.json --out docs/img/…png
+    … run --tokens .lm --steps 600 --methods GaLore "GaLore aligned, power 1" --out …/pretrain_galore.json
+    python benchmarks/pretrain.py plot --results benchmarks/results/pretrain.json …/pretrain_galore.json \
+        --out docs/img/pretrain.png
 
 Models: hidden 512, ffn 1376, 8 heads, 8 layers (58 M parameters); hidden 768, ffn 2048, 12 heads, 12 layers (134 M);
 vocabulary 32,000, untied. The rank is a quarter of hidden: 128 and 192. Text: English novels, a
@@ -19,8 +19,9 @@ is that of held-out books.
 Arms with a warm start train a quarter of the budget in full, at AdamW's rate and on its schedule, then with low rank:
 ReLoRA restarts three times, its control is LoRA on the same schedule without restarts.
 
-GaLore has three variants, by name only, at its rate: bases found with one power iteration; not turned along the bases
-that they replace (the eigenvectors of a sketch, by falling energy); both. No setting of the library has them.
+"GaLore aligned" turns each new basis along the one that it replaces: what Gram and Schmidt make of the old directions,
+projected into the new subspace, where GaLore has the gradient's own, by falling energy. "power 1": found with one power
+iteration. No setting of the library has them; their rate is GaLore's.
 
 What is in --out already is not measured again.
 """
@@ -36,7 +37,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import fields
+from dataclasses import fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ GRID = {
     "ReLoRA, warm start": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     "SwitchLoRA": (2.5e-3, 5e-3, 1e-2, 2e-2),
 }
-VARIANTS = dict.fromkeys(("GaLore power 1", "GaLore unaligned", "GaLore power 1 unaligned"), 1e-2)  # their rates
+VARIANTS = {"GaLore aligned": 1e-2, "GaLore aligned, power 1": 1e-2}  # their rates
 SHAPES = {"60M": (512, 1376, 8), "130M": (768, 2048, 12)}  # hidden, ffn, heads and layers
 WARM_RATE = 1e-3  # AdamW's
 
@@ -89,20 +90,26 @@ def prepare(data: Path, tokens: Path, most: int) -> None:
         print(f"{name}: {len(array):,} tokens, {array.max() + 1:,} in use")
 
 
-def galore(power: int, aligned: bool, **settings: Any) -> Any:
-    """GaLore with another finder of its bases."""
+def aligned(power: int, **settings: Any) -> Any:
+    """GaLore whose bases are turned along those that they replace."""
+    import torch
+
     import rankshift as rs
     from rankshift.optim.project import Project
 
-    class Unaligned(Project):
-        def seek(self, A: Any, olds: Sequence[Any], *others: Any) -> Any:
-            return super().seek(A, [], *others)  # as the first time, when there is nothing to replace
+    class Aligned(Project):
+        def seek(self, A: Any, olds: Sequence[Any], words: Sequence[int], most: int, *others: Any) -> Any:
+            found = super().seek(A, olds, words, most, *others)
+            if not olds:
+                return found
+            span = found.vectors[..., :most]
+            turn, R = torch.linalg.qr(span.mT @ torch.stack(list(olds)))
+            return replace(found, vectors=span @ (turn * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]))
 
     class Variant(rs.GaLore):
         def project(self, form: Any) -> Project:
             usual = super().project(form)
-            values = {f.name: getattr(usual, f.name) for f in fields(usual)} | {"power": power}
-            return (Project if aligned else Unaligned)(**values)
+            return Aligned(**{f.name: getattr(usual, f.name) for f in fields(usual)} | {"power": power})
 
     return Variant(**settings)
 
@@ -116,7 +123,7 @@ def method_of(name: str, steps: int, rank: int) -> Any:
     if name == "GaLore":
         return rs.GaLore(rank=rank, every=every)
     if name in VARIANTS:
-        return galore(int("power 1" in name), "unaligned" not in name, rank=rank, every=every)
+        return aligned(int("power 1" in name), rank=rank, every=every)
     if name == "AdaRankGrad":
         return rs.AdaRankGrad(rank=rank, every=every, earliest=max(1, every // 4))
     if name == "SwitchLoRA":
@@ -294,15 +301,15 @@ def written(
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def plot(results: Path, out: Path) -> None:
-    """Held-out loss and mean rank over tokens, a line a run."""
+def plot(results: Sequence[Path], out: Path) -> None:
+    """Held-out loss and mean rank over tokens, a line a run, of all that these files hold."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = json.loads(results.read_text())
-    runs = [row for row in found["runs"] if row["lr"] == found["best_lr"][row["method"]]]
+    files = [json.loads(path.read_text()) for path in results]
+    runs = [row for found in files for row in found["runs"] if row["lr"] == found["best_lr"][row["method"]]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     for index, name in enumerate(GRID):
         for row in (r for r in runs if r["method"] == name):
@@ -340,7 +347,7 @@ def main() -> None:
     verb.add_argument("--compile", action="store_true", help="compile the blocks")
     verb.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no new run begins")
     verb = verbs.add_parser("plot")
-    verb.add_argument("--results", type=Path, required=True)
+    verb.add_argument("--results", type=Path, nargs="+", required=True)
     verb.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.verb == "prepare":

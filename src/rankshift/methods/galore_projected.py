@@ -247,7 +247,7 @@ class Renew:
     def _renew(self, layers: Sequence[ProjectedLayer], tick: Tick) -> None:
         inside, states = self.transform, [tick.state(layer.subspace) for layer in layers]
         kinds = [
-            (layer.subspace.shape, layer.basis.shape, layer.basis.dtype, layer.basis.device, *inside.stage(state))
+            (layer.subspace.shape, layer.basis.shape, layer.basis.dtype, layer.basis.device, _begun(state))
             for layer, state in zip(layers, states, strict=True)
         ]
         sizes = [layer.in_features * layer.out_features for layer in layers]

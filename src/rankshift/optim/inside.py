@@ -22,7 +22,7 @@ from rankshift.core.form import Form
 from rankshift.core.random import Key, signed
 from rankshift.optim import subspace
 from rankshift.optim.moments import Wide
-from rankshift.optim.project import AT_ONCE, Project, Turn, agreed, draw_word, even
+from rankshift.optim.project import AT_ONCE, Project, Turn, agreed, begun, draw_word, even
 from rankshift.optim.transform import Hyper
 
 
@@ -143,7 +143,7 @@ class Inside(Project):
         states: Sequence[dict[str, Tensor]],
         keys: Sequence[Key],
     ) -> Turn:
-        """New directions for layers of one shape and stage; :meth:`enter` takes the moments along.
+        """New directions for layers of one shape, with a basis all or none; :meth:`enter` takes the moments along.
 
         Args:
             A: (n, l, s), the whole gradients, equal on all ranks.
@@ -152,5 +152,5 @@ class Inside(Project):
         """
         olds = [basis[:, : self.rank_of(state)] for basis, state in zip(Q, states, strict=True)]
         words = [draw_word(signed((key / "basis").word), state) for key, state in zip(keys, states, strict=True)]
-        found = self.seek(A, olds if int(states[0]["renewals"]) else [], words, self.limit(Xs[0]))
+        found = self.seek(A, olds if begun(states[0]) else [], words, self.limit(Xs[0]))
         return Turn(Xs, states, list(Q), agreed(found, A, False))

@@ -80,8 +80,7 @@ class Turn:
 
     def some(self, indices: list[int]) -> Turn:
         """Those at some places."""
-        told = (self.found.vectors, self.found.energies, self.found.total)
-        found = subspace.Basis(*(None if t is None else t[indices] for t in told))  # type: ignore[arg-type]
+        found = subspace.Basis(*(t[indices] for t in (self.found.vectors, self.found.energies, self.found.total)))
         ps, states, olds = (
             [self.ps[i] for i in indices],
             [self.states[i] for i in indices],
@@ -100,7 +99,7 @@ class Project:
     multiple: int = 1  # ranks chosen by energy are multiples of this
     clock: Clock = field(default_factory=Clock)
     finder: Finder = "eigh"
-    oversample: int = 8  # directions of a sketch beside those that are kept, where they cost little
+    oversample: int = 8  # directions of a sketch beside those that are kept
     power: int = 0  # iterations of "range" after the first
     transport: Transport = "none"
     residual: bool = False  # Fira: what lies outside the subspace goes along, scaled as Adam scaled what lies inside
@@ -183,7 +182,7 @@ class Project:
         sooner = fresh["next"].clone()
         changed = adopt(self.store, saved, fresh, shape, p, self.split(p) in ("rows", "batch"))
         step, wait = int(fresh["step"]), self.clock.wait()
-        if not int(fresh["renewals"]):
+        if not begun(fresh):
             fresh["next"].copy_(sooner)
         elif int(fresh["next"]) > step + wait or (not self.clock.every and step < int(fresh["next"]) < _NEVER):
             fresh["next"].fill_(step + wait)  # a longer wait, from another clock
@@ -307,7 +306,7 @@ class Project:
             ‖A‖² of those that have one now, (…), by index.
         """
         kinds = [
-            (self.face(p)[0], self.split(p), p.dtype, p.device, *self.stage(state))
+            (self.face(p)[0], self.split(p), p.dtype, p.device, begun(state))
             for p, state in zip(parameters, states, strict=True)
         ]
         turns, batches = [], subspace.alike(kinds, [p.numel() for p in parameters], TOGETHER)
@@ -339,10 +338,6 @@ class Project:
         energies = [state["energy"] for state in states]
         torch._foreach_copy_(energies, list(torch.where(share > 0, share, torch.stack(energies)).unbind()))
 
-    def stage(self, state: dict[str, Tensor]) -> tuple[int, ...]:
-        """Whether there is a basis that a new one would replace, and of what fixed rank: in a batch they agree."""
-        return min(int(state["renewals"]), 1), 0 if self.energy is not None else self.rank_of(state)
-
     def rank_of(self, state: dict[str, Tensor]) -> int:
         """The rank of now."""
         return state["basis"].shape[-1]
@@ -355,7 +350,7 @@ class Project:
         faces = [self.facing(p, part).to(wide) for p, part in zip(ps, parts, strict=True)]
         A = torch.stack(faces) if len(faces) > 1 else faces[0].contiguous()[None]  # one alone has the same bits
         del parts, faces
-        olds = [shard.held(state["basis"]) for state in states] if int(states[0]["renewals"]) else []
+        olds = [shard.held(state["basis"]) for state in states] if begun(states[0]) else []
         found = self.seek(
             A, olds, [draw_word(int(state["key"]), state) for state in states], self.limit(ps[0]),
             (lambda part: shard.sum_like(part, ps[0])) if split == "rows" and not gather else (lambda part: part),
@@ -374,28 +369,22 @@ class Project:
 
         Args:
             A: (n, …, l, s).
-            olds: (…, s, r) each, the bases that are to be replaced; none the first time.
+            olds: (…, s, r) each, the bases that are to be replaced, where "warm" begins; none the first time.
             words: of each, what random numbers are drawn by.
             most: the largest rank.
             reduce: as in :func:`rankshift.optim.subspace.find`.
         """
         if self.finder in ("svd", "eigh"):
             return subspace.find(A, most, self.finder, reduce=reduce)
-        # with a fixed rank, each direction goes on where one was: moments stay in their places, or nearly so
-        along = bool(olds) and self.energy is None and olds[0].shape[-1] == most
         warm = bool(olds) and self.finder == "warm"
-        # to choose the best of more takes eigenvectors, which on a GPU take longer than the products at larger ranks
-        few = along and not warm and most >= 8 * self.oversample
         s = A.shape[-1]
-        width = min(s, most if few else most + self.oversample)
+        width = min(s, most + self.oversample)
         # one for all matrices of a stack, of which other ranks hold others
         draws = [_draw(word, (s, width), A).expand(*A.shape[1:-2], s, width) for word in words]
         if warm:
             draws = [torch.cat(pair, -1)[..., :width] for pair in zip(olds, draws, strict=True)]
-        return subspace.find(
-            A, width, self.finder, begin=torch.stack(draws), power=0 if warm else self.power,
-            near=torch.stack(list(olds)) if along else None, reduce=reduce,
-        )  # fmt: skip
+        power = 0 if warm else self.power
+        return subspace.find(A, width, self.finder, begin=torch.stack(draws), power=power, reduce=reduce)
 
     def enter(self, turns: Sequence[Turn], hyper: Hyper) -> list[list[Tensor | None]]:
         """Put states into their new bases, which are returned; None: it has to wait for a gradient.
@@ -421,7 +410,7 @@ class Project:
     def _wanted(self, turn: Turn) -> Tensor | None:
         """(n,) int64: the fewest directions that keep the energy of each, 0 for a gradient of zeros; None where that
         changes nothing."""
-        if self.energy is None and int(turn.states[0]["renewals"]):
+        if self.energy is None and begun(turn.states[0]):
             return None
         # of what got no gradient, as an expert without tokens, nothing is needed; a rank may hold no matrix of a stack
         needed = torch.where(turn.found.total > 0, subspace.needed(turn.found, self.energy or 1), 0)
@@ -433,7 +422,7 @@ class Project:
         """The rank from now on, 0 where the basis has to wait for a gradient."""
         most = self.limit(p)
         if wanted == 0:
-            return self.rank_of(state) if int(state["renewals"]) else 0
+            return self.rank_of(state) if begun(state) else 0
         if wanted is None or self.energy is None:
             return most
         return subspace.rounded_up(max(wanted, min(self.min_rank, most)), self.multiple, most)
@@ -442,13 +431,13 @@ class Project:
         """As :meth:`enter`, for those that have one rank from now on."""
         p, states, found = turn.ps[0], turn.states, turn.found
         vectors = self.fitted(found.vectors[..., :rank], p)
-        if int(states[0]["renewals"]):  # what got no gradient, as an expert without tokens, stays where it is
+        if begun(states[0]):  # what got no gradient, as an expert without tokens, stays where it is
             kept = [_widened(old, new) for old, new in zip(turn.olds, vectors, strict=True)]
             vectors = torch.where((found.total > 0)[..., None, None], vectors, torch.stack(kept))
         news = list(vectors.unbind())
         for X, state, old, new in zip(turn.ps, states, turn.olds, news, strict=True):
             self._move(X, state, old, new, rank, hyper)
-            sooner = 0 if int(state["renewals"]) else int(state["next"])
+            sooner = 0 if begun(state) else int(state["next"])
             state["renewals"] += 1
             state["renewed"].copy_(state["step"])
             state["next"].copy_(state["step"] + (self.clock.wait() + sooner))
@@ -462,7 +451,7 @@ class Project:
 
     def _move(self, p: Tensor, state: dict[str, Tensor], old: Tensor, new: Tensor, rank: int, hyper: Hyper) -> None:
         """Take the moments of one tensor from one basis to another."""
-        first, resized = int(state["renewals"]) == 0, rank != self.rank_of(state)
+        first, resized = not begun(state), rank != self.rank_of(state)
         mass = shard.held(state["mass"])
         if not first and self.transport != "none":
             seen = 1 - hyper.betas[0] ** (int(state["step"]) - int(state["born"]))
@@ -536,6 +525,11 @@ def even(state: dict[str, Tensor]) -> bool:
     return bool(state["even"])
 
 
+def begun(state: dict[str, Tensor]) -> bool:
+    """Whether there is a basis that comes from a gradient."""
+    return int(state["renewals"]) > 0
+
+
 def _due(state: dict[str, Tensor]) -> bool:
     return int(state["step"]) >= int(state["next"])
 
@@ -548,8 +542,7 @@ def draw_word(key: int, state: dict[str, Tensor]) -> int:
 def agreed(found: subspace.Basis, p: Tensor, parts: bool) -> subspace.Basis:
     """What the first rank found, on all that hold ``p``; ``parts``: that hold the same part of it."""
     told = (found.vectors, found.energies, found.total)
-    agreed = [None if part is None else shard.from_rank_zero(part, p, parts) for part in told]
-    return subspace.Basis(*agreed)  # type: ignore[arg-type]
+    return subspace.Basis(*(shard.from_rank_zero(part, p, parts) for part in told))
 
 
 def _widened(old: Tensor, new: Tensor) -> Tensor:

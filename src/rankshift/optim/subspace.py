@@ -25,10 +25,10 @@ TRANSPORTS: tuple[str, ...] = ("none", "reset", "square", "centred")
 
 @dataclass(frozen=True)
 class Basis:
-    """Directions of a matrix, by falling energy or along those of another basis."""
+    """Directions of a matrix, by falling energy."""
 
     vectors: Tensor  # (…, s, k), orthonormal columns
-    energies: Tensor | None  # (…, k): ‖A q‖² of each; None where nothing was decided by them
+    energies: Tensor  # (…, k): ‖A q‖² of each
     total: Tensor  # (…): ‖A‖²_F
 
     def narrow(self, rank: int) -> Tensor:
@@ -43,7 +43,6 @@ def find(
     *,
     begin: Tensor | None = None,
     power: int = 1,
-    near: Tensor | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Basis:
     """The ``width`` leading right singular directions of A, exact ("svd", "eigh") or nearly so ("range", "warm"), the
@@ -51,14 +50,11 @@ def find(
 
     "svd" decomposes A. "eigh" decomposes the Gram AᵀA: the same subspace as far as the dtype tells σ² apart. "range" is
     the randomised range finder (Halko, Martinsson & Tropp 2011) with ``power`` iterations. "warm" is the same, begun
-    where the last basis was, which drifts slowly.
+    where the last basis was, which drifts slowly. Both choose the directions inside the span that they found by energy.
 
     Args:
         A: (…, l, s), in fp32 or wider. Rows may be spread over ranks.
         begin: (…, s, width) for "range" and "warm": random numbers, or a basis with random numbers beside it.
-        near: (…, s, r), for "range" and "warm": another basis, r ≤ ``width``. The subspace is that of the r leading
-            directions, but its basis is the one that Gram and Schmidt make of ``near``, projected into it: direction by
-            direction as near as those before it allow. Where r is ``width`` no eigenvectors are needed.
         reduce: sums over the ranks that hold other rows of A; "svd" needs all rows here.
     """
     width = min(width, A.shape[-1])
@@ -74,26 +70,16 @@ def find(
     Z = begin[..., :width]
     for _ in range(1 + power):
         Z = orthonormal(reduce(A.mT @ (A @ Z)), begin[..., :width])
-    if near is None or near.shape[-1] < width:
-        B = A @ Z
-        energies, rotation = torch.linalg.eigh(reduce(B.mT @ B))
-        Z = Z @ rotation.flip(-1)
-        if near is None:
-            return Basis(_signed(Z), energies.flip(-1).clamp(min=0), total)
-        Z = Z[..., : near.shape[-1]]
-    rank = near.shape[-1]
-    Q = Z @ orthonormal(Z.mT @ near, begin[..., :rank, :rank])
-    return Basis(Q, None, total)  # A Q takes as long as half of all this
+    B = A @ Z
+    energies, rotation = torch.linalg.eigh(reduce(B.mT @ B))
+    return Basis(_signed(Z @ rotation.flip(-1)), energies.flip(-1).clamp(min=0), total)
 
 
 def orthonormal(Y: Tensor, noise: Tensor) -> Tensor:
-    """(…, s, k): what Gram and Schmidt make of the columns of Y, by Householder. On a GPU, where that takes a launch a
+    """(…, s, k): an orthonormal basis of the columns of Y, by Householder. On a GPU, where that takes a launch a
     column, twice by Cholesky in float64, with 1e-7 of ``noise`` (…, s, k), which keeps it definite whatever rank Y
     has."""
-    if Y.is_cuda:
-        return cholesky_qr(Y, noise)
-    Q, R = torch.linalg.qr(Y)
-    return torch.where(R.diagonal(dim1=-2, dim2=-1)[..., None, :] < 0, -Q, Q)
+    return cholesky_qr(Y, noise) if Y.is_cuda else torch.linalg.qr(Y).Q
 
 
 def cholesky_qr(Y: Tensor, noise: Tensor) -> Tensor:
@@ -120,7 +106,6 @@ def needed(basis: Basis, energy: float) -> Tensor:
     The number r with E(r) ≥ energy > E(r − 1), E(r) = Σ_{i≤r} σ_i² / ‖A‖²_F; the published rule, read literally, is a
     supremum over a set without one.
     """
-    assert basis.energies is not None
     share = basis.energies.cumsum(-1) / basis.total.clamp(min=torch.finfo(basis.total.dtype).tiny)[..., None]
     # energy = 1 is met when nothing but rounding is missing
     return (share < energy - 4 * torch.finfo(share.dtype).eps).sum(-1) + 1
