@@ -94,7 +94,7 @@ def test_only_what_is_asked_for() -> None:
         swiglu_back(**given, activation="gelu")
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_narrow_numbers_are_rounded_once(dtype: torch.dtype) -> None:
     given = problem(7, 12, (3, 5, 2), dtype)
     exact = {name: wide(x, FP64) for name, x in given.items()}
@@ -103,7 +103,7 @@ def test_narrow_numbers_are_rounded_once(dtype: torch.dtype) -> None:
     for got, sure in ((back.dg, want.dg), (back.du, want.du), (back.h, want.h)):
         assert got is not None
         assert sure is not None
-        torch.testing.assert_close(got, sure.to(dtype), rtol=torch.finfo(dtype).eps * 1.01, atol=1e-6)
+        torch.testing.assert_close(got.double(), sure, rtol=0.501 * torch.finfo(dtype).eps, atol=1e-6)
     h = swiglu(given["g"], given["u"], given["low_g"], given["low_u"])
     torch.testing.assert_close(h, back.h, rtol=0, atol=0)
 
@@ -171,6 +171,17 @@ def test_the_kernels_do_what_the_reference_does(r: int, shape: tuple[int, int]) 
 @pytest.mark.parametrize("ranks", [*product((0, 3), repeat=3), (1, 16, 64), (100, 3, 128), (17, 128, 5)], ids=str)
 def test_pairs_of_any_ranks_and_none(ranks: tuple[int, int, int]) -> None:
     check(problem(35, 70, ranks, HALF))
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_sums_over_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one program, and by two that take several each."""
+    from rankshift.ops.swiglu import triton
+
+    for at_once in (1, 4):
+        monkeypatch.setattr(triton, "_SLOTS", {16: at_once})
+        check(problem(300, 100, (3, 5, 16), HALF))
 
 
 @kernels
