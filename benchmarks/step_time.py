@@ -37,6 +37,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -510,7 +511,9 @@ def plot(files: list[Path], out: Path) -> None:
 # ---- verbs
 
 
-def gather(options: argparse.Namespace, specs: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
+def gather(
+    options: argparse.Namespace, specs: dict[str, dict[str, Any]], key: str, show: Callable[[Any], str]
+) -> dict[str, Any]:
     """What one process for each spec answers, a few at a time."""
     import step_time_arms as arms
 
@@ -528,21 +531,18 @@ def gather(options: argparse.Namespace, specs: dict[str, dict[str, Any]], key: s
             running.remove(worker)
             worker.end(options.log)
             found[worker.name] = said.get(key) or said
-            if key not in said:
-                print(f"{worker.name}: {said}", flush=True)
+            print(f"{worker.name:42} {show(said[key]) if key in said else said}", flush=True)
     return found
 
 
 def block(options: argparse.Namespace) -> None:
     common = {"shape": options.shape, "device": options.device, "tokens": options.tokens, "block": True}
-    found = gather(options, dict.fromkeys(chosen(options), common), "block")
-    for name, row in found.items():
-        if "saved_bytes_per_token" in row:
-            print(
-                f"{name:42} {row['saved_bytes_per_token'] / 1024:8.2f} KiB a token and block"
-                + (f", {row['launches']:.0f} launches a block" if "launches" in row else ""),
-                flush=True,
-            )
+
+    def show(row: dict[str, float]) -> str:
+        launches = f", {row['launches']:.0f} launches" if "launches" in row else ""
+        return f"a block: {row['saved_bytes_per_token'] / 1024:.2f} KiB kept a token{launches}"
+
+    found = gather(options, dict.fromkeys(chosen(options), common), "block", show)
     write(options, {"shape": options.shape, "tokens": options.tokens, "block": found})
 
 
@@ -558,7 +558,7 @@ def loss(options: argparse.Namespace) -> None:
         }
         for name in arms.LOSS_ARMS
     }  # fmt: skip
-    found = gather(options, specs, "curve")
+    found = gather(options, specs, "curve", lambda row: f"{row['seconds']:.0f} s")
     curves = {name: row["losses"] for name, row in found.items() if "losses" in row}
     wanted = smooth(curves[next(iter(arms.LOSS_ARMS))])
     apart = {}
