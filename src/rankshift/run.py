@@ -885,14 +885,18 @@ class Run:
 
     # ---- speed
 
-    def lower(self) -> lowering.Lowered:
+    def lower(self, graphs: bool = False) -> lowering.Lowered:
         """Let the blocks of the model run in fused forms where these are known, with the parameters that they have;
-        see :mod:`rankshift.lower`. Names, states and checkpoints stay what they are. Returns a report, which prints.
+        see :func:`rankshift.lower.lower`. Names, states and checkpoints stay what they are. Returns a report, which
+        prints.
 
         It stays through shift(); merge(), compress(), detach() and :meth:`raise_` put the model's own blocks back.
+
+        Args:
+            graphs: replay blocks as CUDA graphs once batches of one shape come.
         """
         self._open()
-        return lowering.lower(self.model)
+        return lowering.lower(self.model, graphs)
 
     def raise_(self) -> None:
         """Put the model's own blocks back in the places of fused ones."""

@@ -78,6 +78,10 @@ class Adapter(Base):
     def leave(self) -> None:
         """Give back to the base what :meth:`enter` took, bit for bit; ``forward`` goes on to hold. May be repeated."""
 
+    def refresh(self) -> None:
+        """Bring what stands in the base up to date where another hand than the optimizer's changed what it follows
+        from; :meth:`term` does so too."""
+
     def aside(self) -> dict[str, Tensor]:
         """Tensors that stay on the CPU whatever the device of the model: saved as its other tensors are, by name, but
         no buffers, so that nobody moves, shards or broadcasts them. Every rank has the same."""

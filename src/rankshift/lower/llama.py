@@ -16,6 +16,7 @@ from rankshift.core import shard
 from rankshift.core.adapter import Columns, LowRank
 from rankshift.core.base import HOOKS, Base
 from rankshift.core.site import Site
+from rankshift.lower.graphs import Tape
 from rankshift.lower.nodes import Norm, entry, exit_, normed
 from rankshift.lower.siblings import Group, base_of, join, part, term_of
 from rankshift.lower.stand_in import original, own_class, stand_in
@@ -64,6 +65,8 @@ class Block:
     bases: dict[str, tuple[nn.Module, Base]]  # of the layers that stood there last; of a site its own is asked for
     told: Callable[[Any], dict[str, Any]]
     activation: str
+    tape: Tape | None = None  # of CUDA graphs, where it may run by one
+    index: int = 0  # which block of the model
     aside: str | None = None  # why its last forward was the block's own
 
 
@@ -159,32 +162,81 @@ def _forward(
     **kwargs: Any,
 ) -> Tensor:
     block: Block | None = vars(self).get("lowered")  # None: it was raised, and what had compiled it goes on to call it
-    groups = _open(self, block, hidden_states, position_embeddings, kwargs) if block is not None else None
-    if block is None or groups is None:
-        plain: Tensor = own_class(self).forward(
-            self, hidden_states, attention_mask, position_ids, past_key_values, use_cache,
-            position_embeddings=position_embeddings, **kwargs,
-        )  # fmt: skip
-        return plain
-    attention, (qkv, after, gate_up, down) = self.self_attn, groups
-    assert position_embeddings is not None
-    batch, length, width = hidden_states.shape
-    cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
-    x = hidden_states.reshape(-1, width).contiguous()
-    before, between = _norm(self.input_layernorm), _norm(self.post_attention_layernorm)
+    bases = _open(self, block, hidden_states, position_embeddings, kwargs) if block is not None else None
+    if block is not None and bases is not None and position_embeddings is not None:
+        batch, length, width = hidden_states.shape
+        x = hidden_states.reshape(-1, width).contiguous()
+        tables = tuple(table.reshape(-1, table.shape[-1]) for table in position_embeddings)
+        words = {"position_ids": position_ids, "use_cache": use_cache, **kwargs}
+
+        def work(groups: Groups, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            return _fused(self, block, groups, batch, x, cos, sin, attention_mask, past_key_values, words)
+
+        y = None
+        if block.tape is not None and attention_mask is None and past_key_values is None and not kwargs:
+            y = _replayed(self, block, bases, batch, x, tables, work)
+        groups = _terms(self, bases) if y is None else None
+        if isinstance(groups, tuple):
+            y = work(groups, x, *tables)
+        if y is not None:
+            block.aside = None
+            return y.view(batch, length, width)
+        assert isinstance(groups, str)
+        _aside(self, block, groups)
+    plain: Tensor = own_class(self).forward(
+        self, hidden_states, attention_mask, position_ids, past_key_values, use_cache,
+        position_embeddings=position_embeddings, **kwargs,
+    )  # fmt: skip
+    return plain
+
+
+def _fused(
+    layer: Any, block: Block, groups: Groups, batch: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+    cache: Any, words: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """The block's output (T, K)."""
+    attention, (qkv, after, gate_up, down) = layer.self_attn, groups
+    before, between = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
     q, k, v, x = entry(x, before, qkv, cos, sin, attention.head_dim, batch)
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, attention.layer_idx)
+    if cache is not None:
+        k, v = cache.update(k, v, attention.layer_idx)
     here = vars(sys.modules[type(attention).__module__])
     attend = here["ALL_ATTENTION_FUNCTIONS"].get_interface(
         attention.config._attn_implementation, here["eager_attention_forward"]
     )
     o, _ = attend(
-        attention, q, k, v, attention_mask, dropout=attention.attention_dropout if self.training else 0.0,
-        scaling=attention.scaling, position_ids=position_ids, use_cache=use_cache, **block.told(attention), **kwargs,
+        attention, q, k, v, mask, dropout=attention.attention_dropout if layer.training else 0.0,
+        scaling=attention.scaling, **block.told(attention), **words,
     )  # fmt: skip
-    y = exit_(o.reshape(batch * length, -1), x, after, between, gate_up, down, block.activation)
-    return y.view(batch, length, width)
+    return exit_(o.reshape(x.shape[0], -1), x, after, between, gate_up, down, block.activation)
+
+
+def _replayed(
+    layer: Any, block: Block, bases: list[Base], batch: int, x: Tensor, tables: tuple[Tensor, ...],
+    work: Callable[..., Tensor],
+) -> Tensor | None:  # fmt: skip
+    """The block's output by its CUDA graph; None where it cannot go by one now."""
+    attention, tape = layer.self_attn, block.tape
+    assert tape is not None
+    looked_at = any(vars(layer)[name] for name in HOOKS)
+    if not (layer.training and torch.is_grad_enabled() and x.is_cuda) or looked_at or attention.attention_dropout:
+        return None
+    if getattr(layer, "gradient_checkpointing", False):
+        return None
+    modules = _layers(layer)
+    if not tape.captured and isinstance(_terms(layer, bases), str):
+        return None
+    adapters = [adapter for module in modules if isinstance(module, Site) for adapter in module.acting()]
+    for adapter in adapters:
+        adapter.refresh()
+    state = (batch, attention.config._attn_implementation, *map(id, modules), *map(id, bases), *map(id, adapters))
+
+    def captured(x: Tensor, *tables: Tensor) -> Tensor:
+        groups = _terms(layer, bases)
+        assert isinstance(groups, tuple)
+        return work(groups, x, *tables)
+
+    return tape.run(block.index, layer, x, tables, state, captured)
 
 
 @functools.cache
@@ -218,24 +270,28 @@ Groups = tuple[Group, Group, Group, Group]
 
 def _open(
     layer: Any, block: Block, x: Tensor, positions: tuple[Tensor, Tensor] | None, asked: dict[str, Any]
-) -> Groups | None:
-    """The layers as they are in this forward; None where the block's own forward must run, which is noted."""
+) -> list[Base] | None:
+    """The bases of the layers as they are now; None where the block's own forward must run, which is noted."""
     if torch.compiler.is_compiling():
         block.aside = "torch.compile makes kernels of its own"
         return None
-    found = _groups(layer, block, x, positions, asked)
-    block.aside = found if isinstance(found, str) else None
-    if not isinstance(found, str):
-        return found
+    found = _checked(layer, block, x, positions, asked)
+    if isinstance(found, str):
+        _aside(layer, block, found)
+        return None
+    return found
+
+
+def _aside(layer: Any, block: Block, why: str) -> None:
+    """Note that the block's own forward runs."""
+    block.aside = why
     if layer.training and torch.is_grad_enabled():
-        _say_once(found)
-    return None
+        _say_once(why)
 
 
-def _groups(
+def _checked(
     layer: Any, block: Block, x: Tensor, positions: tuple[Tensor, Tensor] | None, asked: dict[str, Any]
-) -> Groups | str:
-    """The layers as they are in this forward; or why the block's own forward must run."""
+) -> list[Base] | str:
     attention = layer.self_attn
     if asked.get("output_attentions") or attention.config.output_attentions:
         return "attention weights are asked for"
@@ -256,13 +312,19 @@ def _groups(
     acting = [adapter for module in modules if isinstance(module, Site) for adapter in module.acting()]
     if any(map(_hooked, (attention, layer.mlp, layer.mlp.act_fn, *norms, *modules, *acting))):
         return "a module inside it is hooked"
+    for base in bases:
+        if any(p.requires_grad for p in (*base.stored.values(), *(() if base.bias is None else (base.bias,)))):
+            return "weights of the base train in place"
+    return bases
+
+
+def _terms(layer: Any, bases: list[Base]) -> Groups | str:
+    """The layers with what stands on them; or why only their own forwards know that."""
     terms: list[LowRank | Columns | None] = []
-    for module, base in zip(modules, bases, strict=True):
+    for module in _layers(layer):
         term = term_of(module)
         if isinstance(term, str):
             return term
-        if any(p.requires_grad for p in (*base.stored.values(), *(() if base.bias is None else (base.bias,)))):
-            return "weights of the base train in place"
         terms.append(term)
     groups = [Group(bases[span], terms[span]) for span in _GROUPS]
     if any(group.low and group.channels is not None for group in groups):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from rankshift.lower import llama
+from rankshift.lower.graphs import Tape
 from rankshift.lower.stand_in import original, stands_in
 
 
@@ -37,11 +38,16 @@ class Lowered:
     __repr__ = __str__
 
 
-def lower(model: nn.Module) -> Lowered:
+def lower(model: nn.Module, graphs: bool = False) -> Lowered:
     """Let every block of a model that is known run in its fused form, with the parameters that it has.
 
     The results are those of the model's own forward to rounding. Where a block as it is at some forward cannot be
     computed so (an adapter whose equation is another, a hook inside it), its own forward runs, and the report says why.
+
+    Args:
+        graphs: replay blocks as CUDA graphs once batches of one shape come, see :mod:`rankshift.lower.graphs`: for
+            training in which the host cannot launch kernels as fast as the GPU computes them. Activations of one shape
+            then stay allocated; a second backward through one forward is an error.
     """
     done = Lowered(model)
     for name, layer in list(model.named_modules()):
@@ -54,6 +60,10 @@ def lower(model: nn.Module) -> Lowered:
                 done.blocks.append(name)
         elif llama.is_norm(layer) and not stands_in(layer) and not _within(name, [*done.blocks, *done.refused]):
             _put(model, name, llama.lowered_norm(layer))
+    tape = Tape(len(done.blocks)) if graphs else None
+    for index, name in enumerate(done.blocks):
+        block = llama.block_of(model.get_submodule(name))
+        block.tape, block.index = tape, index
     return done
 
 

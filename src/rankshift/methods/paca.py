@@ -115,7 +115,7 @@ class PaCALayer(Adapter):
         """A tensor that holds the weight."""
         return next(iter(self.base.stored.values()))
 
-    def _keep_up(self) -> None:
+    def refresh(self) -> None:
         """Write if D was changed by another hand than the optimizer's (an average swapped in, a state loaded)."""
         if torch.compiler.is_compiling() or self._written is None:
             return
@@ -145,7 +145,7 @@ class PaCALayer(Adapter):
         return self._resident(x, None) if self.base.tenant is self else self._beside(self.base.product(x), x)
 
     def _resident(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        self._keep_up()
+        self.refresh()
         base, form = self.base, self.form
         if isinstance(form, ConvForm):
             return paca_conv(x, self.D, self.scale, self.channels, base.weight, bias, form)
@@ -154,7 +154,7 @@ class PaCALayer(Adapter):
     def term(self) -> Columns | None:
         if self.base.tenant is not self or not self.form.pointwise:
             return None
-        self._keep_up()
+        self.refresh()
         return Columns(self.channels, self.D, self.scale)
 
     def _beside(self, y: Tensor, x: Tensor) -> Tensor:
