@@ -127,10 +127,13 @@ class Worker:
             events.put((self, json.loads(line)))
         events.put((self, {"failed": f"the process ended (code {self.process.wait()})"}))
 
-    def end(self, log: Path | None) -> None:
+    def dismiss(self) -> None:
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended
             self.process.stdin.close()
+
+    def end(self, log: Path | None) -> None:
+        self.dismiss()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -353,9 +356,11 @@ class Bench:
                 self.record(workers, reference)
             if self.options.kernels and self.cuda:
                 self.kernels(workers)
-            for worker in batch:
-                if worker not in reference:
-                    worker.end(self.options.log)
+            gone = [worker for worker in batch if worker not in reference]
+            for worker in gone:
+                worker.dismiss()
+            for worker in gone:
+                worker.end(self.options.log)
         for worker in reference:
             worker.end(self.options.log)
         self.write()
@@ -600,7 +605,9 @@ def chosen(options: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     if sys.argv[1:] == ["child"]:
-        return child()
+        child()
+        sys.stderr.flush()
+        os._exit(0)  # at once: the next arms wait for the memory
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="the arms")
@@ -648,7 +655,6 @@ def main() -> None:
         print(table(options.files))
     else:
         plot(options.files, options.out)
-    return None
 
 
 if __name__ == "__main__":

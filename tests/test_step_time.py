@@ -66,6 +66,9 @@ def test_without_the_reference_there_are_times_and_no_ratios(step_time, tmp_path
     text = step_time.table([file])
     assert "| LoRA r16, eager | 90.0 | 89.0–91.0 | – | – | 5.0 | – |" in text
     assert "Failed: frozen, blocks compiled (RuntimeError: no compiler)" in text
+    other = tmp_path / "b.json"
+    other.write_text(json.dumps(result({"frozen, blocks compiled": row(80.0, 1.0, "floor")})))
+    assert "| LoRA r16, eager | 90.0 | 89.0–91.0 | – | – | 5.0 | – |" in step_time.table([file, other])
 
 
 def test_a_smoothed_curve_is_the_mean_of_what_came_last(step_time):
