@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rankshift.ops.vector_exchange import fits, op, plain
+import rankshift as rs
+from rankshift.methods import switchlora_pool
+from rankshift.methods.switchlora import SwitchLayer
+from rankshift.ops import vector_adam
+from rankshift.ops.vector_exchange import fits, op, plain, sent
 
 COMPILED = """
 import triton
@@ -61,6 +67,12 @@ def test_a_kind_of_tensor_that_they_do_not_know() -> None:
     assert not plain(torch.zeros(3).as_subclass(Elsewhere))
 
 
+def test_tables_go_in_the_order_that_kernels_read() -> None:
+    table = np.arange(6).reshape(2, 3).T
+    assert sent(table, torch.device("cpu")).is_contiguous()
+    assert sent(table, torch.device("cpu")).tolist() == table.tolist()
+
+
 def run(*command: str | Path, **environment: str) -> None:
     done = subprocess.run(
         [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
@@ -71,7 +83,7 @@ def run(*command: str | Path, **environment: str) -> None:
 def test_they_compute_what_their_reference_does() -> None:
     pytest.importorskip("triton", reason="Triton is there on Linux only")
     tests = Path(__file__).with_name("vector_exchange_interpreted.py")
-    run("-m", "pytest", "-p", "no:cacheprovider", tests, TRITON_INTERPRET="1")
+    run("-m", "pytest", "-p", "no:cacheprovider", tests, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 def test_they_compile(tmp_path: Path) -> None:
@@ -80,3 +92,39 @@ def test_they_compile(tmp_path: Path) -> None:
     script = tmp_path / "compiled.py"
     script.write_text(COMPILED)
     run(script, TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu_training_is_that_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One update is void; pools are read, and copied, while the device may still write to them."""
+
+    def trained() -> tuple[rs.Run, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        layers = [nn.Linear(n, m) for n, m in ((64, 200), (200, 200), (200, 200), (200, 768), (768, 64))]
+        model = nn.Sequential(*(module for layer in layers for module in (layer, nn.Tanh()))).cuda()
+        run = rs.attach(model, rs.SwitchLoRA(rank=24, interval=10, rho=1.0, targets=("*",)), total_steps=40)
+        optimizer = run.optimizer(lr=1e-4)
+        for t in range(30):
+            x = torch.randn(32, 64, generator=torch.Generator().manual_seed(t)).cuda()
+            ((model(x) - 1).square().mean() * (float("nan") if t == 5 else 1.0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert run.skipped == 1
+        moments = {f"{i} {k}": v for i, state in enumerate(optimizer.state.values()) for k, v in state.items()}
+        return run, {name: t.cpu().clone() for name, t in (run.state_dict()["tensors"] | moments).items()}
+
+    def known(run: rs.Run) -> list[bool]:
+        layers = [layer for layer in run.adapter().values() if isinstance(layer, SwitchLayer)]
+        return [layer.known(layer.get_parameter("A"), layer.get_parameter("B")) is not None for layer in layers]
+
+    run, got = trained()
+    assert known(run) == [True] * 5, "not by the kernels: was memory not lent?"
+    for name, pool in run.adapter()["0"].aside().items():
+        assert torch.equal(copy.deepcopy(run.adapter()["0"]).aside()[name], pool)
+    monkeypatch.setattr(switchlora_pool, "lend", lambda at, size: 0)
+    monkeypatch.setattr(vector_adam.op, "runs_on", lambda device: False)
+    run, want = trained()
+    assert known(run) == [False] * 5
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4, msg=f"{name} differs")

@@ -54,7 +54,6 @@ def test_a_step_is_that_of_the_reference(
         if void:
             assert all(torch.equal(new, was) for new, was in zip((p, g, m, v, t), old, strict=True))
             continue
-        # moments are rounded once, from double, as torch's fused kernel does
         m_, v_, g_ = old[2].double(), old[3].double(), g.double()
         assert torch.equal(m, (0.9 * m_ + (1 - 0.9) * g_).float())
         assert torch.equal(v, (0.999 * v_ + (1 - 0.999) * g_ * g_).float())

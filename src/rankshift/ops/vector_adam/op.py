@@ -38,7 +38,7 @@ def step_(
     keep: float,
     void: Tensor | None = None,
 ) -> None:
-    """Take a step with each matrix; moments have the bits of torch's fused Adam. Autograd is told.
+    """Take a step with each matrix; moments are computed in float64 and rounded once. Autograd is told.
 
     Args:
         tensors: matrices, their gradients, first and second moments, and step counts: (rows, 1) if axis is 0, else
