@@ -318,6 +318,33 @@ def test_parts_that_are_others():
     assert "1 of 2" in str(report)
 
 
+def test_layers_that_others_quantised_are_refused(monkeypatch):
+    class Tagged(torch.Tensor):
+        """As torchao's."""
+
+    monkeypatch.setattr(Tagged, "__module__", "torchao.dtypes.affine")
+    model = llama().requires_grad_(False)
+    layer = model.model.layers[0].mlp.down_proj
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Tagged), requires_grad=False)
+    torch.nn.utils.parametrizations.orthogonal(model.model.layers[1].self_attn.o_proj)
+    report = lowering.lower(model)
+    assert report.refused == {
+        "model.layers.0": "mlp.down_proj is a Linear",
+        "model.layers.1": "self_attn.o_proj is a ParametrizedLinear",
+    }
+
+
+def test_adapters_of_several_kinds():
+    for columns, why in ((("down_proj", "k_proj"), "its layers have adapters of several kinds"), (("down_proj",), "")):
+        model, run = begun(rs.LoRA(rank=3, targets=("q_proj", "o_proj", "gate_proj")))
+        run.add("columns", rs.PaCA(rank=2, targets=columns))
+        run.use("default", "columns")
+        stir(run)
+        report = check(model, run)
+        assert set(report.aside.values()) == ({why} if why else set())
+        assert fused(report) == (not why)
+
+
 def test_another_activation_is_refused():
     assert set(check(*begun(hidden_act="relu")).refused.values()) == {"its activation is relu"}
 
@@ -341,7 +368,7 @@ def test_a_block_that_is_all_of_the_model_is_refused():
 def test_autocast():
     model, run = begun()
     with torch.autocast("cpu", torch.bfloat16):
-        report = check(model, run, 1e-6)
+        report = check(model, run, 0.03)  # the loss is taken in chunks, from logits in bf16
     assert set(report.aside.values()) == {"it computes in another dtype than its weights' float32"}
     model, run = begun(dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -659,6 +686,32 @@ def test_a_graph_may_be_gone_through_twice():
         leaves = [p for _, p in run.trainable()]
         once, twice = torch.autograd.grad(loss, leaves, retain_graph=True), torch.autograd.grad(loss, leaves)
         assert all(map(torch.equal, once, twice))
+
+
+def test_what_is_kept_may_go_elsewhere():
+    model, run = begun()
+    plain = outcome(model, run)
+    run.lower()
+    with torch.autograd.graph.save_on_cpu():
+        close(outcome(model, run), plain)
+
+
+def test_the_gradient_of_the_models_input():
+    model, run = begun()
+    x = model.model.embed_tokens(ids()).detach().requires_grad_()
+    plain = torch.autograd.grad(model(inputs_embeds=x, labels=ids()).loss, x)
+    run.lower()
+    close(dict(enumerate(torch.autograd.grad(model(inputs_embeds=x, labels=ids()).loss, x))), dict(enumerate(plain)))
+
+
+def test_a_weight_that_was_changed_between_forward_and_backward_is_an_error():
+    model, run = begun()
+    run.lower()
+    loss = model(ids(), labels=ids()).loss
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 # ---- bases in fewer bits --------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def lower_head(model: nn.Module) -> Callable[[], None] | str:
     if layer is None:
         return "the model has no output embeddings"
     if _is_lowered(layer):
-        return "the head is lowered already"
+        return partial(raise_head, model)
     if not isinstance(getattr(type(model), "loss_function", None), property):
         return f"a {type(model).__name__} has no loss function that can be set"
     loss: Any = model.loss_function

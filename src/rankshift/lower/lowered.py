@@ -9,6 +9,7 @@ from torch import nn
 
 from rankshift.lower import llama
 from rankshift.lower.graphs import Tape
+from rankshift.lower.head import lower_head, raise_head
 from rankshift.lower.stand_in import original, stands_in
 
 
@@ -21,6 +22,8 @@ class Lowered:
     """Names of the blocks that run fused."""
     refused: dict[str, str] = field(default_factory=dict)
     """Name → why it runs as it did."""
+    head: str | None = None
+    """Why the loss is taken from all logits; None where it is taken without."""
 
     @property
     def aside(self) -> dict[str, str]:
@@ -31,6 +34,7 @@ class Lowered:
 
     def __str__(self) -> str:
         lines = [f"{len(self.blocks)} of {len(self.blocks) + len(self.refused)} blocks run fused"]
+        lines.append("loss without logits" if self.head is None else f"loss from all logits: {self.head}")
         for title, names in (("not fused", self.refused), ("unfused in the last forward", self.aside)):
             lines += [f"{title} (×{count}): {why}" for why, count in Counter(names.values()).items()]
         return "\n".join(lines)
@@ -39,7 +43,8 @@ class Lowered:
 
 
 def lower(model: nn.Module, graphs: bool = False) -> Lowered:
-    """Let every block of a model that is known run in its fused form, with the parameters that it has.
+    """Let every block of a model that is known run in its fused form, with the parameters that it has, and its loss be
+    taken without full logits.
 
     The results are those of the model's own forward to rounding. Where a block as it is at some forward cannot be
     computed so (an adapter whose equation is another, a hook inside it), its own forward runs, and the report says why.
@@ -60,6 +65,8 @@ def lower(model: nn.Module, graphs: bool = False) -> Lowered:
                 done.blocks.append(name)
         elif llama.is_norm(layer) and not stands_in(layer) and not _within(name, [*done.blocks, *done.refused]):
             _put(model, name, llama.lowered_norm(layer))
+    loss = lower_head(model)
+    done.head = loss if isinstance(loss, str) else None
     tape = Tape(len(done.blocks)) if graphs else None
     for index, name in enumerate(done.blocks):
         block = llama.block_of(model.get_submodule(name))
@@ -69,6 +76,7 @@ def lower(model: nn.Module, graphs: bool = False) -> Lowered:
 
 def undo(model: nn.Module) -> None:
     """Put the model's own modules back, with their state as it now is."""
+    raise_head(model)
     for name, module in list(model.named_modules()):
         if stands_in(module):
             _put(model, name, llama.raised(module) if llama.is_block(module) else original(module))
