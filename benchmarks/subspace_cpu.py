@@ -4,10 +4,10 @@
 
 A gradient of 1024 × 2736 (an MLP of the 350M Llama of GaLore's paper), r = 256, fp32. "svd" is what galore-torch calls,
 torch.linalg.svd of G as it is stored; the rest are the finders of rankshift.optim.subspace, of the shorter side.
-"range" is a renewal of GaLore's: no power iteration, directions along those of the last basis. "range, the first" has
-none to go by: 8 directions more, and eigenvectors. "warm" and "range, power 1" are along the last basis, too. Two
-spectra: σ_i = 1/i with 1 % of its energy in white noise, which is like those of gradients, and white noise alone, which
-has no subspace. Rounds are interleaved; times are medians. Each thread count runs in a process of its own.
+"range" is GaLore's default: no power iteration, 8 directions more than are kept, and eigenvectors to choose by. "warm"
+begins with the basis of the same gradient with a tenth of its energy added as other noise. Two spectra: σ_i = 1/i with
+1 % of its energy in white noise, which is like those of gradients, and white noise alone, which has no subspace. Rounds
+are interleaved; times are medians. Each thread count runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -52,16 +52,14 @@ def measure(threads: int, rounds: int) -> list[dict]:
         change = torch.randn(G.shape, generator=g)
         sigma = torch.linalg.eigvalsh((G @ G.mT).double()).flip(0)
         best, total = sigma[:RANK].sum(), sigma.sum()
-        # the last basis: that of the same gradient with a tenth of its energy added as other noise
         last = find(A + 0.1**0.5 * (change / change.norm() * G.norm()).mT, RANK, "eigh").narrow(RANK)
-        start, few = torch.cat([last, draw], -1)[:, : RANK + MORE], draw[:, :RANK]
+        start = torch.cat([last, draw], -1)[:, : RANK + MORE]
         arms = {
             "svd": lambda G=G: torch.linalg.svd(G, full_matrices=False)[0],
             "eigh": lambda A=A: find(A, RANK, "eigh").vectors,
-            "range": lambda A=A, z=few, Q=last: find(A, RANK, "range", begin=z, power=0, near=Q).vectors,
-            "range, power 1": lambda A=A, z=few, Q=last: find(A, RANK, "range", begin=z, power=1, near=Q).vectors,
-            "range, the first": lambda A=A, z=draw: find(A, RANK + MORE, "range", begin=z, power=0).vectors,
-            "warm": lambda A=A, z=start, Q=last: find(A, RANK + MORE, "warm", begin=z, power=0, near=Q).vectors,
+            "range": lambda A=A, z=draw: find(A, RANK + MORE, "range", begin=z, power=0).vectors,
+            "range, power 1": lambda A=A, z=draw: find(A, RANK + MORE, "range", begin=z, power=1).vectors,
+            "warm": lambda A=A, z=start: find(A, RANK + MORE, "warm", begin=z, power=0).vectors,
         }
         times: dict[str, list[float]] = {arm: [] for arm in arms}
         kept: dict[str, float] = {}
