@@ -241,3 +241,18 @@ def left_out() -> None:
 def test_codes_that_are_left_out_of_sharding(two: Pool) -> None:
     """They work as they are; a merge, which needs all to be in one piece, is refused all the same."""
     two.run(left_out)
+
+
+def test_a_merge_in_fp32_leaves_nothing_out() -> None:
+    """In bf16 the sum is rounded once, by a share of W, whatever small ΔW is."""
+    run = rs.attach(tiny().bfloat16(), rs.LoRA(rank=2), base="nf4")
+    for adapter in run.adapter().values():
+        nn.init.normal_(adapter.B, std=0.02)  # type: ignore[arg-type]
+    ids = batch(0)
+    rounded = run.parity(ids)
+    run.model.float()
+    exact = run.parity(ids)
+    assert rounded.median > 0.01
+    assert exact.median < 1e-5
+    assert exact.largest < 1e-5
+    assert {p.dtype for p in run.merge().parameters()} == {torch.float32}

@@ -172,7 +172,7 @@ def test_the_python_of_the_page(capsys):
     page = (Path(__file__).parents[2] / "docs" / "qlora.md").read_text(encoding="utf-8")
     first, second = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     batch = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
-    names = {"rs": rs, "model": base(), "batch": batch}
+    names = {"rs": rs, "model": base(), "batches": [batch]}
     exec(first.replace("rank=64", "rank=4"), names)
     assert "14 layers in nf4 (" in capsys.readouterr().out
     names["model"](**batch).loss.backward()
