@@ -497,8 +497,9 @@ def test_lowered_before_the_base_is_rounded():
     close(lowered, outcome(model, run))
 
 
-def test_save_load_and_export(tmp_path):
-    model, run = begun()
+@pytest.mark.parametrize("method", [rs.LoRA(rank=4, alpha=8), rs.PaCA(rank=3), rs.Full()], ids=lambda m: m.name)
+def test_save_load_and_export(tmp_path, method):
+    model, run = begun(method)
     plain = outcome(model, run)
     run.save(tmp_path / "plain")
     run.export(tmp_path / "plain-merged", format="merged")
@@ -515,15 +516,18 @@ def test_save_load_and_export(tmp_path):
     close(outcome(model, rs.load(model, tmp_path / "lowered")), plain)
 
 
-def test_save_pretrained_writes_every_weight_once(tmp_path):
+@pytest.mark.parametrize("largest", ["1GB", "20KB"])
+def test_save_pretrained_writes_every_weight_once(tmp_path, largest):
     model = llama()
     state = bits(model.state_dict())
-    size = sum(map(len, state.values()))
     lowering.lower(model)
-    model.save_pretrained(tmp_path)
-    (file,) = tmp_path.glob("*.safetensors")
-    assert bits(load_file(file)) == state
-    assert file.stat().st_size < size + 5000
+    model.save_pretrained(tmp_path, max_shard_size=largest)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (largest == "20KB")
+    found = [item for file in files for item in bits(load_file(file)).items()]
+    assert dict(found) == state
+    assert len(found) == len(state)
+    assert sum(file.stat().st_size for file in files) < sum(map(len, state.values())) + 4000 * len(files)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert bits(again.state_dict()) == state
     assert owns(again)
