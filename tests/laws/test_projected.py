@@ -272,7 +272,7 @@ def test_small_matrices_are_reduced_and_no_gradient_is_gathered(pool: Pool) -> N
     assert sketch[1] == between
     assert sketch[0]["reduced"][-4:] == [1, 12 * 10, 10 * 10, 1]
     assert sketch[0]["shared"] == [12 * 10, 10, 1]
-    assert sketch[2] == {"reduced": [1, 1, 12 * 10, 10 * 10, 1], "shared": [12 * 2, 1]}  # along the last two
+    assert sketch[2] == {"reduced": [1, 1, 12 * 10, 10 * 10, 1], "shared": [12 * 10, 10, 1]}
 
 
 def test_a_split_projected_side_sends_what_is_projected(pool: Pool) -> None:
