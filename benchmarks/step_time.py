@@ -545,7 +545,10 @@ def block(options: argparse.Namespace) -> None:
 
     def show(row: dict[str, float]) -> str:
         launches = f", {row['launches']:.0f} launches" if "launches" in row else ""
-        return f"a block: {row['saved_bytes_per_token'] / 1024:.2f} KiB kept a token{launches}"
+        return (
+            f"a block: {row['saved_bytes_per_token'] / 1024:.2f} KiB kept a token and {row['saved_bytes'] / 2**20:.2f} "
+            f"MiB{launches}"
+        )
 
     found = gather(options, dict.fromkeys(chosen(options), common), "block", show)
     write(options, {"shape": options.shape, "tokens": options.tokens, "block": found})

@@ -578,22 +578,33 @@ def saved_bytes(step: Step) -> int:
 
 
 def block(arm: Arm, job: Job) -> dict[str, float]:
-    """What one more block costs: the difference between models of three blocks and of two."""
+    """What one more block costs: the difference between models of three blocks and of two.
+
+    Bytes kept are those that grow with the tokens, from a batch and half of it, and those that do not.
+    """
     seen: list[dict[str, float]] = []
     for layers in (2, 3):
         served = Served(arm, dataclasses.replace(job, layers=layers), 2)
-        row: dict[str, float] = {"saved": saved_bytes(served.step)}
+        row: dict[str, float] = {}
         if served.cuda:
             row["launches"] = profile(served.step, 0)["launches"]
+        row["whole"] = saved_bytes(served.step)
+        batch = served.step.batch
+        count = next(iter(batch.values())).shape[0]
+        tokens = job.tokens or count * job.shape.length
+        for name, values in batch.items():
+            if count > 1:
+                batch[name] = values[: count // 2]
+            elif values.dim() > 1:
+                batch[name] = values[:, : tokens // 2]
+        row["half"] = saved_bytes(served.step)
         seen.append(row)
-        tokens = next(iter(served.step.batch.values()))
-        count = tokens.shape[0] * (job.shape.length if job.shape.family == "vit" else tokens.shape[1])
-        del served
+        del served, batch
         gc.collect()
-    out = {"saved_bytes_per_token": (seen[1]["saved"] - seen[0]["saved"]) / count}
-    if "launches" in seen[0]:
-        out["launches"] = seen[1]["launches"] - seen[0]["launches"]
-    return out
+    more = {key: seen[1][key] - seen[0][key] for key in seen[0]}
+    grows = more["whole"] - more.pop("half")
+    out = {"saved_bytes_per_token": grows / (tokens - tokens // 2), "saved_bytes": more.pop("whole") - 2 * grows}
+    return out | more
 
 
 # ---- loss curves
