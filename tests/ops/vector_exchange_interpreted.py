@@ -157,6 +157,9 @@ def update(run: rs.Run, optimizer: torch.optim.Optimizer, t: int) -> None:
     x = torch.randn(16, 8, generator=torch.Generator().manual_seed(t))
     loss = (run.model(x, t % 4 != 1) - 1).square().mean() * (float("nan") if t == 5 else 1.0)
     loss.backward()
+    if t == 7:
+        factor = run.adapter()["layers.1"].get_parameter("A")
+        factor.grad = factor.grad.t().contiguous().t()  # type: ignore[union-attr]
     optimizer.step()
     optimizer.zero_grad()
 
@@ -178,7 +181,8 @@ def state_of(run: rs.Run, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]
 
 @pytest.mark.parametrize("launched", [False, True], ids=["known to be finite", "launched before that is known"])
 def test_training_is_that_without_kernels(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One update is void, in some a layer has no gradient, and one layer is not for the kernels."""
+    """One update is void, in some a layer has no gradient, in one a gradient lies otherwise, and one layer is not for
+    the kernels."""
     if launched:
         monkeypatch.setattr("rankshift.core.event._on_one_gpu", lambda gradients: True)
     found = []
