@@ -30,6 +30,7 @@ from rankshift.core.site import Site
 from rankshift.lower import head as lowered
 from rankshift.lower import lower, undo
 from rankshift.lower.head import LazyLogits, lower_head, raise_head
+from rankshift.storage import held_as
 
 V, K, B, S = 37, 16, 3, 7
 
@@ -410,6 +411,25 @@ def test_an_adapter_that_is_more_than_a_term(method: rs.Method) -> None:
     out = model(**data)
     assert type(out.logits) is Tensor
     same(grads(model, out.loss), want)
+
+
+def test_a_base_that_was_exchanged() -> None:
+    """For one in fewer bits, after the head was lowered."""
+    model, data = adapted(dtype=torch.float32), batch()
+    lower_head(model)
+    model.lm_head.rest_on(held_as("int8").of(model.lm_head.base, "int8"))
+    model.lm_head.enter()
+    out = model(**data)
+    assert type(out.logits) is Tensor
+    torch.testing.assert_close(out.loss, exact(model, data))
+
+
+def test_a_model_without_numbers() -> None:
+    model = llama().to("meta")
+    lower_head(model)
+    out = model(**{name: tensor.to("meta") for name, tensor in batch().items()})
+    assert out.loss.is_meta
+    assert out.logits.shape == (B, S, V)
 
 
 # ---- the way back

@@ -162,9 +162,9 @@ def _source(head: Any, x: Tensor) -> Source | None:
         base, term = head.base, term_of(head)
         if isinstance(term, LowRank):
             low = term.scale * term.A, term.B
-        elif term is not None or not isinstance(base, Dense):
+        elif term is not None:
             return None
-    if type(base.weight) is not nn.Parameter or base.weight.requires_grad or shard.units(head):
+    if type(base.weight) is not nn.Parameter or base.weight.requires_grad or shard.units(head):  # or in fewer bits
         return None
     if base.bias is not None and base.bias.requires_grad:
         return None
