@@ -174,7 +174,7 @@ class Tape:
             self._positions = tuple(p.clone() for p in positions)
         elif any(a is not b for a, b in zip(positions, self._source, strict=True)):
             for static, p in zip(self._positions, positions, strict=True):
-                static.copy_(p)
+                static.data.copy_(p)  # past the counter of versions: captured backwards have kept it
         self._source = positions
 
     def _capture(self, layer: nn.Module, x: Tensor, state: Any, work: Callable[..., Tensor]) -> None:
@@ -222,7 +222,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: Tape, one: _Captured, x: Tensor, *factors: Tensor) -> Tensor:  # type: ignore[override]
         if x.data_ptr() != one.x.data_ptr():
-            one.x.detach().copy_(x)
+            one.x.data.copy_(x)  # past the counter of versions, as above
         one.forward.replay()
         ctx.one = one
         step = None if tape._pending is None else tape._pending()
