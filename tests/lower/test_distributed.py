@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lower_models as models
 import pytest
 import torch
@@ -89,6 +91,21 @@ def test_accumulation_and_checkpointing(two, engine):
     for how in ({"accumulate": 2}, {"accumulate": 2, "checkpoint": True}):
         for ranks in two.run(train, engine, "lora", **how):
             models.close(ranks, alone, 1e-9)
+
+
+def warned():
+    _, wrapped, _, report = begin("fsdp2", "lora")
+    batch = part(0, "fsdp2")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        wrapped(input_ids=batch, labels=batch).loss.backward()
+    assert not report.aside
+    return [str(warning.message) for warning in said]
+
+
+def test_no_warnings(two):
+    """FSDP2 warns of modules that return views."""
+    assert two.run(warned) == [[], []]
 
 
 def mixed(lower):

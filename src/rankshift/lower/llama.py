@@ -180,7 +180,8 @@ def _forward(
             y = work(groups, x, *tables)
         if y is not None:
             block.aside = None
-            return y.view(batch, length, width)
+            out: Tensor = torch.ops.aten._unsafe_view(y, (batch, length, width))  # no view: of those FSDP2 warns
+            return out
         assert isinstance(groups, str)
         _aside(self, block, groups)
     plain: Tensor = own_class(self).forward(
