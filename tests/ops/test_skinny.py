@@ -172,8 +172,8 @@ for rank, tile in _TILES.items():
     warps = tile.pop("num_warps")
     for half, sums in (("*bf16", True), ("*fp16", False)):
         values = constant(_down, WIDTHS=(2048, 512, 512), SLAB=512, r=rank, SUMS=sums, EVEN=sums, **tile)
-        types = [half] * 3 + ["*fp32"] * 2 + ["i32", "i32", "fp32"] + ["i32"] * 3
-        ptx = compiled(_down, types, [(i,) for i in range(11) if i != 7], values, warps)
+        types = [half] * 3 + ["*fp32"] * 2 + ["i32"] * 5 + ["fp32"]
+        ptx = compiled(_down, types, [(i,) for i in range(10)], values, warps)
         assert ptx.count("wgmma.mma_async") > 0, "products are not on the tensor cores"
         assert "ld.global.b16" not in ptx, "what a thread reads at once is not 16 bytes"
 

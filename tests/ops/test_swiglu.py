@@ -232,7 +232,7 @@ for half, r, even in (("*bf16", 0, True), ("*bf16", 16, True), ("*fp16", 64, Fal
     for ptx in (
         compiled(_forward, [half] * 7 + ["i32"] * 10, **ranks, **_FORWARD),
         compiled(
-            _backward, [half] * 6 + ["*fp32"] + [half] * 6 + ["i32"] * 4 + ["fp32"] + ["i32"] * 12,
+            _backward, [half] * 6 + ["*fp32"] + [half] * 6 + ["i32"] * 16 + ["fp32"],
             H=r == 64, RH=r, SH=0 < r < 128, SG=0 < r < 128, SU=0 < r < 128, **ranks, **_BACKWARD,
         ),
     ):

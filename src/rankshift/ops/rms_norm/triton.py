@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankshift.ops.launch import Launcher
 from rankshift.ops.rms_norm.reference import Low
 
 # up to which rank: rows, columns, warps, and how many blocks of columns are in work or on their way
@@ -30,11 +31,11 @@ def norm(
     M, N, warps, deep = _tile(_NORM, low)
     Z, B = (x, x) if low is None else low
     Y = x if y is None else y
-    with torch.cuda.device_of(x):
-        _norm[(triton.cdiv(T, M),)](
-            x, Y, Z, B, weight, x2, n, rstd, T, x.stride(0), Y.stride(0), Z.stride(0), B.stride(0), eps, offset,
-            K=K, R=_rank(low), SUM=y is not None, EVEN=T % M == 0, M=M, N=N, DEEP=deep, num_warps=warps,
-        )  # fmt: skip
+    _launch_norm(
+        (triton.cdiv(T, M), 1, 1), (x, Y, Z, B, weight, x2, n, rstd),
+        (T, x.stride(0), Y.stride(0), Z.stride(0), B.stride(0)), (eps, offset),
+        K=K, R=_rank(low), SUM=y is not None, EVEN=T % M == 0, M=M, N=N, DEEP=deep, num_warps=warps,
+    )  # fmt: skip
     return x2, n, rstd
 
 
@@ -49,12 +50,12 @@ def norm_back(
     S, A = (dn, dn) if low is None else low
     Z = dn if z is None else z
     past = dn if residual is None else residual
-    with torch.cuda.device_of(dn):
-        _norm_back[(triton.cdiv(T, M),)](
-            dn, x2, rstd, weight, S, A, Z, past, dx, T, dn.stride(0), x2.stride(0), S.stride(0), A.stride(0),
-            Z.stride(0), past.stride(0), offset, K=K, R=_rank(low), KNOWN=low is None or z is not None,
-            PAST=residual is not None, EVEN=T % M == 0, M=M, N=N, DEEP=deep, num_warps=warps,
-        )  # fmt: skip
+    _launch_norm_back(
+        (triton.cdiv(T, M), 1, 1), (dn, x2, rstd, weight, S, A, Z, past, dx),
+        (T, dn.stride(0), x2.stride(0), S.stride(0), A.stride(0), Z.stride(0), past.stride(0)), (offset,),
+        K=K, R=_rank(low), KNOWN=low is None or z is not None, PAST=residual is not None, EVEN=T % M == 0,
+        M=M, N=N, DEEP=deep, num_warps=warps,
+    )  # fmt: skip
     return dx
 
 
@@ -64,11 +65,11 @@ def add(x: Tensor, y: Tensor, low: Low | None) -> Tensor:
     total = x.new_empty(T, K)
     M, N, warps = _tile(_ADD, low)
     Z, B = (x, x) if low is None else low
-    with torch.cuda.device_of(x):
-        _add[(triton.cdiv(T, M), triton.cdiv(K, N))](
-            x, y, Z, B, total, T, x.stride(0), y.stride(0), Z.stride(0), B.stride(0),
-            K=K, R=_rank(low), EVEN=T % M == 0, M=M, N=N, num_warps=warps,
-        )  # fmt: skip
+    _launch_add(
+        (triton.cdiv(T, M), triton.cdiv(K, N), 1), (x, y, Z, B, total),
+        (T, x.stride(0), y.stride(0), Z.stride(0), B.stride(0)),
+        K=K, R=_rank(low), EVEN=T % M == 0, M=M, N=N, num_warps=warps,
+    )  # fmt: skip
     return total
 
 
@@ -259,3 +260,6 @@ def _vector(at, inside, WHOLE: tl.constexpr):
 def _step(R):
     """How many of the ranks at a time."""
     return 16 if R % 32 else 32 if R % 64 else 64
+
+
+_launch_norm, _launch_norm_back, _launch_add = Launcher(_norm), Launcher(_norm_back), Launcher(_add)

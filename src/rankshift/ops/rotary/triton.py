@@ -4,11 +4,11 @@ second. Columns of q come first, then those of k, then those of v, which is not 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankshift.ops.launch import Launcher
 from rankshift.ops.rms_norm.triton import put, take, times
 from rankshift.ops.rotary.reference import Low, Three
 
@@ -25,12 +25,12 @@ def rotate_(
     pairs = [q.shape[1] // 2, k.shape[1] // 2, v.shape[1] // 2 if low[2] is not None else 0]
     terms = [(x, x) if term is None else term for x, term in zip((q, k, v), low, strict=True)]
     factors = [factor for term in terms for factor in term]
-    with torch.cuda.device_of(q):
-        _rotate[(sum(triton.cdiv(p, N) for p in pairs), triton.cdiv(T, M))](
-            q, k, v, cos, sin, *factors, T, len(cos), q.stride(0), k.stride(0), v.stride(0), cos.stride(0),
-            sin.stride(0), *(factor.stride(0) for factor in factors), Q=pairs[0], K=pairs[1], V=pairs[2],
-            RQ=ranks[0], RK=ranks[1], RV=ranks[2], HALF=head // 2, EVEN=T % M == 0, M=M, N=N, num_warps=warps,
-        )  # fmt: skip
+    tensors = (q, k, v, cos, sin, *factors)
+    _launch_rotate(
+        (sum([triton.cdiv(p, N) for p in pairs]), triton.cdiv(T, M), 1), tensors,
+        (T, len(cos), *[t.stride(0) for t in tensors]), Q=pairs[0], K=pairs[1], V=pairs[2],
+        RQ=ranks[0], RK=ranks[1], RV=ranks[2], HALF=head // 2, EVEN=T % M == 0, M=M, N=N, num_warps=warps,
+    )  # fmt: skip
 
 
 def rotate_back(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Three) -> None:
@@ -38,12 +38,14 @@ def rotate_back(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, ou
     batch, _, S, D = dq.shape
     M, N, warps = _BACK
     pairs = [x.shape[1] * D // 2 for x in (dq, dk, dv)]
-    with torch.cuda.device_of(dq):
-        _rotate_back[(sum(triton.cdiv(p, N) for p in pairs), triton.cdiv(batch * S, M))](
-            dq, dk, dv, cos, sin, *out, batch * S, S, len(cos), *dq.stride(), *dk.stride(), *dv.stride(),
-            cos.stride(0), sin.stride(0), *(x.stride(0) for x in out), Q=pairs[0], K=pairs[1], V=pairs[2],
-            HALF=D // 2, EVEN=batch * S % M == 0, M=M, N=N, num_warps=warps,
-        )  # fmt: skip
+    _launch_back(
+        (sum([triton.cdiv(p, N) for p in pairs]), triton.cdiv(batch * S, M), 1), (dq, dk, dv, cos, sin, *out),
+        (
+            batch * S, S, len(cos), *dq.stride(), *dk.stride(), *dv.stride(), cos.stride(0), sin.stride(0),
+            *[x.stride(0) for x in out],
+        ),
+        Q=pairs[0], K=pairs[1], V=pairs[2], HALF=D // 2, EVEN=batch * S % M == 0, M=M, N=N, num_warps=warps,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -136,3 +138,6 @@ def _turn_back(
         first, second = first * c + second * s, second * c - first * s
     put(out + near[None, :], first, there, inside, EVEN, WHOLE)
     put(out + near[None, :] + HALF, second, there, inside, EVEN, WHOLE)
+
+
+_launch_rotate, _launch_back = Launcher(_rotate), Launcher(_rotate_back)

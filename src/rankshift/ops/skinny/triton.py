@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankshift.ops.launch import Launcher
+
 _ENOUGH = 192  # programs for 132 multiprocessors
 _TILES = {  # by the padded rank: two programs fit on a multiprocessor, or one with more of its tiles on their way
     16: {"ROWS": 256, "COLUMNS": 64, "STAGES": 2, "num_warps": 8},
@@ -38,30 +40,33 @@ def down_back(
     S = torch.empty(T, len(widths) * r, dtype=dY.dtype, device=dY.device)
     dB = S if Z is None else new(N, r)
     blocks = triton.cdiv(T * r, _SUM["SIZE"]) * len(widths), triton.cdiv(N * r, _SUM["SIZE"]) * (Z is not None)
-    with torch.cuda.device_of(dY):
-        _down[(across, down)](
-            dY, B, B if Z is None else Z, parts_s, parts_b, T, N, scale,
-            dY.stride(0), B.stride(0), 0 if Z is None else Z.stride(0), WIDTHS=widths, SLAB=slab, r=r,
-            SUMS=Z is not None, EVEN=T % rows == 0 and all(n % columns == 0 for n in widths), **tile,
-        )  # fmt: skip
-        _sum[(sum(blocks),)](parts_s, parts_b, S, dB, T, N, down, blocks[0], WIDTHS=widths, SLAB=slab, r=r, **_SUM)
+    _launch_down(
+        (across, down, 1), (dY, B, B if Z is None else Z, parts_s, parts_b),
+        (T, N, dY.stride(0), B.stride(0), 0 if Z is None else Z.stride(0)), (scale,), WIDTHS=widths, SLAB=slab, r=r,
+        SUMS=Z is not None, EVEN=T % rows == 0 and all(n % columns == 0 for n in widths), **tile,
+    )  # fmt: skip
+    _launch_sum(
+        (sum(blocks), 1, 1), (parts_s, parts_b, S, dB), (T, N, down, blocks[0]), WIDTHS=widths, SLAB=slab, r=r, **_SUM
+    )
     return S, None if Z is None else dB
 
 
 def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[Tensor]) -> None:
     """See op.pack, of up to 16 matrices."""
-    largest = max(source.numel() for source in sources)
-    with torch.cuda.device_of(targets[0]):
-        _pack[(triton.cdiv(largest, _PACK["SIZE"]), len(sources))](
-            tuple(sources), tuple(targets), tuple(scales), tuple(source.shape[1] for source in sources),
-            tuple(source.numel() for source in sources), tuple(source.stride() for source in sources),
-            tuple(target.stride() for target in targets), **_PACK,
-        )  # fmt: skip
+    sizes = [source.numel() for source in sources]
+    ints = (
+        tuple([source.shape[1] for source in sources]), tuple(sizes),
+        tuple([source.stride() for source in sources]), tuple([target.stride() for target in targets]),
+    )  # fmt: skip
+    _launch_pack(
+        (triton.cdiv(max(sizes), _PACK["SIZE"]), len(sources), 1), (*sources, *targets), ints,
+        args=(tuple(sources), tuple(targets), tuple(map(float, scales)), *ints), **_PACK,
+    )  # fmt: skip
 
 
 @triton.jit
 def _down(
-    dY, B, Z, S, dB, T, N, scale, y_row, b_row, z_row,
+    dY, B, Z, S, dB, T, N, y_row, b_row, z_row, scale,
     WIDTHS: tl.constexpr, SLAB: tl.constexpr, r: tl.constexpr, SUMS: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -161,3 +166,6 @@ def _pack(sources, targets, scales, widths, sizes, source_strides, target_stride
             target = targets[i] + row * target_strides[i][0] + column * target_strides[i][1]
             value = tl.load(source, mask=at < sizes[i]).to(tl.float32) * scales[i]
             tl.store(target, value.to(targets[i].dtype.element_ty), mask=at < sizes[i])
+
+
+_launch_down, _launch_sum, _launch_pack = Launcher(_down), Launcher(_sum), Launcher(_pack)

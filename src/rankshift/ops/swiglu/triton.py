@@ -7,6 +7,7 @@ rows take from there. Tiles are small, so that several programs run on a multipr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
 
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankshift.ops.launch import Launcher
 from rankshift.ops.swiglu import reference
 from rankshift.ops.swiglu.reference import Low
 
@@ -31,12 +33,13 @@ def forward(g: Tensor, u: Tensor, low_g: Low | None, low_u: Low | None, activati
     h = torch.empty(T, F, dtype=g.dtype, device=g.device)
     (zg, bg), (zu, bu) = low_g or (g, g), low_u or (g, g)
     rows, columns = _FORWARD["ROWS"], _FORWARD["COLUMNS"]
-    with torch.cuda.device_of(g):
-        _forward[(triton.cdiv(F, columns), triton.cdiv(T, _LENGTH))](
-            g, u, h, zg, bg, zu, bu, T, F, _LENGTH, *(t.stride(0) for t in (g, u, h, zg, bg, zu, bu)),
-            GELU=activation == "gelu_tanh", RG=_rank(low_g), RU=_rank(low_u),
-            EVEN=T % rows == 0 and F % columns == 0, **_FORWARD,
-        )  # fmt: skip
+    tensors = (g, u, h, zg, bg, zu, bu)
+    _launch_forward(
+        (triton.cdiv(F, columns), triton.cdiv(T, _LENGTH), 1), tensors,
+        (T, F, _LENGTH, *[t.stride(0) for t in tensors]),
+        GELU=activation == "gelu_tanh", RG=_rank(low_g), RU=_rank(low_u),
+        EVEN=T % rows == 0 and F % columns == 0, **_FORWARD,
+    )  # fmt: skip
     return h
 
 
@@ -55,16 +58,15 @@ def backward(
     out_h = g if h is None else h
     ranks = [_rank(low) * (name in grads) for name, low in zip("guh", (low_g, low_u, low_h), strict=True)]
     rows, columns = _BACKWARD["ROWS"], _BACKWARD["COLUMNS"]
-    length = _share(T, triton.cdiv(F, columns), ranks, rows) if any(ranks) else _LENGTH
+    length = _share(T, triton.cdiv(F, columns), tuple(ranks), rows) if any(ranks) else _LENGTH
     slabs = triton.cdiv(T, length)
     parts = torch.empty(slabs, F * sum(ranks), dtype=torch.float32, device=g.device)
-    with torch.cuda.device_of(g):
-        _backward[(triton.cdiv(F, columns), slabs)](
-            dh, g, u, dg, du, out_h, parts, s, a, zg, bg, zu, bu, T, F, length, parts.shape[1], scale,
-            *(t.stride(0) for t in (dh, g, u, dg, du, out_h, s, a, zg, bg, zu, bu)),
-            GELU=activation == "gelu_tanh", H=h is not None, RH=_rank(low_h), RG=_rank(low_g), RU=_rank(low_u),
-            SG=ranks[0] > 0, SU=ranks[1] > 0, SH=ranks[2] > 0, EVEN=T % rows == 0 and F % columns == 0, **_BACKWARD,
-        )  # fmt: skip
+    tensors = (dh, g, u, dg, du, out_h, parts, s, a, zg, bg, zu, bu)
+    _launch_backward(
+        (triton.cdiv(F, columns), slabs, 1), tensors, (T, F, length, *[t.stride(0) for t in tensors]), (scale,),
+        GELU=activation == "gelu_tanh", H=h is not None, RH=_rank(low_h), RG=_rank(low_g), RU=_rank(low_u),
+        SG=ranks[0] > 0, SU=ranks[1] > 0, SH=ranks[2] > 0, EVEN=T % rows == 0 and F % columns == 0, **_BACKWARD,
+    )  # fmt: skip
     db_g, db_u, da_h = (parts[0] if slabs == 1 else parts.sum(0)).split([F * r for r in ranks])
     return (
         db_g.view(F, -1) if ranks[0] else None,
@@ -77,7 +79,8 @@ def _rank(low: Low | None) -> int:
     return 0 if low is None else low[0].shape[1]
 
 
-def _share(T: int, across: int, ranks: list[int], rows: int) -> int:
+@functools.cache
+def _share(T: int, across: int, ranks: tuple[int, ...], rows: int) -> int:
     """Rows of a program, of which ``across`` stand side by side: so many that the last round of programs is full, and
     not so few that what they write for others to sum is much beside the tiles.
     """
@@ -116,8 +119,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dh, g, u, dg, du, h, parts, s, a, zg, bg, zu, bu, T, F, length, total, scale,
-    dh_row, g_row, u_row, dg_row, du_row, h_row, s_row, a_row, zg_row, bg_row, zu_row, bu_row,
+    dh, g, u, dg, du, h, parts, s, a, zg, bg, zu, bu, T, F, length,
+    dh_row, g_row, u_row, dg_row, du_row, h_row, total, s_row, a_row, zg_row, bg_row, zu_row, bu_row, scale,
     GELU: tl.constexpr, H: tl.constexpr, RH: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr,
     SH: tl.constexpr, SG: tl.constexpr, SU: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
@@ -240,3 +243,6 @@ def _gate(x, GELU: tl.constexpr):
     if GELU:
         rest *= TWICE * (1 + 3 * CUBE * x * x)
     return gate, gate + rest
+
+
+_launch_forward, _launch_backward = Launcher(_forward), Launcher(_backward)
