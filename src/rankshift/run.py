@@ -928,8 +928,8 @@ class Run:
         for site in self.sites.values():
             if site.active:
                 fold(site, target(site))  # once, whatever interrupts the rest
-        self._on.strip()
         lowering.undo(self.model)
+        self._on.strip()
         holding.release(self.model, onto != "requantised", originals)
         if embeddings_untied(self.model):  # an embedding was trained as a copy: loading must not tie the two again
             self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
@@ -956,8 +956,8 @@ class Run:
         found = compressed.factors(self)
         if idle := [name for name in self._on.members if name not in self._on.active]:
             warnings.warn(f"Not active, so not in the model and gone now: {', '.join(idle)}.", stacklevel=2)
-        self._on.strip()
         lowering.undo(self.model)
+        self._on.strip()
         compressed.replace(self.model, found)
         self._on.sites.clear()  # else this run would keep the weights
         if embeddings_untied(self.model):
@@ -973,8 +973,8 @@ class Run:
             raise AttachError(f"{type(self.method).__name__} trains the base itself: nothing can be taken off it.")
         for name, tensor in self._on.movable():
             shard.assign_(tensor, self._on.originals[name])
-        self._take_off("detach()")
         lowering.undo(self.model)
+        self._take_off("detach()")
         self.model.zero_grad()
         return self.model
 

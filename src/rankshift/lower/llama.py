@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Columns, LowRank
-from rankshift.core.base import HOOKS, Base
+from rankshift.core.base import HOOKS, Base, Dense
 from rankshift.core.site import Site
 from rankshift.lower.graphs import Tape
 from rankshift.lower.nodes import Norm, entry, exit_, normed
@@ -62,7 +62,7 @@ NORMS = {
 class Block:
     """What a lowered block knows of itself."""
 
-    bases: dict[str, tuple[nn.Module, Base]]  # of the layers that stood there last; of a site its own is asked for
+    bases: dict[str, tuple[nn.Module, int, Base]]  # layers that stood there last, where their weights were, their bases
     told: Callable[[Any], dict[str, Any]]
     activation: str
     tape: Tape | None = None  # of CUDA graphs, where it may run by one
@@ -115,7 +115,8 @@ def lowered(layer: nn.Module) -> nn.Module | str:
     bases = _bases(block, _layers(layer))
     if isinstance(bases, str):
         return bases
-    _through(bases, join)
+    if not any(map(_looked_at, _layers(layer), bases)):
+        _through(bases, join)
     new = stand_in(layer, _forward)
     new.__dict__["lowered"] = block
     return new
@@ -125,17 +126,24 @@ def _bases(block: Block, modules: list[nn.Module]) -> list[Base] | str:
     """Of the layers as they are now: others may have come to stand where the ones that were lowered stood."""
     found: list[Base] = []
     for name, module in zip(_LAYERS, modules, strict=True):
-        seen, base = block.bases.get(name, (None, None))
-        if isinstance(module, Site):
-            base = module.base
-        if seen is not module:
+        seen, at, base = block.bases.get(name, (None, 0, None))
+        if base is None or seen is not module or (_looked_at(module, base) and _place(module) != at):
             base = base_of(module)
             if base is None or not base.storage:
                 return f"{name} is a {type(module).__name__}"
-            block.bases[name] = module, base
-        assert base is not None
-        found.append(base)
+            block.bases[name] = module, _place(module), base
+        found.append(module.base if isinstance(module, Site) else base)
     return found
+
+
+def _looked_at(module: nn.Module, base: Base) -> bool:
+    """Whether a base has tensors beside those of the layer, a library's, which is moved and written without it."""
+    return not isinstance(module, Site | Base) and not isinstance(base, Dense)
+
+
+def _place(module: nn.Module) -> int:
+    """Where a layer has its first tensor."""
+    return next(module.parameters()).data_ptr()
 
 
 def block_of(layer: nn.Module) -> Block:
