@@ -22,6 +22,7 @@ from rankshift import lower as lowering
 from rankshift.core.adapter import Adapter, Columns
 from rankshift.core.form import Form
 from rankshift.core.method import methods
+from rankshift.core.site import Site
 from rankshift.lower.stand_in import stands_in
 from rankshift.methods.lora import LoRALayer
 
@@ -742,3 +743,50 @@ def test_bases_in_fewer_bits(kind, method):
     )
     after = model.state_dict()
     assert bits({k: after[k] for k in state}) == state
+
+
+def library(kind, dtype=torch.float32):
+    """A model whose layers came in a library's storage; the library's layers stay where no adapter is put."""
+    model, run = begun(rs.LoRA(rank=2), hidden_size=64, intermediate_size=128, dtype=dtype)
+    run.detach()
+    run = rs.attach(model, rs.LoRA(rank=2), base=kind)
+    run.merge(onto="requantised")
+    run = rs.attach(model, rs.LoRA(rank=4, targets=("q_proj", "gate_proj", "down_proj")))
+    stir(run)
+    return model, run
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_layers_of_a_library_stay_its_own(kind):
+    model, run = library(kind)
+    layers = [layer for block in model.model.layers for layer in (block.self_attn.v_proj, block.mlp.up_proj)]
+    assert not any(isinstance(layer, Site) for layer in layers)
+    weights = [p for layer in layers for p in layer.parameters()]
+    places = [p.data_ptr() for p in weights]
+    report = check(model, run, 0.05 if kind == "int8" else 2e-5)  # bitsandbytes rounds activations to 8 bits too
+    assert fused(report)
+    assert [p.data_ptr() for p in weights] == places
+    if kind != "int8":  # where a first forward has made copies
+        for p in weights:  # as .to() does
+            p.data = p.data.clone().zero_()
+        lowered = outcome(model, run)
+        assert fused(report)
+        run.raise_()
+        close(lowered, outcome(model, run))
+
+
+@pytest.mark.parametrize("onto", ["dequantised", "requantised"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_merge_of_a_rounded_base(kind, onto):
+    states = []
+    for lower in (False, True):
+        model = llama(dtype=torch.bfloat16, hidden_size=64, intermediate_size=128)
+        run = rs.attach(model, rs.LoRA(rank=4), base=kind)
+        stir(run)
+        if lower:
+            run.lower()
+            outcome(model, run)
+        run.merge(onto=onto)
+        assert owns(model)
+        states.append(bits({k: t for k, t in model.state_dict().items() if torch.is_tensor(t)}))
+    assert states[0] == states[1]
