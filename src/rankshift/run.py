@@ -131,6 +131,7 @@ class Run:
         self._driver.objection = self._objection
         self._driver.counted = self._counted
         self._driver.passed = self._passed
+        self._driver.patient = lambda: self.watch is None and not self._coming
         self._post: Any = None
 
     # ---- building

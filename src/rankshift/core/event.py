@@ -247,6 +247,7 @@ class Driver:
     objection: Callable[[], str] = str  # likewise, asked when gradients are there
     counted: Callable[[], None] = lambda: None  # called when an update was taken
     passed: Callable[[], None] = lambda: None  # called when one was skipped
+    patient: Callable[[], bool] = lambda: False  # whether both may be called later, at the next update
     sentry: Sentry = field(default_factory=Sentry)  # sees optimizers that are not ridden
     taken: dict[int, float] | None = None
     """Where the backward pass itself updates: the largest magnitude in each gradient that it has used since the last
@@ -261,6 +262,7 @@ class Driver:
     _bad: bool = False  # a gradient is not finite
     _verdict: _Verdict | None = None  # where the update was launched before that is known
     _late: list[Callable[[], None]] = field(default_factory=list)  # then: what events do once it is taken
+    _owed: tuple[_Verdict, list[Tensor]] | None = None  # of an update not counted yet: its verdict, what it stepped
     _skip: bool = False  # so no tensor is updated
     _streak: int = 0
     _checked: bool = False
@@ -270,6 +272,7 @@ class Driver:
     @property
     def step(self) -> int:
         """Updates taken so far."""
+        self.settle()
         return self.start if self._optimizer is None else self._optimizer.param_groups[0]["updates"]
 
     @step.setter
@@ -281,6 +284,7 @@ class Driver:
     @property
     def skipped(self) -> int:
         """Updates skipped because a gradient was not finite."""
+        self.settle()
         return self.skips if self._optimizer is None else self._optimizer.param_groups[0]["skipped"]
 
     @skipped.setter
@@ -303,6 +307,7 @@ class Driver:
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's state of every tensor that has one, by name."""
+        self.settle()
         optimizer = self._optimizer
         groups = [] if optimizer is None else optimizer.param_groups
         named = [pair for group in groups for pair in zip(group.get("param_names", ()), group["params"], strict=False)]
@@ -337,6 +342,7 @@ class Driver:
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_pre_hook(lambda _: self.settle()),
             optimizer.register_load_state_dict_post_hook(self._loaded),
             model.register_forward_pre_hook(self._witness),
             *(hooks or ()),
@@ -363,6 +369,7 @@ class Driver:
         self._apply(Moment.WINDOW)
 
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        self._owed = None  # it was of what has been replaced
         for key, value in (("updates", self.start), ("skipped", self.skips)):
             optimizer.param_groups[0].setdefault(key, value)
         self.open_window()
@@ -384,6 +391,7 @@ class Driver:
 
     def _judge(self, optimizer: torch.optim.Optimizer) -> None:
         """The gradients are complete: a rehearsal, an update to skip, or one to take."""
+        self.settle()
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in tensors if p.grad is not None]
         self._fresh, self._skip, self._bad = None, False, False
@@ -477,6 +485,11 @@ class Driver:
             self.taken.clear()
         if self._verdict is not None:
             self._apply(Moment.UPDATED, steps=True)  # of the update itself: before anybody waits
+            if self._may_owe():
+                stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+                self._owed = self._verdict, stepped
+                optimizer.void = None  # type: ignore[attr-defined]
+                return
             self._bad = self._skip = self._verdict.known()
             if self._bad:
                 optimizer.retract()  # type: ignore[attr-defined]
@@ -486,6 +499,27 @@ class Driver:
                 for keep in self._late:
                     keep()
             self._late, optimizer.void = [], None  # type: ignore[attr-defined]
+        self._count(optimizer)
+
+    def _may_owe(self) -> bool:
+        """Whether nothing has to know before the next update whether this one was taken. A GPU that is asked at the end
+        of every step stands still while the host prepares the next."""
+        after = [event for event, _ in self.audience() if event.moment is not Moment.GRADS]
+        return not self._late and all(getattr(event, "steps", False) for event in after) and self.patient()
+
+    def settle(self) -> None:
+        """Count an update that was launched before it was known whether it would be taken. Whoever asks for a count or
+        a state does this, and so does the next update."""
+        if self._owed is None or self._optimizer is None:
+            return
+        (verdict, stepped), self._owed = self._owed, None
+        self._bad = self._skip = verdict.known()
+        if self._bad:
+            self._optimizer.retract(stepped)  # type: ignore[attr-defined]
+        self._count(self._optimizer)
+
+    def _count(self, optimizer: torch.optim.Optimizer) -> None:
+        """What the verdict on an update leads to."""
         group = optimizer.param_groups[0]
         if self._skip:
             self.passed()

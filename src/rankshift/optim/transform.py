@@ -179,10 +179,16 @@ class Optimizer(torch.optim.Optimizer):
         """Whether :meth:`step` may be called before it is known whether the gradients are finite."""
         return all(getattr(transform, "defers", False) for transform in self.transforms)
 
-    def retract(self) -> None:
-        """Count back the step that was just taken, because it was :attr:`void`; the device changed nothing."""
+    def retract(self, stepped: Iterable[Tensor] | None = None) -> None:
+        """Count back the step that was just taken, because it was :attr:`void`; the device changed nothing.
+
+        Args:
+            stepped: the tensors that it stepped; None: those that have a gradient.
+        """
+        held = None if stepped is None else {id(p) for p in stepped}
         for group, transform in zip(self.param_groups, self.transforms, strict=True):
-            if states := [self.state[p] for p in group["params"] if p.grad is not None]:
+            parameters = [p for p in group["params"] if (p.grad is not None if held is None else id(p) in held)]
+            if states := [self.state[p] for p in parameters]:
                 transform.retract(states, hyper_of(group))  # type: ignore[attr-defined]
 
     def _refuse(self, parameters: Iterable[Tensor]) -> None:
