@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankshift.ops.rms_norm import add, norm, norm_back, op, reference, triton
+from rankshift.ops.rms_norm import add, norm, norm_back, op, pick, reference, triton
 
 FP16 = torch.float16
 SHAPES = [(1, 7, 1), (37, 70, 5), (33, 600, 16), (40, 1024, 64), (3, 130, 128)]  # T, K, r
@@ -84,3 +84,14 @@ def test_every_tile_is_used() -> None:
     for table, most in ((triton._NORM, 128), (triton._BACK, 384), (triton._ADD, 128)):
         assert list(table) == sorted(table)
         assert max(table) == most
+
+
+@pytest.mark.parametrize("k", [1, 5, 64, 65])
+@pytest.mark.parametrize("rows", [1, 32, 37])
+def test_picked(rows: int, k: int) -> None:
+    x, weight = drawn(rows, 70, seed=1, pad=3), drawn(1, 70, seed=2)[0]
+    rstd = torch.rand(rows, generator=torch.Generator().manual_seed(3)) + 0.5
+    channels = torch.randperm(70, generator=torch.Generator().manual_seed(4))[:k]
+    got = pick(x, channels, rstd, weight, 0.5, 0.3)
+    near(got, reference.pick(*wide(x)[:1], channels, *wide(rstd, weight), 0.5, 0.3))
+    assert torch.equal(pick(x, channels), x[:, channels])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankshift.ops.rms_norm import add, norm, norm_back
+from rankshift.ops.rms_norm import add, norm, norm_back, pick
 
 T, K, R, EPS = 5, 12, 3, 1e-3
 
@@ -86,6 +86,16 @@ def test_a_term_without_what_it_is_added_to_is_refused() -> None:
         norm(drawn(T, K), drawn(K), EPS, low=(drawn(T, R), drawn(K, R)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_picked(dtype: torch.dtype) -> None:
+    x, w, channels = drawn(T, K).to(dtype), drawn(K).to(dtype), torch.tensor([4, 0, 9])
+    _, n, rstd = norm(x, w, EPS, 1.0)
+    close = {"rtol": 0.01 if dtype is torch.bfloat16 else 1e-12, "atol": 0}
+    torch.testing.assert_close(pick(x, channels, rstd, w, 1.0, 0.3), 0.3 * n[:, channels], **close)
+    torch.testing.assert_close(pick(x, channels, scale=0.3), 0.3 * x[:, channels], **close)
+    assert torch.equal(pick(x, channels), x[:, channels])
+
+
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
 COMPILED = """
@@ -93,7 +103,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankshift.ops.rms_norm.triton import _ADD, _BACK, _NORM, _add, _norm, _norm_back
+from rankshift.ops.rms_norm.triton import _ADD, _BACK, _NORM, _PICK, _add, _norm, _norm_back, _pick
 
 def compiled(kernel, types, warps, **constants):
     names = [name for name in kernel.arg_names if name not in constants]
@@ -120,6 +130,9 @@ for r, (M, N, warps, deep) in _BACK.items():
                  PAST=True, EVEN=True, M=M, N=N, DEEP=deep)
 for r, (M, N, warps) in _ADD.items():
     compiled(_add, P * 5 + ["i32"] * 5, warps, K=2048, R=r, EVEN=True, M=M, N=N)
+M, N, warps = _PICK
+pick = P + ["*i64", "*fp32"] + P * 2 + ["i32"] * 3 + ["fp32"] * 2
+compiled(_pick, pick, warps, NORMED=True, M=M, N=N)
 """
 
 

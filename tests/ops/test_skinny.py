@@ -52,8 +52,10 @@ def test_both_are_gradients_of_the_plain_equation(widths: tuple[int, ...]) -> No
     Z.requires_grad_()
     y = torch.cat([z @ b.t() for z, b in zip(torch.split(Z, 2, 1), torch.split(B, list(widths)), strict=True)], 1)
     want = torch.autograd.grad(y, (Z, B), dY)
-    S, dB = down_back(dY, B, Z, widths if len(widths) > 1 else None, scale=0.5)
-    torch.testing.assert_close((S, dB), (want[0], 0.5 * want[1]))
+    rows = randn(7, seed=9)
+    normed = torch.empty_like(Z)
+    S, dB = down_back(dY, B, Z, widths if len(widths) > 1 else None, 0.5, (rows, normed))
+    torch.testing.assert_close((S, dB, normed), (want[0], 0.5 * want[1], want[0] * rows[:, None]))
     assert not S.requires_grad
     only, none = down_back(dY, B, widths=widths)
     assert torch.equal(only, S)
@@ -116,11 +118,13 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_does_what_the_reference_does(r: int, T: int, widths: tuple[int, ...]) -> None:
     dY, B, Z = problem(T, widths, r, HALF)
     want = reference.down_back(dY.double(), B.double(), Z.double(), widths, 0.5)
-    S, dB = down_back(dY, B, Z, widths, 0.5)
+    rows, normed = randn(T, seed=9, dtype=FP32), torch.empty(Z.shape, dtype=HALF, device=DEVICE)
+    S, dB = down_back(dY, B, Z, widths, 0.5, (rows, normed))
     assert dB is not None
     assert (S.dtype, dB.dtype) == (HALF, FP32)
     eps = torch.finfo(HALF).eps
     torch.testing.assert_close(S.double(), want[0], rtol=1.01 * eps, atol=1e-3)
+    torch.testing.assert_close(normed.double(), want[0] * rows[:, None].double(), rtol=1.01 * eps, atol=1e-3)
     torch.testing.assert_close(dB.double(), want[1], rtol=1e-4, atol=1e-3)
     only, none = down_back(dY, B, None, widths)
     assert torch.equal(only, S)
@@ -178,8 +182,9 @@ for rank, tile in _TILES.items():
         assert "ld.global.b16" not in ptx, "what a thread reads at once is not 16 bytes"
 
 warps = _SUM.pop("num_warps")
-values = constant(_sum, WIDTHS=(2048, 512), SLAB=512, r=16, **_SUM)
-compiled(_sum, ["*fp32", "*fp32", "*bf16", "*fp32"] + ["i32"] * 4, [(i,) for i in range(8)], values, warps)
+values = constant(_sum, WIDTHS=(2048, 512), SLAB=512, r=16, NORMED=True, **_SUM)
+types = ["*fp32", "*fp32", "*bf16", "*fp32", "*fp32", "*bf16"] + ["i32"] * 4
+compiled(_sum, types, [(i,) for i in range(10)], values, warps)
 
 strides = (("i32", "constexpr"),) * 2
 types = [("*fp32", "*bf16"), ("*bf16",) * 2, ("fp32",) * 2, ("i32",) * 2, ("i32",) * 2, strides, strides]

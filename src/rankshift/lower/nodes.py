@@ -13,17 +13,18 @@ frozen block must; and Z, T · r a layer. The normed inputs are not kept: with n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankshift.lower.siblings import WIDEST, Group
+from rankshift.lower.siblings import WIDEST, Group, packed
 from rankshift.ops.products import into
-from rankshift.ops.rms_norm import add, norm, norm_back
+from rankshift.ops.rms_norm import add, norm, norm_back, pick
 from rankshift.ops.rotary import rotate_, rotate_back
 from rankshift.ops.swiglu import swiglu, swiglu_back
 
@@ -38,34 +39,26 @@ class Norm:
     eps: float
     offset: float = 0.0
 
-    def gain(self) -> Tensor:
-        """(K,) in fp32 or wider."""
-        return self.offset + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-
-    def gradient(self, S: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
-        """Sᵀ n, (R, K) in fp32, for the norm n of x."""
-        scaled = torch.mul(S, rstd[:, None], out=torch.empty_like(S))
-        return into(scaled.t(), x, rstd.dtype) * self.gain()
-
-    def pick(self, x: Tensor, rstd: Tensor, channels: Tensor) -> Tensor:
-        """Some channels of the norm n of x, (T, k)."""
-        n = x.index_select(1, channels) * rstd[:, None] * self.gain()[channels]
-        return n.to(x.dtype)
+    def gradient(self, S: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sᵀ n, (R, K) in ``dtype``, for the norm n of x, where S has been multiplied by ρ."""
+        gain = self.weight if self.offset == 0 else self.offset + self.weight.to(dtype)
+        return into(S.t(), x, dtype).mul_(gain)
 
 
-class _Kept:
+def _keep(ctx: Any, *kinds: Sequence[Tensor]) -> None:
     """Tensors of several kinds in what autograd keeps."""
+    ctx.counts = [len(tensors) for tensors in kinds]
+    ctx.save_for_backward(*chain.from_iterable(kinds))
 
-    def __init__(self, ctx: Any, **kinds: Sequence[Tensor]):
-        ctx.counts = {name: len(tensors) for name, tensors in kinds.items()}
-        ctx.save_for_backward(*(tensor for tensors in kinds.values() for tensor in tensors))
 
-    @staticmethod
-    def of(ctx: Any) -> Iterator[tuple[Tensor, ...]]:
-        """The kinds, in the order in which they were kept."""
-        tensors = iter(ctx.saved_tensors)
-        for count in ctx.counts.values():
-            yield tuple(next(tensors) for _ in range(count))
+def _kept(ctx: Any) -> list[tuple[Tensor, ...]]:
+    """The kinds, in the order in which they were kept."""
+    return _in_order(ctx.saved_tensors, ctx.counts)
+
+
+def _in_order(items: tuple[Any, ...], counts: Sequence[int]) -> list[tuple[Any, ...]]:
+    """As many of the items as each count says."""
+    return [items[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
 
 
 def normed(x: Tensor, how: Norm) -> Tensor:
@@ -109,9 +102,10 @@ class _Entry(torch.autograd.Function):
         *factors: Tensor,
     ) -> tuple[Tensor, ...]:
         _, n, rstd = norm(x, before.weight, before.eps, before.offset)
-        (q, k, v), lows, terms = qkv.forward(n)
+        (factors,) = packed((qkv,), x)
+        (q, k, v), lows, terms = qkv.forward(n, factors)
         rotate_(q, k, v, cos, sin, (lows[0], lows[1], lows[2]), head=head)
-        _Kept(ctx, own=(x, rstd, cos, sin), weights=qkv.weights, terms=terms)
+        _keep(ctx, (x, rstd, cos, sin), qkv.weights, terms)
         ctx.before, ctx.qkv = before, qkv
         heads = (y.view(batch, -1, y.shape[1] // head, head).transpose(1, 2) for y in (q, k, v))
         return *heads, x.view_as(x)
@@ -120,27 +114,29 @@ class _Entry(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, residual: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         before, qkv = ctx.before, ctx.qkv
-        (x, rstd, cos, sin), weights, terms = _Kept.of(ctx)
+        (x, rstd, cos, sin), weights, terms = _kept(ctx)
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
         dY = x.new_empty(x.shape[0], sum(qkv.widths))
         out = dY.split_with_sizes(qkv.widths, 1)
         rotate_back(dq, dk, dv, cos, sin, (out[0], out[1], out[2]))
         found: list[Tensor | None] = []
-        low = None
+        low = Z = None
         if terms:
             A, B, Z = terms
-            S, dB = qkv.down(dY, B, Z if any(need[1::2]) else None)
-            found = qkv.gradients(before.gradient(S, x, rstd) if any(need[::2]) else None, dB)
+            normed = (rstd, torch.empty_like(Z)) if any(need[::2]) else None
+            S, dB = qkv.down(dY, B, Z if any(need[1::2]) else None, normed)
+            found = qkv.gradients(None if normed is None else before.gradient(normed[1], x, rstd.dtype), dB)
             low = (S, A)
-        elif qkv.channels is not None:
-            found = qkv.column_gradients(dY, before.pick(x, rstd, qkv.channels))
+        elif need:
+            picked = pick(x, qkv.channels, rstd, before.weight, before.offset, qkv.scale)
+            found = qkv.column_gradients(dY, picked)
         dx = None
         if need_x:
             dn = qkv.back(dY, weights)
             if low is not None and low[0].shape[1] > 3 * WIDEST:
                 dn.addmm_(*low)
                 low = None
-            dx = norm_back(dn, x, rstd, before.weight, before.offset, low, residual.contiguous())
+            dx = norm_back(dn, x, rstd, before.weight, before.offset, low, residual.contiguous(), Z)
         return (dx, *(None,) * 6, *found)
 
 
@@ -163,18 +159,21 @@ class _Exit(torch.autograd.Function):
         activation: str,
         *factors: Tensor,
     ) -> Tensor:
-        (y,), (low,), of_o = after.forward(o)
+        for_o, for_gu, for_h = packed((after, gate_up, down), x)
+        (y,), (low,), of_o = after.forward(o, for_o)
         x2, n, rstd = norm(x, before.weight, before.eps, before.offset, y, low)
         del y
-        (g, u), (low_g, low_u), of_gu = gate_up.forward(n)
+        (g, u), (low_g, low_u), of_gu = gate_up.forward(n, for_gu)
         del n
         h = swiglu(g, u, low_g, low_u, activation)
-        (y,), (low,), of_h = down.forward(h)
-        picked = () if down.channels is None else (h.index_select(1, down.channels),)
+        (y,), (low,), of_h = down.forward(h, for_h)
+        channels = down.channels
+        picked = () if channels is None else (pick(h, channels, scale=down.scale),)
         del h
         x3 = add(x2, y, low)
-        weights = (*after.weights, *gate_up.weights, *down.weights)
-        _Kept(ctx, own=(o, x2, rstd, g, u), of_o=of_o, of_gu=of_gu, of_h=of_h, picked=picked, weights=weights)
+        _keep(
+            ctx, (o, x2, rstd, g, u), of_o, of_gu, of_h, picked, after.weights, gate_up.weights, down.weights
+        )  # fmt: skip
         ctx.groups, ctx.before, ctx.activation = (after, gate_up, down), before, activation
         return x3
 
@@ -183,10 +182,9 @@ class _Exit(torch.autograd.Function):
     def backward(ctx: Any, dx3: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         after, gate_up, down = ctx.groups
         before, activation = ctx.before, ctx.activation
-        (o, x2, rstd, g, u), of_o, of_gu, of_h, picked, weights = _Kept.of(ctx)
-        of_after, of_gate_up, of_down = _shares(weights, (after, gate_up, down))
-        need_o, need = ctx.needs_input_grad[0], iter(ctx.needs_input_grad[7:])
-        needs = [[next(need) for _ in group.factors] for group in ctx.groups]
+        (o, x2, rstd, g, u), of_o, of_gu, of_h, picked, of_after, of_gate_up, of_down = _kept(ctx)
+        need_o = ctx.needs_input_grad[0]
+        needs = _in_order(ctx.needs_input_grad[7:], [len(group.factors) for group in ctx.groups])
         dx3 = dx3.contiguous()
 
         # h W + Z B, and act(g) · u
@@ -208,7 +206,7 @@ class _Exit(torch.autograd.Function):
         dg, du = torch.split_with_sizes(dY, gate_up.widths, 1)
         passed = swiglu_back(
             dh, g, u, low_g, low_u, low_h, activation, out=(dg, du), want_h=need_A and not within, grads=wanted,
-            scale=gate_up.scale() if of_gu else 1.0,
+            scale=gate_up.scale,
         )  # fmt: skip
         del dh
         found_h: list[Tensor | None] = []
@@ -220,21 +218,23 @@ class _Exit(torch.autograd.Function):
 
         # n₂ W + Z B, and the norm
         found_gu: list[Tensor | None] = []
-        low = None
+        low = Z = None
         if of_gu:
             A, B, Z = of_gu
-            S, dB = gate_up.down(dY, B, Z if any(needs[1][1::2]) and not summed else None)
-            dA = before.gradient(S, x2, rstd) if any(needs[1][::2]) else None
+            normed = (rstd, torch.empty_like(Z)) if any(needs[1][::2]) else None
+            S, dB = gate_up.down(dY, B, Z if any(needs[1][1::2]) and not summed else None, normed)
+            dA = None if normed is None else before.gradient(normed[1], x2, rstd.dtype)
             found_gu = gate_up.gradients(dA, (passed.db_g, passed.db_u) if summed else dB)
             low = (S, A)
-        elif gate_up.channels is not None:
-            found_gu = gate_up.column_gradients(dY, before.pick(x2, rstd, gate_up.channels))
+        elif needs[1]:
+            picked_n = pick(x2, gate_up.channels, rstd, before.weight, before.offset, gate_up.scale)
+            found_gu = gate_up.column_gradients(dY, picked_n)
         dn = gate_up.back(dY, of_gate_up)
         del dY, dg, du, passed
         if low is not None and low[0].shape[1] > 3 * WIDEST:
             dn.addmm_(*low)
             low = None
-        dx = norm_back(dn, x2, rstd, before.weight, before.offset, low, dx3)
+        dx = norm_back(dn, x2, rstd, before.weight, before.offset, low, dx3, Z)
         del dn
 
         # o Wₒ + Zₒ Bₒ
@@ -245,18 +245,11 @@ class _Exit(torch.autograd.Function):
             S, dB = after.down(dx, B, Z if any(needs[0][1::2]) else None)
             found_o = after.gradients(into(S.t(), o, rstd.dtype) if any(needs[0][::2]) else None, dB)
             low = (S, A)
-        elif after.channels is not None:
-            found_o = after.column_gradients(dx, o.index_select(1, after.channels))
+        elif needs[0]:
+            found_o = after.column_gradients(dx, pick(o, after.channels, scale=after.scale))
         do = None
         if need_o:
             do = after.back(dx, of_after)
             if low is not None:
                 do.addmm_(*low)
         return (do, dx, *(None,) * 5, *found_o, *found_gu, *found_h)
-
-
-def _shares(tensors: Sequence[Tensor], groups: Sequence[Group]) -> Iterator[list[Tensor]]:
-    """The tensors of each group's weights."""
-    rest = iter(tensors)
-    for group in groups:
-        yield [next(rest) for _ in group.weights]

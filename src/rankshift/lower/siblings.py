@@ -8,7 +8,6 @@ on as low-rank terms (Z, B), for the kernel that reads the product next to add Z
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -54,29 +53,43 @@ class Group:
     def __init__(self, bases: Sequence[Base], terms: Sequence[LowRank | Columns | None]):
         self.bases, self.terms = bases, terms
         self.widths = [base.out_features for base in bases]
+        self.low: list[tuple[int, LowRank]] = []  # which layer, its term: of those that have a low-rank one
+        self.factors: list[Tensor] = []  # what autograd follows: A and B, or D, of each layer that has a term
+        for i, term in enumerate(terms):
+            if isinstance(term, LowRank):
+                self.low.append((i, term))
+                self.factors += (term.A, term.B)
+            elif term is not None:
+                self.factors.append(term.D)
+        ranks = [term.A.shape[0] for _, term in self.low]
+        self.rank = max(ranks, default=0)  # narrower ones are filled up with zeros
+        self.filled = len(ranks) < len(terms) or min(ranks) < self.rank
+        self.shared = not self.filled and self._one_down()
+        self.steps = [sum(self.widths)] if self.shared else self.widths  # widths as the low-rank products see them
+        scales = {term.scale for term in terms if term is not None}
+        # s of all layers; 1 where they differ, and gradients are then scaled layer by layer
+        self.scale = scales.pop() if len(scales) == 1 else 1.0
+        self.packed = [base.packed for base in bases]
+        self.weights = [tensor for tensors in self.packed for tensor in tensors]  # what holds them, layer by layer
+        self._joined: tuple[list[int], list[Tensor]] | None = None
 
-    @property
-    def factors(self) -> list[Tensor]:
-        """What autograd follows: A and B, or D, of each layer that has a term."""
-        found: list[Tensor] = []
-        for term in self.terms:
-            found += () if term is None else (term.A, term.B) if isinstance(term, LowRank) else (term.D,)
-        return found
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """What holds the weights, layer by layer."""
-        return [tensor for base in self.bases for tensor in base.packed]
+    def _one_down(self) -> bool:
+        """Whether all layers have one A between them, as VeRA's have: then they are one layer of the summed width."""
+        first = self.low[0][1].A
+        return all(term.A.data_ptr() == first.data_ptr() and term.A.shape == first.shape for _, term in self.low)
 
     # ---- products with the bases
 
     def times(self, x: Tensor) -> list[Tensor]:
         """x (T, K) Wᵀ + bias of each layer, (T, N): new tensors, slices of one if there is one product for all."""
         one = self._as_one(self.weights)
-        if one is None:
-            return [base.format.times(x, base.bias, *base.packed) for base in self.bases]
-        format, packed = one
         biases = [base.bias for base in self.bases]
+        if one is None:
+            parts = zip(self.bases, biases, self.packed, strict=True)
+            return [base.format.times(x, bias, *packed) for base, bias, packed in parts]
+        format, packed = one
+        if len(biases) == 1:
+            return [format.times(x, biases[0], *packed)]
         if all(bias is None for bias in biases):
             y = format.times(x, None, *packed)
         else:
@@ -104,80 +117,80 @@ class Group:
     def _apart(self, weights: Sequence[Tensor]) -> list[list[Tensor]]:
         """Those of each layer."""
         rest = iter(weights)
-        return [[next(rest) for _ in base.packed] for base in self.bases]
+        return [[next(rest) for _ in packed] for packed in self.packed]
 
-    def _as_one(self, weights: Sequence[Tensor], backward: bool = False) -> tuple[Format, list[Tensor]] | None:
+    def _as_one(self, weights: Sequence[Tensor], backward: bool = False) -> tuple[Format, Sequence[Tensor]] | None:
         """A layer of all outputs in the place of these: their tensors as they lie, or unpacked into one weight."""
-        formats, apart = [base.format for base in self.bases], self._apart(weights)
-        if len(formats) == 1:
-            return formats[0], apart[0]
-        found = joined(formats, apart)
-        if found is not None and not (backward and len(found) < len(apart[0])):
+        if len(self.bases) == 1:
+            return self.bases[0].format, weights
+        formats = [base.format for base in self.bases]
+        found = self._as_they_lie(formats, weights)
+        if found is not None and not (backward and len(found) < len(self.packed[0])):
             return formats[0].grown(sum(self.widths)), found
         if any(format.multiplies or isinstance(format, Plain) for format in formats):
             return None
         base = self.bases[0]
         W = torch.empty(sum(self.widths), base.in_features, dtype=base.dtype, device=weights[0].device)
-        for format, packed, rows in zip(formats, apart, W.split_with_sizes(self.widths), strict=True):
+        for format, packed, rows in zip(formats, self._apart(weights), W.split_with_sizes(self.widths), strict=True):
             format.fill(rows, *packed)
         return Plain(), [W]
 
+    def _as_they_lie(self, formats: Sequence[Format], weights: Sequence[Tensor]) -> list[Tensor] | None:
+        """What :func:`joined` finds, looked for once if the backward is given what the forward had."""
+        places = [tensor.data_ptr() for tensor in weights]
+        if self._joined is not None and self._joined[0] == places:
+            return self._joined[1]
+        found = joined(formats, self._apart(weights))
+        if found is not None:
+            self._joined = places, found
+        return found
+
     # ---- low-rank terms
 
-    @cached_property
-    def low(self) -> list[tuple[int, LowRank]]:
-        """(which layer, its term), of those that have a low-rank one."""
-        return [(i, term) for i, term in enumerate(self.terms) if isinstance(term, LowRank)]
-
-    @cached_property
-    def rank(self) -> int:
-        """The largest; narrower ones are filled up with zeros."""
-        return max((term.A.shape[0] for _, term in self.low), default=0)
-
-    @cached_property
-    def shared(self) -> bool:
-        """Whether all layers have one A between them, as VeRA's have: then they are one layer of the summed width."""
-        first = self.low[0][1].A
-        same = [term.A.data_ptr() == first.data_ptr() and term.A.shape == first.shape for _, term in self.low]
-        return len(same) == len(self.terms) and all(same)
-
-    @property
-    def steps(self) -> list[int]:
-        """Widths as the low-rank products see them."""
-        return [sum(self.widths)] if self.shared else self.widths
-
-    def packed(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A's one below the other, (R, K), and s·B's, (ΣN, r), in the dtype of ``like``."""
-        r, uneven = self.rank, any(term.A.shape[0] != self.rank for _, term in self.low)
-        new = like.new_zeros if uneven or len(self.low) < len(self.terms) else like.new_empty
+    def room(
+        self, like: Tensor, sources: list[Tensor], scales: list[float], targets: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """A's one below the other, (R, K), and s·B's, (ΣN, r), in the dtype of ``like``: what they are to be made of is
+        noted in the lists."""
+        r = self.rank
+        new = like.new_zeros if self.filled else like.new_empty
         A, B = new(r * len(self.steps), self.bases[0].in_features), new(sum(self.widths), r)
-        rows = B.split_with_sizes(self.widths)
-        sources, scales, targets = [], [], []
+        downs, ups = A.split_with_sizes([r] * len(self.steps)), B.split_with_sizes(self.widths)
         for i, term in self.low:
+            own = term.A.shape[0]
             if not (self.shared and i):
                 sources.append(term.A)
                 scales.append(1.0)
-                targets.append(A[i * r : i * r + term.A.shape[0]])
+                targets.append(downs[i] if own == r else downs[i][:own])
             sources.append(term.B)
             scales.append(term.scale)
-            targets.append(rows[i][:, : term.B.shape[1]])
-        pack(sources, scales, targets)
+            targets.append(ups[i] if own == r else ups[i][:, :own])
         return A, B
 
     def lows(self, Z: Tensor, B: Tensor) -> list[Low | None]:
         """What is to be added to the product of each layer."""
-        r, rows, has = self.rank, B.split_with_sizes(self.widths), dict(self.low)
-        return [
-            (Z[:, :r] if self.shared else Z[:, i * r : (i + 1) * r], rows[i]) if i in has else None
-            for i in range(len(self.terms))
-        ]
+        if len(self.terms) == 1:
+            return [(Z, B)]
+        zs = (Z,) * len(self.terms) if self.shared else Z.split_with_sizes([self.rank] * len(self.terms), 1)
+        found: list[Low | None] = [None] * len(self.terms)
+        rows = B.split_with_sizes(self.widths)
+        for i, _ in self.low:
+            found[i] = zs[i], rows[i]
+        return found
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Low | None], tuple[Tensor, ...]]:
-        """The products, what is still to be added to each, and what the backward wants kept: (A, B, Z) or nothing."""
+    def forward(
+        self, x: Tensor, factors: tuple[Tensor, ...]
+    ) -> tuple[list[Tensor], list[Low | None], tuple[Tensor, ...]]:
+        """The products, what is still to be added to each, and what the backward wants kept: (A, B, Z) or nothing.
+
+        Args:
+            x: (T, K).
+            factors: of this group, by :func:`packed`.
+        """
         ys = self.times(x)
-        if not self.low:
+        if not factors:
             return ys, [None] * len(ys), ()
-        A, B = self.packed(x)
+        A, B = factors
         Z = x @ A.t()
         lows = self.lows(Z, B)
         if self.rank > WIDEST:
@@ -187,45 +200,71 @@ class Group:
             lows = [None] * len(ys)
         return ys, lows, (A, B, Z)
 
-    def scale(self) -> float:
-        """s of all layers; 1 where they differ, and gradients of B are then scaled layer by layer."""
-        scales = {term.scale for _, term in self.low}
-        return scales.pop() if len(scales) == 1 else 1.0
+    def down(
+        self, dY: Tensor, B: Tensor, Z: Tensor | None, normed: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """S = dY B (T, R), and where Z is given the gradient of the packed B, s · dYᵀ Z (ΣN, r).
 
-    def down(self, dY: Tensor, B: Tensor, Z: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """S = dY B (T, R), and where Z is given the gradient of the packed B, s · dYᵀ Z (ΣN, r)."""
-        return down_back(dY, B, Z, self.steps, self.scale())
+        Args:
+            normed: ρ (T,) and where ρ S is written.
+        """
+        return down_back(dY, B, Z, self.steps, self.scale, normed)
 
     def gradients(self, dA: Tensor | None, dB: Tensor | Sequence[Tensor] | None) -> list[Tensor | None]:
         """Those of :attr:`factors`, out of the packed ones; ``dB`` whole, or layer by layer."""
-        rows = dB.split_with_sizes(self.widths) if isinstance(dB, Tensor) else dB
-        r, common = self.rank, self.scale()
+        r, many = self.rank, len(self.terms) > 1
+        downs = None if dA is None else dA.split_with_sizes([r] * len(self.steps))
+        ups = dB if not isinstance(dB, Tensor) else dB.split_with_sizes(self.widths) if many else (dB,)
         found: list[Tensor | None] = []
         for i, term in self.low:
-            own, at = term.A.shape[0], 0 if self.shared else i * r
-            found.append(None if dA is None or (self.shared and i) else dA[at : at + own].to(term.A.dtype))
-            part = None if rows is None else rows[i][:, :own].to(term.B.dtype)
-            found.append(part if part is None or common == term.scale else part * term.scale)
+            own = term.A.shape[0]
+            down = None if downs is None or (self.shared and i) else downs[i]
+            up = None if ups is None else ups[i]
+            if own < r:
+                down, up = None if down is None else down[:own], None if up is None else up[:, :own]
+            found += _in(down, term.A.dtype), _in(up, term.B.dtype, self._left(term))
         return found
+
+    def _left(self, term: LowRank | Columns) -> float:
+        """What a gradient is still to be multiplied by that has been by :attr:`scale`."""
+        return term.scale if self.scale == 1.0 else 1.0
 
     # ---- columns of the weights
 
-    @cached_property
+    @property
     def channels(self) -> Tensor | None:
         """Those of all layers behind one another, where weights have columns that train."""
         found = [term.channels for term in self.terms if isinstance(term, Columns)]
-        return torch.cat(found) if found else None
+        return None if not found else found[0] if len(found) == 1 else torch.cat(found)
 
     def column_gradients(self, dY: Tensor, x: Tensor) -> list[Tensor | None]:
-        """s · dYᵢᵀ x of each D, (out, r), where ``x`` (T, Σr) are the inputs in these channels."""
+        """s · dYᵢᵀ x of each D, (out, r), where ``x`` (T, Σr) are the inputs in these channels times :attr:`scale`."""
         found: list[Tensor | None] = []
         at = 0
         for term, part in zip(self.terms, dY.split_with_sizes(self.widths, 1), strict=True):
             if isinstance(term, Columns):
                 r = len(term.channels)
-                found.append(into(part.t(), x[:, at : at + r], term.D.dtype) * term.scale)
+                dD = into(part.t(), x[:, at : at + r], term.D.dtype)
+                found.append(_in(dD, term.D.dtype, self._left(term)))
                 at += r
         return found
+
+
+def packed(groups: Sequence[Group], like: Tensor) -> list[tuple[Tensor, ...]]:
+    """A and s·B of each group, as :meth:`Group.room` says, by one launch; () of one without low-rank terms."""
+    sources: list[Tensor] = []
+    scales: list[float] = []
+    targets: list[Tensor] = []
+    found = [group.room(like, sources, scales, targets) if group.low else () for group in groups]
+    if sources:
+        pack(sources, scales, targets)
+    return found
+
+
+def _in(gradient: Tensor | None, dtype: torch.dtype, scale: float = 1.0) -> Tensor | None:
+    if gradient is None or (gradient.dtype == dtype and scale == 1.0):
+        return gradient
+    return gradient.to(dtype) if scale == 1.0 else (gradient * scale).to(dtype)
 
 
 # ---- tensors in one piece of memory

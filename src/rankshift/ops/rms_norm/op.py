@@ -86,5 +86,26 @@ def add(x: Tensor, y: Tensor, low: Low | None = None) -> Tensor:
     return launch(x, y, low)
 
 
+@torch.no_grad()
+def pick(
+    x: Tensor, channels: Tensor, rstd: Tensor | None = None, weight: Tensor | None = None, offset: float = 0.0,
+    scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Some columns of scale · x, or of scale · n for the norm n of x: (T, k).
+
+    Args:
+        x: (T, K).
+        channels: (k,), which columns.
+        rstd: (T,), ρ of the norm; None for x itself.
+        weight: (K,), the norm's; with rstd.
+        scale: what they are multiplied by, before they are rounded, once.
+    """
+    if not _kernel(x):
+        return reference.pick(x, channels, rstd, weight, offset, scale)
+    from rankshift.ops.rms_norm.triton import pick as launch
+
+    return launch(x, channels, rstd, weight, offset, scale)
+
+
 def _kernel(tensor: Tensor) -> bool:
     return tensor.dtype.itemsize == 2 and runs_on(tensor.device)

@@ -42,5 +42,15 @@ def add(x: Tensor, y: Tensor, low: Low | None) -> Tensor:
     return total.to(x.dtype)
 
 
+def pick(
+    x: Tensor, channels: Tensor, rstd: Tensor | None, weight: Tensor | None, offset: float, scale: float
+) -> Tensor:
+    """x[:, channels], with ρ and w as in ``norm``, times scale."""
+    value = _wide(x.index_select(1, channels))
+    if rstd is not None and weight is not None:
+        value = value * rstd[:, None] * (offset + weight[channels].to(value.dtype))
+    return (value * scale).to(x.dtype)
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -18,6 +18,7 @@ from rankshift.ops.rms_norm.reference import Low
 # up to which rank: rows, columns, warps, and how many blocks of columns are in work or on their way
 _NORM = {16: (16, 512, 8, 3), 64: (16, 256, 8, 3), 128: (16, 128, 4, 3)}
 _BACK = {64: (32, 128, 8, 3), 192: (32, 128, 8, 2), 384: (32, 64, 8, 2)}
+_PICK = (32, 64, 4)  # rows, columns, warps
 _ADD = {32: (32, 256, 8), 128: (32, 128, 8)}
 
 
@@ -71,6 +72,21 @@ def add(x: Tensor, y: Tensor, low: Low | None) -> Tensor:
         K=K, R=_rank(low), EVEN=T % M == 0, M=M, N=N, num_warps=warps,
     )  # fmt: skip
     return total
+
+
+def pick(
+    x: Tensor, channels: Tensor, rstd: Tensor | None, weight: Tensor | None, offset: float, scale: float
+) -> Tensor:
+    """Some channels, as :func:`.op.pick`."""
+    T, k = len(x), len(channels)
+    picked = x.new_empty(T, k)
+    M, N, warps = _PICK
+    _launch_pick(
+        (triton.cdiv(k, N), triton.cdiv(T, M), 1),
+        (x, channels, x if rstd is None else rstd, x if weight is None else weight, picked), (T, k, x.stride(0)),
+        (offset, scale), NORMED=rstd is not None, M=M, N=N, num_warps=warps,
+    )  # fmt: skip
+    return picked
 
 
 def _tile(table: dict[int, tuple[int, ...]], low: Low | None) -> tuple[int, ...]:
@@ -171,6 +187,23 @@ def _add(
 
 
 @triton.jit
+def _pick(
+    x, channels, rstd, weight, picked, T, k, x_row, offset, scale,
+    NORMED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(1) * M + tl.arange(0, M)
+    columns = tl.program_id(0) * N + tl.arange(0, N)
+    there, inside = rows < T, columns < k
+    at = rows.to(tl.int64)[:, None]
+    channel = tl.load(channels + columns, mask=inside, other=0)
+    value = take(x + at * x_row + channel[None, :], there, inside, False, False)
+    if NORMED:
+        w = offset + _vector(weight + channel, inside, False)
+        value *= tl.load(rstd + rows, mask=there, other=0.0)[:, None] * w[None, :]
+    put(picked + at * k + columns[None, :], value * scale, there, inside, False, False)
+
+
+@triton.jit
 def take(at, there, inside, EVEN: tl.constexpr, WHOLE: tl.constexpr):
     """(M, N) in fp32. EVEN: all rows are there. WHOLE: all columns are inside."""
     if EVEN and WHOLE:
@@ -262,4 +295,5 @@ def _step(R):
     return 16 if R % 32 else 32 if R % 64 else 64
 
 
-_launch_norm, _launch_norm_back, _launch_add = Launcher(_norm), Launcher(_norm_back), Launcher(_add)
+_launch_norm, _launch_norm_back = Launcher(_norm), Launcher(_norm_back)
+_launch_add, _launch_pick = Launcher(_add), Launcher(_pick)

@@ -21,7 +21,12 @@ _TOGETHER = 16  # matrices in a launch
 
 @torch.no_grad()
 def down_back(
-    dY: Tensor, B: Tensor, Z: Tensor | None = None, widths: Sequence[int] | None = None, scale: float = 1.0
+    dY: Tensor,
+    B: Tensor,
+    Z: Tensor | None = None,
+    widths: Sequence[int] | None = None,
+    scale: float = 1.0,
+    normed: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S = dY B (T, r) in the dtype of dY, and dB = scale · dYᵀ Z (N, r) in fp32, of float64 in float64.
 
@@ -35,15 +40,16 @@ def down_back(
         Z: (T, r), likewise; None where no dB is wanted: it is None then.
         widths: None for one layer.
         scale: what dB is multiplied by.
+        normed: ρ (T,) in fp32, and (T, layers · r), where ρ S is written.
     """
     widths = tuple(dY.shape[1:] if widths is None else widths)
     given = (dY, B) if Z is None else (dY, B, Z)
     fits = B.shape[1] <= _WIDEST and all(t.dtype == dY.dtype and t.stride(1) == 1 for t in given)
     if not (fits and dY.dtype in _HALF and dY.numel() and runs_on(dY.device)):
-        return reference.down_back(dY, B, Z, widths, scale)
+        return reference.down_back(dY, B, Z, widths, scale, normed)
     from rankshift.ops.skinny.triton import down_back as launch
 
-    return launch(dY, B, Z, widths, scale)
+    return launch(dY, B, Z, widths, scale, normed)
 
 
 @torch.no_grad()
@@ -55,7 +61,7 @@ def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[T
         scales: as many numbers.
         targets: as many matrices of the same shapes, of any strides: slices, of which none overlap.
     """
-    if not targets or not all(t.dtype.itemsize <= 4 and runs_on(t.device) for t in (*sources, *targets)):
+    if not targets or not runs_on(targets[0].device) or max(t.dtype.itemsize for t in (*sources, *targets)) > 4:
         reference.pack(sources, scales, targets)
         return
     from rankshift.ops.skinny.triton import pack as launch

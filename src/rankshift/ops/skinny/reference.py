@@ -11,12 +11,19 @@ from rankshift.ops.products import into
 
 
 def down_back(
-    dY: Tensor, B: Tensor, Z: Tensor | None = None, widths: Sequence[int] | None = None, scale: float = 1.0
+    dY: Tensor,
+    B: Tensor,
+    Z: Tensor | None = None,
+    widths: Sequence[int] | None = None,
+    scale: float = 1.0,
+    normed: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See op.py."""
     widths = list(dY.shape[1:] if widths is None else widths)
     parts, factors = torch.split(dY, widths, 1), torch.split(B, widths)
     S = torch.cat([part @ factor for part, factor in zip(parts, factors, strict=True)], 1)
+    if normed is not None:
+        normed[1].copy_(S * normed[0][:, None])
     if Z is None:
         return S, None
     dtype = torch.promote_types(dY.dtype, torch.float32)

@@ -25,7 +25,12 @@ _PACK = {"SIZE": 2048, "num_warps": 8}
 
 
 def down_back(
-    dY: Tensor, B: Tensor, Z: Tensor | None, widths: tuple[int, ...], scale: float
+    dY: Tensor,
+    B: Tensor,
+    Z: Tensor | None,
+    widths: tuple[int, ...],
+    scale: float,
+    normed: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """See op.down_back."""
     (T, N), r = dY.shape, B.shape[1]
@@ -46,7 +51,14 @@ def down_back(
         SUMS=Z is not None, EVEN=T % rows == 0 and all(n % columns == 0 for n in widths), **tile,
     )  # fmt: skip
     _launch_sum(
-        (sum(blocks), 1, 1), (parts_s, parts_b, S, dB), (T, N, down, blocks[0]), WIDTHS=widths, SLAB=slab, r=r, **_SUM
+        (sum(blocks), 1, 1),
+        (parts_s, parts_b, S, dB, *(normed or (S, S))),
+        (T, N, down, blocks[0]),
+        WIDTHS=widths,
+        SLAB=slab,
+        r=r,
+        NORMED=normed is not None,
+        **_SUM,
     )
     return S, None if Z is None else dB
 
@@ -122,7 +134,8 @@ def _place(slab, WIDTHS: tl.constexpr, SLAB: tl.constexpr):
 
 @triton.jit
 def _sum(
-    parts_s, parts_b, S, dB, T, N, down, blocks, WIDTHS: tl.constexpr, SLAB: tl.constexpr, r: tl.constexpr,
+    parts_s, parts_b, S, dB, rstd, scaled, T, N, down, blocks,
+    WIDTHS: tl.constexpr, SLAB: tl.constexpr, r: tl.constexpr, NORMED: tl.constexpr,
     AT_ONCE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """S from what each slab of columns has, dB from what each tile of rows has."""
@@ -138,8 +151,11 @@ def _sum(
             count = tl.where(layer == i, (WIDTHS[i] + SLAB - 1) // SLAB, count)
             slabs += (WIDTHS[i] + SLAB - 1) // SLAB
         total = _total(parts_s + tl.cast(before, tl.int64) * T * r, count, T * r, at, AT_ONCE)
-        where = S + tl.cast(at // r, tl.int64) * (layers * r) + layer * r + at % r
-        tl.store(where, total.to(S.dtype.element_ty), mask=at < T * r)
+        where = tl.cast(at // r, tl.int64) * (layers * r) + layer * r + at % r
+        tl.store(S + where, total.to(S.dtype.element_ty), mask=at < T * r)
+        if NORMED:
+            total *= tl.load(rstd + at // r, mask=at < T * r, other=0.0)
+            tl.store(scaled + where, total.to(S.dtype.element_ty), mask=at < T * r)
     else:
         at = (block - blocks) * SIZE + tl.arange(0, SIZE)
         tl.store(dB + at, _total(parts_b, down, N * r, at, AT_ONCE).to(dB.dtype.element_ty), mask=at < N * r)
