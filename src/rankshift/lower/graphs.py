@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -63,6 +64,10 @@ class CudaRecorder:
         return graph, result
 
 
+Place = tuple[Any, str, Tensor, int, bool]
+"""A module's dictionary and a name in it; the tensor there, its address, and whether it trains."""
+
+
 @dataclass
 class _Captured:
     """One block's graphs, and the memory they read and write."""
@@ -72,7 +77,8 @@ class _Captured:
     x: Tensor  # (T, K), read by the forward
     y: Tensor  # (T, K), written by it
     factors: list[nn.Parameter]  # what trains in the block
-    places: list[tuple[Any, str, Tensor, int, bool]]  # where it found its tensors, and what they were
+    leaves: list[Tensor]  # the same memory, as autograd saw it in the capture
+    places: list[Place]  # where it found its tensors, and what they were
     backward: Graph | None = None
     dy: Tensor | None = None  # read by the backward
     dx: Tensor | None = None  # written by it; None where x needs no gradient
@@ -182,8 +188,7 @@ class Tape:
             self._made = self.recorder()
         chained = bool(self._blocks) and self._blocks[-1].y.data_ptr() == x.data_ptr()
         static = (x.detach() if chained else x.detach().clone()).requires_grad_(x.requires_grad)
-        forward, y = self._made.record(lambda: work(static, *self._positions))
-        places = [
+        places: list[Place] = [
             (owner, name, tensor, tensor.data_ptr(), tensor.requires_grad)
             for module in layer.modules()
             for owner in (module._parameters, module._buffers)
@@ -191,7 +196,17 @@ class Tape:
             if tensor is not None
         ]
         factors = [p for p in layer.parameters() if p.requires_grad]
-        self._blocks.append(_Captured(state, forward, static, y, factors, places))
+        stand_ins = {id(p): p.detach().requires_grad_() for p in factors}
+        # Autograd remembers on which stream it has last given a parameter its gradient, and would wait for that one.
+        try:
+            for owner, name, tensor, _, trains in places:
+                if trains:
+                    owner[name] = stand_ins[id(tensor)]
+            forward, y = self._made.record(lambda: work(static, *self._positions))
+        finally:
+            for owner, name, tensor, _, _ in places:
+                owner[name] = tensor
+        self._blocks.append(_Captured(state, forward, static, y, factors, list(stand_ins.values()), places))
         if self.captured:
             self._capture_backwards()
 
@@ -200,16 +215,17 @@ class Tape:
         after: Tensor | None = None
         for one in reversed(self._blocks):
             one.dy = torch.zeros_like(one.y) if after is None else after
-            wanted = ([one.x] if one.x.requires_grad else []) + one.factors
-
-            def work(one: _Captured = one, wanted: list[Any] = wanted) -> tuple[Tensor | None, Tensor | None]:
-                found = list(torch.autograd.grad(one.y, wanted, one.dy, materialize_grads=True))
-                dx = found.pop(0) if one.x.requires_grad else None
-                return dx, torch.cat([g.reshape(-1) for g in found]) if found else None
-
-            one.backward, (one.dx, one.flat) = self._made.record(work)
+            one.backward, (one.dx, one.flat) = self._made.record(partial(_gradients, one.y, one, one.dy))
             one.y = one.y.detach()  # the captured autograd graph has served
             after = one.dx
+
+
+def _gradients(y: Tensor, one: _Captured, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of x, if it needs one, and of all factors behind one another, by the autograd graph that the capture of y left."""
+    wanted = ([one.x] if one.x.requires_grad else []) + one.leaves
+    found = list(torch.autograd.grad(y, wanted, dy, materialize_grads=True))
+    dx = found.pop(0) if one.x.requires_grad else None
+    return dx, torch.cat([g.reshape(-1) for g in found]) if found else None
 
 
 class _Step:
@@ -241,8 +257,9 @@ class _Replay(torch.autograd.Function):
                 "Lower the model with graphs=False to call backward(retain_graph=True)."
             )
         ctx.done = ctx.step.taken = True
-        assert one.backward is not None
-        assert one.dy is not None
+        if one.backward is None or one.dy is None:  # a later block of this forward could not be captured
+            dx, flat = _gradients(one.y, one, dy)
+            return None, None, dx, *_parts(flat, one.factors)
         if dy.data_ptr() != one.dy.data_ptr() or not dy.is_contiguous():
             one.dy.copy_(dy)
         one.backward.replay()

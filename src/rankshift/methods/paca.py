@@ -122,7 +122,8 @@ class PaCALayer(Adapter):
         weight, D, version = self._written
         if weight is not None and weight() is not self._stored:
             return  # gathered by FSDP2, with the columns that stand in the shards
-        if D() is not self.D or self.D._version != version:
+        written = D()
+        if written is None or not written.is_set_to(self.D) or self.D._version != version:
             self.write()
 
     def __getstate__(self) -> dict[str, Any]:
