@@ -140,10 +140,18 @@ class _Entry(torch.autograd.Function):
         return (dx, *(None,) * 6, *found)
 
 
-def exit_(o: Tensor, x: Tensor, after: Group, before: Norm, gate_up: Group, down: Group, activation: str) -> Tensor:
-    """A block's output (T, K), from what attention gave, o (T, H·D), and its input x (T, K)."""
+def exit_(
+    o: Tensor, x: Tensor, after: Group, before: Norm, gate_up: Group, down: Group, activation: str, keep: bool = True,
+    wanted: bool = True,
+) -> Tensor:  # fmt: skip
+    """A block's output (T, K), from what attention gave, o (T, H·D), and its input x (T, K).
+
+    Args:
+        keep: g and u for the backward; else it multiplies again.
+        wanted: False if only the backward is: what is returned has the output's shape, and no values.
+    """
     factors = (*after.factors, *gate_up.factors, *down.factors)
-    return _Exit.apply(o, x, after, before, gate_up, down, activation, *factors)  # type: ignore[no-any-return, no-untyped-call]
+    return _Exit.apply(o, x, after, before, gate_up, down, activation, keep, wanted, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Exit(torch.autograd.Function):
@@ -157,6 +165,8 @@ class _Exit(torch.autograd.Function):
         gate_up: Group,
         down: Group,
         activation: str,
+        keep: bool,
+        wanted: bool,
         *factors: Tensor,
     ) -> Tensor:
         for_o, for_gu, for_h = packed((after, gate_up, down), x)
@@ -166,13 +176,18 @@ class _Exit(torch.autograd.Function):
         (g, u), (low_g, low_u), of_gu = gate_up.forward(n, for_gu)
         del n
         h = swiglu(g, u, low_g, low_u, activation)
-        (y,), (low,), of_h = down.forward(h, for_h)
+        if wanted:
+            (y,), (low,), of_h = down.forward(h, for_h)
+            x3 = add(x2, y, low)
+        else:
+            of_h = (*for_h, h @ for_h[0].t()) if for_h else ()
+            x3 = x2.new_empty(()).expand_as(x2)
         channels = down.channels
         picked = () if channels is None else (pick(h, channels, scale=down.scale),)
         del h
-        x3 = add(x2, y, low)
+        gu, of_gu = ((g, u), of_gu) if keep else ((), for_gu)
         _keep(
-            ctx, (o, x2, rstd, g, u), of_o, of_gu, of_h, picked, after.weights, gate_up.weights, down.weights
+            ctx, (o, x2, rstd), gu, of_o, of_gu, of_h, picked, after.weights, gate_up.weights, down.weights
         )  # fmt: skip
         ctx.groups, ctx.before, ctx.activation = (after, gate_up, down), before, activation
         return x3
@@ -182,9 +197,14 @@ class _Exit(torch.autograd.Function):
     def backward(ctx: Any, dx3: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         after, gate_up, down = ctx.groups
         before, activation = ctx.before, ctx.activation
-        (o, x2, rstd, g, u), of_o, of_gu, of_h, picked, of_after, of_gate_up, of_down = _kept(ctx)
+        (o, x2, rstd), gu, of_o, of_gu, of_h, picked, of_after, of_gate_up, of_down = _kept(ctx)
+        if not gu:
+            _, n, _ = norm(x2, before.weight, before.eps, before.offset)
+            gu, _, of_gu = gate_up.forward(n, of_gu)
+            del n
+        g, u = gu
         need_o = ctx.needs_input_grad[0]
-        needs = _in_order(ctx.needs_input_grad[7:], [len(group.factors) for group in ctx.groups])
+        needs = _in_order(ctx.needs_input_grad[9:], [len(group.factors) for group in ctx.groups])
         dx3 = dx3.contiguous()
 
         # h W + Z B, and act(g) · u
@@ -252,4 +272,4 @@ class _Exit(torch.autograd.Function):
             do = after.back(dx, of_after)
             if low is not None:
                 do.addmm_(*low)
-        return (do, dx, *(None,) * 5, *found_o, *found_gu, *found_h)
+        return (do, dx, *(None,) * 7, *found_o, *found_gu, *found_h)
