@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankshift.ops import launch
-from rankshift.ops.launch import Launcher
+from rankshift.ops.launch import Launcher, unrecorded
 
 
 class Kernel:
@@ -139,3 +139,17 @@ def test_another_device_than_the_current_one(monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(2):
         call(launcher, torch.zeros(32).as_subclass(There))
     assert (kernel.asked, seen, current) == (1, [1, 1], [0])
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_unrecorded(records: bool) -> None:
+    @unrecorded
+    def twice(x: Tensor, *, more: int = 0) -> Tensor:
+        assert not torch.is_grad_enabled()
+        return 2 * x + more
+
+    with torch.set_grad_enabled(records):
+        y = twice(torch.ones(1, requires_grad=True), more=1)
+        assert torch.is_grad_enabled() == records
+    assert not y.requires_grad
+    assert y.item() == 3

@@ -8,13 +8,16 @@ they are. Only one that is new goes Triton's way; under its interpreter, which c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 _MOST = 1024  # launches that are kept of one kernel
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Grid = tuple[int, int, int]
 
 
@@ -64,3 +67,16 @@ class Launcher:
                 self._known.clear()
             names = self.kernel.arg_names[len(args) :]
             self._known[looks] = compiled[grid], tuple(constants[name] for name in names)
+
+
+def unrecorded(function: Callable[P, R]) -> Callable[P, R]:
+    """``torch.no_grad()``, which costs nothing where nothing is recorded anyway: in a node's forward and backward."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run

@@ -7,15 +7,15 @@ weight, take one launch, with ranks r up to 128 and R up to 384; all others the 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from rankshift.ops.launch import unrecorded
 from rankshift.ops.rms_norm import reference
 from rankshift.ops.rms_norm.reference import Low
 from rankshift.ops.stochastic_rounding.op import runs_on
 
 
-@torch.no_grad()
+@unrecorded
 def norm(
     x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, y: Tensor | None = None, low: Low | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +44,7 @@ def norm(
     return launch(x, weight, eps, offset, y, low)
 
 
-@torch.no_grad()
+@unrecorded
 def norm_back(
     dn: Tensor,
     x2: Tensor,
@@ -76,7 +76,7 @@ def norm_back(
     return launch(dn, x2, rstd, weight, offset, low, z, residual)
 
 
-@torch.no_grad()
+@unrecorded
 def add(x: Tensor, y: Tensor, low: Low | None = None) -> Tensor:
     """x + y + Z Bᵀ: x, y (T, K); Z (T, r); B (K, r). Summed in fp32, rounded once."""
     if not _kernel(x):
@@ -86,7 +86,7 @@ def add(x: Tensor, y: Tensor, low: Low | None = None) -> Tensor:
     return launch(x, y, low)
 
 
-@torch.no_grad()
+@unrecorded
 def pick(
     x: Tensor, channels: Tensor, rstd: Tensor | None = None, weight: Tensor | None = None, offset: float = 0.0,
     scale: float = 1.0,

@@ -9,16 +9,16 @@ alone are read. T' divides T, and token t takes row t % T': with T' = S one tabl
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from rankshift.ops.launch import unrecorded
 from rankshift.ops.rotary import reference
 from rankshift.ops.rotary.reference import Low, Three
 from rankshift.ops.stochastic_rounding.op import runs_on
 
 
-@torch.no_grad()
+@unrecorded
 def rotate_(
     q: Tensor,
     k: Tensor,
@@ -51,7 +51,7 @@ def rotate_(
     increment_version((q, k, v))  # the kernel writes past autograd
 
 
-@torch.no_grad()
+@unrecorded
 def rotate_back(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Three) -> None:
     """The gradients before the rotation: that of q and k turned back, that of v as it is.
 

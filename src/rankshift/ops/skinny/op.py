@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from rankshift.ops.launch import unrecorded
 from rankshift.ops.skinny import reference
 from rankshift.ops.stochastic_rounding.op import runs_on
 
@@ -19,7 +20,7 @@ _WIDEST = 128  # the largest rank that the kernel takes
 _TOGETHER = 16  # matrices in a launch
 
 
-@torch.no_grad()
+@unrecorded
 def down_back(
     dY: Tensor,
     B: Tensor,
@@ -52,7 +53,7 @@ def down_back(
     return launch(dY, B, Z, widths, scale, normed)
 
 
-@torch.no_grad()
+@unrecorded
 def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[Tensor]) -> None:
     """target ← scale · source for each, the product in fp32 or wider and rounded once.
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from rankshift.ops.launch import Launcher
 
-_ENOUGH = 192  # programs for 132 multiprocessors
-_TILES = {  # by the padded rank: two programs fit on a multiprocessor, or one with more of its tiles on their way
+_TILES = {  # by the padded rank: several programs fit on a multiprocessor, or one with more of its tiles on their way
     16: {"ROWS": 256, "COLUMNS": 64, "STAGES": 2, "num_warps": 8},
     32: {"ROWS": 256, "COLUMNS": 64, "STAGES": 2, "num_warps": 8},
     64: {"ROWS": 256, "COLUMNS": 64, "STAGES": 3, "num_warps": 8},
     128: {"ROWS": 128, "COLUMNS": 64, "STAGES": 3, "num_warps": 8},
 }
+# programs that run at once on 132 multiprocessors, by the padded rank: with S alone, and with dB
+_SLOTS = {16: (396, 264), 32: (264, 264), 64: (132, 132), 128: (264, 132)}
 _SUM = {"AT_ONCE": 16, "SIZE": 512, "num_warps": 8}
 _PACK = {"SIZE": 2048, "num_warps": 8}
 
@@ -33,34 +34,48 @@ def down_back(
     normed: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """See op.down_back."""
-    (T, N), r = dY.shape, B.shape[1]
-    tile = _TILES[max(16, triton.next_power_of_2(r))]
-    rows, columns = tile["ROWS"], tile["COLUMNS"]
-    down = triton.cdiv(T, rows)
-    slab = min(max(N * down // _ENOUGH, 2 * columns), 4096)
-    slab = 1 << (slab.bit_length() - 1)
-    across = sum(triton.cdiv(n, slab) for n in widths)
+    T, r, sums = dY.shape[0], B.shape[1], Z is not None
+    tile, slab, across, down, even = _plan(T, widths, r, sums)
+    N, layers = sum(widths), len(widths)
     new = functools.partial(torch.empty, dtype=torch.float32, device=dY.device)
-    parts_s, parts_b = new(across, T, r), new(down if Z is not None else 0, N, r)
-    S = torch.empty(T, len(widths) * r, dtype=dY.dtype, device=dY.device)
-    dB = S if Z is None else new(N, r)
-    blocks = triton.cdiv(T * r, _SUM["SIZE"]) * len(widths), triton.cdiv(N * r, _SUM["SIZE"]) * (Z is not None)
+    parts_s, parts_b = new(across, T, r), new(down if sums else 0, N, r)
+    S = torch.empty(T, layers * r, dtype=dY.dtype, device=dY.device)
+    dB = new(N, r) if sums else S
+    blocks, rest = triton.cdiv(T * r, _SUM["SIZE"]) * layers, triton.cdiv(N * r, _SUM["SIZE"]) * sums
     _launch_down(
-        (across, down, 1), (dY, B, B if Z is None else Z, parts_s, parts_b),
-        (T, N, dY.stride(0), B.stride(0), 0 if Z is None else Z.stride(0)), (scale,), WIDTHS=widths, SLAB=slab, r=r,
-        SUMS=Z is not None, EVEN=T % rows == 0 and all(n % columns == 0 for n in widths), **tile,
+        (across, down, 1), (dY, B, Z if sums else B, parts_s, parts_b),
+        (T, N, dY.stride(0), B.stride(0), Z.stride(0) if sums else 0), (scale,),
+        WIDTHS=widths, SLAB=slab, r=r, SUMS=sums, EVEN=even, **tile,
     )  # fmt: skip
     _launch_sum(
-        (sum(blocks), 1, 1),
-        (parts_s, parts_b, S, dB, *(normed or (S, S))),
-        (T, N, down, blocks[0]),
-        WIDTHS=widths,
-        SLAB=slab,
-        r=r,
-        NORMED=normed is not None,
-        **_SUM,
-    )
-    return S, None if Z is None else dB
+        (blocks + rest, 1, 1), (parts_s, parts_b, S, dB, *(normed or (S, S))), (T, N, down, blocks),
+        WIDTHS=widths, SLAB=slab, r=r, NORMED=normed is not None, **_SUM,
+    )  # fmt: skip
+    return S, dB if sums else None
+
+
+@functools.lru_cache(256)
+def _plan(T: int, widths: tuple[int, ...], r: int, sums: bool) -> tuple[dict[str, int], int, int, int, bool]:
+    """The tile, how many columns a program takes, how many programs stand side by side and below one another, and
+    whether all their tiles are full.
+
+    As many columns as let the programs run in full rounds, without much that they write for others to sum.
+    """
+    padded = max(16, triton.next_power_of_2(r))
+    tile, slots = _TILES[padded], _SLOTS[padded][sums]
+    rows, columns = tile["ROWS"], tile["COLUMNS"]
+    down = triton.cdiv(T, rows)
+
+    def across(slab: int) -> int:
+        return sum(triton.cdiv(n, slab) for n in widths)
+
+    def cost(slab: int) -> int:
+        """In bytes: what rounds of programs might read, and what is written and read again."""
+        return triton.cdiv(across(slab) * down, slots) * slots * rows * slab * 2 + across(slab) * T * r * 8
+
+    slab = min(range(2 * columns, 4096 + 1, columns), key=cost)
+    even = T % rows == 0 and all(n % columns == 0 for n in widths)
+    return tile, slab, across(slab), down, even
 
 
 def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[Tensor]) -> None:

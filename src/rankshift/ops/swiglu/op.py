@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from rankshift.ops.launch import unrecorded
 from rankshift.ops.stochastic_rounding.op import runs_on
 from rankshift.ops.swiglu import reference
 from rankshift.ops.swiglu.reference import ACTIVATIONS, Back, Low
@@ -23,7 +24,7 @@ _WIDEST = 128  # the largest rank of a term that the kernels take
 _SUMMED = 64  # the largest rank of which a program holds the sums; with more, they are products of their own
 
 
-@torch.no_grad()
+@unrecorded
 def swiglu(
     g: Tensor, u: Tensor, low_g: Low | None = None, low_u: Low | None = None, activation: str = "silu"
 ) -> Tensor:
@@ -44,7 +45,7 @@ def swiglu(
     return forward(g, u, low_g, low_u, activation)
 
 
-@torch.no_grad()
+@unrecorded
 def swiglu_back(
     dh: Tensor,
     g: Tensor,
