@@ -221,7 +221,7 @@ class Tape:
 
 
 def _gradients(y: Tensor, one: _Captured, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Of x, if it needs one, and of all factors behind one another, by the autograd graph that the capture of y left."""
+    """Of x, if it needs one, and of all factors behind one another, by the autograd graph that y has."""
     wanted = ([one.x] if one.x.requires_grad else []) + one.leaves
     found = list(torch.autograd.grad(y, wanted, dy, materialize_grads=True))
     dx = found.pop(0) if one.x.requires_grad else None
