@@ -163,6 +163,11 @@ class Placement:
                     type(method).__name__, ", ".join(left[:3]) + (f" and {len(left) - 3} more" if left[3:] else ""),
                 )  # fmt: skip
             projected = {name: spec for name, spec in projected.items() if name not in self.frozen}
+        elif fill and (woken := sorted(n for n in self.frozen & self._in_place(method) if not n.endswith("bias"))):
+            _log.warning(
+                '%s trains what was frozen before attach() (requires_grad=False): %s. rest="freeze" leaves it so.',
+                type(method).__name__, ", ".join(woken[:3]) + (f" and {len(woken) - 3} more" if woken[3:] else ""),
+            )  # fmt: skip
         ranks = dict(ranks) if ranks is not None else {s.name: method.rank_at(s.name, found.get(s.name)) for s in specs}
         shared = method.share(specs, ranks, saved)
         self.members[name] = member = Member(method, {}, shared, projected)

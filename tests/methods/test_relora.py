@@ -745,3 +745,15 @@ def test_that_it_never_restarts_is_told_once_and_beforehand(caplog: pytest.LogCa
         assert not event.due(first)
         assert not event.due(first)
         assert not caplog.text
+
+
+def test_what_was_frozen_and_trains_now_is_told(caplog):
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)).requires_grad_(False)
+    with caplog.at_level("WARNING"):
+        rs.attach(model, rs.ReLoRA(rank=2, every=2, targets="*"), total_steps=8)
+    assert "trains what was frozen before attach()" in caplog.text
+    assert "1.weight" in caplog.text
+    caplog.clear()
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)).requires_grad_(False)
+    rs.attach(model, rs.ReLoRA(rank=2, every=2, targets="*", rest="freeze"), total_steps=8)
+    assert not caplog.text
