@@ -886,7 +886,7 @@ class Run:
 
     # ---- speed
 
-    def lower(self, graphs: bool = False) -> lowering.Lowered:
+    def lower(self, graphs: bool = False, memory_budget: str | None = None) -> lowering.Lowered:
         """Let the blocks of the model run in fused forms where these are known, with the parameters that they have;
         see :func:`rankshift.lower.lower`. Names, states and checkpoints stay what they are. Returns a report, which
         prints.
@@ -895,9 +895,11 @@ class Run:
 
         Args:
             graphs: replay blocks as CUDA graphs once batches of one shape come.
+            memory_budget: what a step may take, "40GiB" or "auto": blocks keep less for their backward, and compute it
+                again, where it would not fit.
         """
         self._open()
-        return lowering.lower(self.model, graphs)
+        return lowering.lower(self.model, graphs, memory_budget)
 
     def raise_(self) -> None:
         """Put the model's own blocks back in the places of fused ones."""

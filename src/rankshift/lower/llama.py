@@ -17,6 +17,7 @@ from rankshift.core.adapter import Columns, LowRank
 from rankshift.core.base import HOOKS, Base, Dense
 from rankshift.core.site import Site
 from rankshift.lower.graphs import Tape
+from rankshift.lower.memory import Memory, Sizes, again, sizes
 from rankshift.lower.nodes import Norm, entry, exit_, normed
 from rankshift.lower.siblings import Group, base_of, join, part, term_of
 from rankshift.lower.stand_in import original, own_class, stand_in
@@ -66,6 +67,7 @@ class Block:
     told: Callable[[Any], dict[str, Any]]
     activation: str
     tape: Tape | None = None  # of CUDA graphs, where it may run by one
+    memory: Memory | None = None  # what it keeps for its backward; None: everything
     index: int = 0  # which block of the model
     aside: str | None = None  # why its last forward was the block's own
 
@@ -177,15 +179,22 @@ def _forward(
         tables = tuple(table.reshape(-1, table.shape[-1]) for table in position_embeddings)
         words = {"position_ids": position_ids, "use_cache": use_cache, **kwargs}
 
-        def work(groups: Groups, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            return _fused(self, block, groups, batch, x, cos, sin, attention_mask, past_key_values, words)
+        def work(groups: Groups, x: Tensor, cos: Tensor, sin: Tensor, keep: bool = True, wanted: bool = True) -> Tensor:
+            cache = past_key_values
+            return _fused(self, block, groups, batch, x, cos, sin, attention_mask, cache, words, keep, wanted)
 
         y = None
         if block.tape is not None and attention_mask is None and past_key_values is None and not kwargs:
             y = _replayed(self, block, bases, batch, x, tables, work)
         groups = _terms(self, bases) if y is None else None
         if isinstance(groups, tuple):
-            y = work(groups, x, *tables)
+            policy = _policy(self, block, groups, batch, x, attention_mask, past_key_values)
+            if policy is not None:
+                past_key_values = None  # it would be written to twice
+            if block.memory is not None and policy in ("block", "offload"):
+                y = again(work, groups, x, tables, block.memory.shelf(x.device) if policy == "offload" else None)
+            else:
+                y = work(groups, x, tables[0], tables[1], policy != "gate_up")
         if y is not None:
             block.aside = None
             out: Tensor = torch.ops.aten._unsafe_view(y, (batch, length, width))  # no view: of those FSDP2 warns
@@ -201,9 +210,9 @@ def _forward(
 
 def _fused(
     layer: Any, block: Block, groups: Groups, batch: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
-    cache: Any, words: dict[str, Any],
+    cache: Any, words: dict[str, Any], keep: bool = True, wanted: bool = True,
 ) -> Tensor:  # fmt: skip
-    """The block's output (T, K)."""
+    """The block's output (T, K); see :func:`exit_`."""
     attention, (qkv, after, gate_up, down) = layer.self_attn, groups
     before, between = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
     q, k, v, x = entry(x, before, qkv, cos, sin, attention.head_dim, batch)
@@ -217,7 +226,27 @@ def _fused(
         attention, q, k, v, mask, dropout=attention.attention_dropout if layer.training else 0.0,
         scaling=attention.scaling, **block.told(attention), **words,
     )  # fmt: skip
-    return exit_(o.reshape(x.shape[0], -1), x, after, between, gate_up, down, block.activation)
+    return exit_(o.reshape(x.shape[0], -1), x, after, between, gate_up, down, block.activation, keep, wanted)
+
+
+def _policy(
+    layer: Any, block: Block, groups: Groups, batch: int, x: Tensor, mask: Tensor | None, cache: Any
+) -> str | None:
+    """What the block keeps of this forward for its backward; None where no budget decides that."""
+    attention, memory = layer.self_attn, block.memory
+    trains = x.requires_grad or any(factor.requires_grad for group in groups for factor in group.factors)
+    if memory is None or not (trains and layer.training and torch.is_grad_enabled()):
+        return None
+    if attention.attention_dropout or getattr(layer, "gradient_checkpointing", False):
+        return None  # it would draw anew; or transformers runs the block again
+    if cache is not None and cache.get_seq_length(attention.layer_idx):
+        return None  # it attends to what is there
+    how = attention.config._attn_implementation
+
+    def needed() -> Sizes:
+        return sizes(batch, x, groups, attention.head_dim, mask is not None, how, memory.words, memory.lazy)
+
+    return memory.policy(block.index, layer, needed)
 
 
 def _replayed(
