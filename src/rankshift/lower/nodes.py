@@ -28,6 +28,7 @@ from rankshift.ops.rms_norm import add, norm, norm_back, pick
 from rankshift.ops.rotary import rotate_, rotate_back
 from rankshift.ops.swiglu import swiglu, swiglu_back
 
+ACROSS = 64  # columns of S up to which norm_back adds S A; a GEMM is faster from there on
 SUMMED = 64  # rank up to which swiglu_back sums over tokens in its own pass
 
 
@@ -133,9 +134,9 @@ class _Entry(torch.autograd.Function):
         dx = None
         if need_x:
             dn = qkv.back(dY, weights)
-            if low is not None and low[0].shape[1] > 3 * WIDEST:
+            if low is not None and low[0].shape[1] > ACROSS:
                 dn.addmm_(*low)
-                low = None
+                low = Z = None
             dx = norm_back(dn, x, rstd, before.weight, before.offset, low, residual.contiguous(), Z)
         return (dx, *(None,) * 6, *found)
 
@@ -251,9 +252,9 @@ class _Exit(torch.autograd.Function):
             found_gu = gate_up.column_gradients(dY, picked_n)
         dn = gate_up.back(dY, of_gate_up)
         del dY, dg, du, passed
-        if low is not None and low[0].shape[1] > 3 * WIDEST:
+        if low is not None and low[0].shape[1] > ACROSS:
             dn.addmm_(*low)
-            low = None
+            low = Z = None
         dx = norm_back(dn, x2, rstd, before.weight, before.offset, low, dx3, Z)
         del dn
 
