@@ -10,6 +10,7 @@ and fp16 on an NVIDIA GPU go to kernels; the rest to reference.py. Sums are in f
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -83,15 +84,18 @@ def swiglu_back(
         return reference.swiglu_back(dh, g, u, *lows, activation, out=(dg, du), want_h=want_h, grads=grads, scale=scale)
     from rankshift.ops.swiglu.triton import backward
 
-    ranks = {name: low[0].shape[1] for name, low in zip("guh", lows, strict=True) if low is not None and name in grads}
-    fused = {name for name, r in ranks.items() if r <= _SUMMED}
-    apart = ranks.keys() - fused
+    fused: list[str] = []
+    apart: list[str] = []
+    for name, low in zip("guh", lows, strict=True):
+        if low is not None and name in grads:
+            (fused if low[0].shape[1] <= _SUMMED else apart).append(name)
     h = torch.empty_like(dh) if want_h or "h" in apart else None
-    sums = backward(dh, g, u, *lows, activation, dg, du, h, fused, scale)
+    sums: Sequence[Tensor | None] = backward(dh, g, u, *lows, activation, dg, du, h, fused, scale)
     increment_version([dg, du])  # the kernel writes past autograd
-    rest = reference.sums(dg, du, h, *lows, apart, scale)
-    both = (one if one is not None else other for one, other in zip(sums, rest, strict=True))
-    return Back(dg, du, h if want_h else None, *both)
+    if apart:
+        rest = reference.sums(dg, du, h, *lows, apart, scale)
+        sums = [one if one is not None else other for one, other in zip(sums, rest, strict=True)]
+    return Back(dg, du, h if want_h else None, *sums)
 
 
 def _known(activation: str) -> None:
@@ -100,13 +104,10 @@ def _known(activation: str) -> None:
 
 
 def _launches(tensors: Sequence[Tensor], *lows: Low | None) -> bool:
-    factors = [factor for low in lows if low is not None for factor in low]
-    first, *rest = *tensors, *factors
-    return (
-        first.dtype in (torch.bfloat16, torch.float16)
-        and first.numel() > 0
-        and runs_on(first.device)
-        and first.stride(1) == 1
-        and all(t.dtype == first.dtype and t.stride(1) == 1 for t in rest)
-        and all(low is None or low[0].shape[1] <= _WIDEST for low in lows)
+    first = tensors[0]
+    if first.dtype not in (torch.bfloat16, torch.float16) or not first.numel() or not runs_on(first.device):
+        return False
+    terms = [low for low in lows if low is not None]
+    return {(t.dtype, t.stride(1)) for t in chain(tensors, *terms)} == {(first.dtype, 1)} and all(
+        Z.shape[1] <= _WIDEST for Z, _ in terms
     )
