@@ -281,6 +281,14 @@ def test_the_cheapest_that_fits(gib):
         assert "more than there is" in str(plan)
 
 
+def test_inputs_on_the_host_fit_there():
+    one = 8192 * 4096 * 2
+    free = EIGHT.need((8, 0, 0, 0))
+    assert planned(EIGHT, 8, free).counts[0] > 2
+    assert planned(EIGHT, 8, free, host=2.5 * one).counts[0] <= 2
+    assert planned(EIGHT, 8, 0, host=0).counts[0] == 0
+
+
 def test_more_room_never_costs_more():
     costs = []
     for gib in range(2, 60, 2):

@@ -14,6 +14,7 @@ Gradients are those of a model that keeps everything, to the bit where its kerne
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import weakref
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -209,30 +211,32 @@ class Plan:
         return f"at {self.sizes.tokens:,} tokens: {', '.join(parts)}, needs {self.need / 2**30:.1f}{room} GiB{more}"
 
 
-def planned(sizes: Sizes, count: int, free: float, beside: int = 0) -> Plan:
+def planned(sizes: Sizes, count: int, free: float, beside: int = 0, host: float = float("inf")) -> Plan:
     """The cheapest plan for ``count`` blocks that fits; where none does, that which needs least.
 
     Args:
         free: bytes.
         beside: bytes that are needed for other things.
+        host: bytes that inputs of blocks may take there.
     """
     everything = (0, 0, 0, count)
     if sizes.need(everything) + beside <= free:
         return Plan(sizes, everything, sizes.need(everything) + beside, free)
     costs = [sizes.cost(policy) for policy in POLICIES]
     best, least = None, float("inf")
-    for counts in _splits(count):
+    most = int(min(count, host // (sizes.element * sizes.width * sizes.tokens)))
+    for counts in _splits(count, most):
         cost = sum(n * each for n, each in zip(counts, costs, strict=True))
         if cost < least and sizes.need(counts) + beside <= free:
             best, least = counts, cost
     if best is None:
-        best = min(_splits(count), key=sizes.need)
+        best = min(_splits(count, most), key=sizes.need)
     return Plan(sizes, best, sizes.need(best) + beside, free)
 
 
-def _splits(count: int) -> Iterator[tuple[int, ...]]:
-    """Every way to share ``count`` blocks among the policies."""
-    for offload in range(count + 1):
+def _splits(count: int, most: int) -> Iterator[tuple[int, ...]]:
+    """Every way to share ``count`` blocks among the policies, ``most`` for the first."""
+    for offload in range(most + 1):
         for block in range(count + 1 - offload):
             for gate_up in range(count + 1 - offload - block):
                 yield offload, block, gate_up, count - offload - block - gate_up
@@ -282,7 +286,7 @@ class Memory:
         trained = [p for p in layer.parameters() if p.requires_grad]
         # gradients, and Adam's moments in fp32: they come when the activations are gone, but stay
         beside = self.count * sum(p.nbytes + 8 * p.numel() for p in trained)
-        plan = planned(sizes, self.count, self._free(layer), beside)
+        plan = planned(sizes, self.count, self._free(layer), beside, _SAFE * _left_on_the_host())
         if plan.need > plan.free:
             _log.warning("Activations may not fit: %s.", plan)
         return plan
@@ -294,12 +298,27 @@ class Memory:
             held: int = torch.cuda.memory_allocated(device)
             if self.budget is not None:
                 return self.budget - held
-            empty: int = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
-            return _SAFE * empty
+            empty, total = torch.cuda.mem_get_info(device)
+            allowed: float = torch.cuda.get_per_process_memory_fraction(device) * total
+            return _SAFE * (min(empty + torch.cuda.memory_reserved(device), allowed) - held)
         if self.budget is None:
             return float("inf")
         weights: int = sum(p.nbytes for p in layer.parameters())
         return self.budget - self.count * weights
+
+
+def _left_on_the_host() -> float:
+    """Bytes of memory that are left to the process, where Linux says so."""
+    try:
+        kilobytes = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return float("inf")
+    left = 1024 * int(kilobytes[1]) if kilobytes else float("inf")
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no group, or one without a limit: "max"
+        used = re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        left = min(left, int((group / "memory.max").read_text()) - (int(used[1]) if used else 0))
+    return left
 
 
 # ---- a block that runs again in its backward
