@@ -15,8 +15,10 @@ import rankshift as rs
 from rankshift.core.adapter import Columns, LowRank
 from rankshift.core.base import Dense
 from rankshift.core.form import Form
+from rankshift.lower import nodes
 from rankshift.lower.nodes import Norm, entry, exit_, normed
 from rankshift.lower.siblings import Group, join
+from rankshift.ops.rms_norm import norm_back
 
 BATCH, LENGTH, HEAD, QUERIES, KEYS, WIDTH, HIDDEN, EPS = 2, 5, 6, 4, 2, 20, 28, 1e-5
 T, O = BATCH * LENGTH, QUERIES * HEAD  # noqa: E741
@@ -217,6 +219,52 @@ def test_of_o_and_x_either_may_need_no_gradient():
 def test_a_norm_alone():
     x, w = seeded(2, 3, WIDTH, seed=7).requires_grad_(), 1 + 0.3 * seeded(WIDTH, seed=8)
     agree([normed(x, Norm(w, EPS))], [rms_norm(x, w)], [x])
+
+
+@pytest.mark.parametrize("case", ["equal", "unequal", "shared", "columns"])
+def test_a_gain_of_one_and_more(case):
+    """As Gemma has it: the gradients of the factors have the offset too."""
+    parts = layers(case, ATTENTION, False)
+    x, w = seeded(T, WIDTH, seed=7), 1 + 0.3 * seeded(WIDTH, seed=8)
+    cos, sin = angles(LENGTH)
+    leaves = list(dict.fromkeys(leaf for layer in parts.values() for leaf in layer.leaves))
+    found = []
+    for how in (Norm(w, EPS), Norm(w - 1, EPS, 1.0)):
+        fused = entry(x, how, group(list(parts.values()), True), cos, sin, HEAD, BATCH)[:3]
+        found.append(torch.autograd.grad([(t * t).sum() for t in fused], leaves))
+    same(*map(list, found))
+
+
+@pytest.mark.parametrize("case", ["equal", "unequal", "shared", "some", "others"])
+def test_the_mean_in_a_norms_gradient_is_taken_from_what_was_kept(case, monkeypatch):
+    """z must be n Aᵀ of the low-rank term that comes with it, which the reference does not need."""
+    seen = []
+
+    def checked(dn, x2, rstd, weight, offset, low, residual, z):
+        seen.append(low is not None)
+        if low is not None:
+            torch.testing.assert_close(z, rms_norm(x2, weight) @ low[1].t())
+        return norm_back(dn, x2, rstd, weight, offset, low, residual, z)
+
+    monkeypatch.setattr(nodes, "norm_back", checked)
+    parts, mlp = layers(case, ATTENTION, False), layers(case, MLP, False)
+    after, gate, up, down = mlp.values()
+    x, w = seeded(T, WIDTH, seed=7).requires_grad_(), 1 + 0.3 * seeded(WIDTH, seed=8)
+    q, *_, past = entry(x, Norm(w, EPS), group(list(parts.values()), True), *angles(LENGTH), HEAD, BATCH)
+    o = q.transpose(1, 2).reshape(T, O)
+    y = exit_(o, past, group([after], True), Norm(w, EPS), group([gate, up], True), group([down], True), "silu")
+    y.sum().backward()
+    assert seen == [True, True]
+
+
+def test_a_backward_is_given_other_tensors_than_the_forward_had():
+    """Hooks on what autograd keeps may copy it: what is multiplied by is what they gave back."""
+    members = layers("nothing", ("gate", "up"), False)
+    together = group(list(members.values()), True)
+    together.times(seeded(T, WIDTH))
+    dY = seeded(T, 2 * HIDDEN)
+    kept = [2 * weight.detach() for weight in together.weights]
+    torch.testing.assert_close(together.back(dY, kept), 2 * together.back(dY, together.weights))
 
 
 # ---- bytes kept for backward ----------------------------------------------------------------------------------------
