@@ -257,6 +257,16 @@ def test_bytes_of_the_8b_shape():
     assert bare.kept("offload") == 0
 
 
+@pytest.mark.parametrize("counts", [(0, 0, 0, 5), (5, 0, 0, 0), (2, 1, 1, 1), (0, 3, 0, 2), (1, 0, 4, 0)])
+def test_what_a_step_needs(counts):
+    """Block by block: all that blocks have kept when one's backward comes, and what that needs."""
+    blocks = [policy for policy, count in zip(POLICIES, counts, strict=True) for _ in range(count)]
+    kept = [EIGHT.kept(policy) for policy in blocks]
+    most = [sum(kept[: i + 1]) + EIGHT.rebuilt(policy) + EIGHT.passing() for i, policy in enumerate(blocks)]
+    head = EIGHT.at_the_head() / EIGHT.tokens
+    assert EIGHT.need(counts) == pytest.approx(EIGHT.tokens * max(*most, sum(kept) + head))
+
+
 def test_all_is_kept_where_it_fits():
     need = EIGHT.need((0, 0, 0, 32))
     assert planned(EIGHT, 32, need).counts == (0, 0, 0, 32)
@@ -395,6 +405,23 @@ def test_what_cannot_be():
     assert not any("lowered" in vars(module) for module in model.modules())
 
 
+def test_what_attends_to_a_cache_keeps_everything():
+    """And its own keys and values are put there, once."""
+    model, run = begun()
+    found = []
+    for budget in (None, "1KiB"):
+        report = run.lower(memory_budget=budget)
+        with torch.no_grad():
+            cache = model.eval()(input_ids=ids(1, length=4), use_cache=True).past_key_values
+        out = model.train()(input_ids=ids(), labels=ids(), past_key_values=cache)
+        out.loss.backward()
+        assert report.memory is None
+        assert cache.get_seq_length() == 4 + models.LENGTH
+        found.append({name: p.grad for name, p in run.trainable()})
+        model.zero_grad()
+    bits(*found)
+
+
 def test_dropout_that_comes_later_keeps_blocks():
     model, run = begun()
     report = run.lower(memory_budget="1KiB")
@@ -423,8 +450,9 @@ def test_copies_and_pickles():
     model, run = begun()
     run.lower()
     everything = model(input_ids=ids(), labels=ids()).loss
-    run.lower(memory_budget="1KiB")
+    force(run.lower(memory_budget="auto"), COUNTS["offload"])
     train(run, model)
+    del block_of(model.model.layers[0]).memory._planned  # a lambda
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         memories = {id(block_of(layer).memory) for layer in other.model.layers}
         assert len(memories) == 1
@@ -445,6 +473,39 @@ def test_a_classifier_and_a_bare_model_have_no_head():
         report = run.lower(memory_budget="1KiB")
         model(input_ids=ids())[0].sum().backward()
         assert report.budget.now.sizes.head == 0
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu():
+    """Gradients to the rounding of sums in another order; and bytes, as they were foretold."""
+    shape = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 2}
+    more = shape | {"num_hidden_layers": 6, "max_position_embeddings": 8192, "use_cache": False}
+    model, run = begun(dtype=torch.bfloat16, **more)
+    model.cuda()
+    batch = {"input_ids": ids(length=8192, size=1).cuda()}
+    batch["labels"] = batch["input_ids"]
+    grads, peaks, needs = {}, [], []
+    for counts in ((6, 0, 0, 0), (0, 6, 0, 0), (0, 0, 6, 0), (0, 0, 0, 6), (2, 1, 1, 2)):
+        report = run.lower(memory_budget="auto")
+        force(report, counts)
+        for _ in range(3):  # the first makes kernels
+            model.zero_grad()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            model(**batch).loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated() - held)
+        needs.append(report.budget.now.sizes.need(counts))
+        grads[counts] = {name: p.grad.float() for name, p in run.trainable()}
+    for found in grads.values():
+        close(found, grads[0, 0, 0, 6], 2e-2)
+    print(*(f"{a / b:.3f}" for a, b in zip(peaks, needs, strict=True)))
+    assert peaks[:4] == sorted(peaks[:4])
+    for peak, need in zip(peaks, needs, strict=True):
+        assert peak == pytest.approx(need, rel=0.15)
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
