@@ -255,6 +255,8 @@ def test_bytes_of_the_8b_shape():
     assert bare.kept("gate_up") == 36 * 1024 + 4 * 32 + 8
     assert bare.kept("block") == 8 * 1024
     assert bare.kept("offload") == 0
+    assert bare.passing("keep") == (2 * 8 + 3 * 28) * 1024
+    assert bare.passing("block") == (2 * 8 + 28) * 1024
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 0, 5), (5, 0, 0, 0), (2, 1, 1, 1), (0, 3, 0, 2), (1, 0, 4, 0)])
@@ -262,7 +264,7 @@ def test_what_a_step_needs(counts):
     """Block by block: all that blocks have kept when one's backward comes, and what that needs."""
     blocks = [policy for policy, count in zip(POLICIES, counts, strict=True) for _ in range(count)]
     kept = [EIGHT.kept(policy) for policy in blocks]
-    most = [sum(kept[: i + 1]) + EIGHT.rebuilt(policy) + EIGHT.passing() for i, policy in enumerate(blocks)]
+    most = [sum(kept[: i + 1]) + EIGHT.rebuilt(policy) + EIGHT.passing(policy) for i, policy in enumerate(blocks)]
     head = EIGHT.at_the_head() / EIGHT.tokens
     assert EIGHT.need(counts) == pytest.approx(EIGHT.tokens * max(*most, sum(kept) + head))
 

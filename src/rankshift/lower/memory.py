@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from rankshift.core.adapter import LowRank
 from rankshift.core.base import Plain
 from rankshift.core.errors import ConfigError
-from rankshift.lower.siblings import Group
+from rankshift.lower.siblings import Group, joined
 from rankshift.ops.linear_cross_entropy.op import _CHUNK, even
 
 _log = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class Sizes:
     low: tuple[int, int, int, int]  # width of Z at qkv, o, gate and up, down
     picked: int  # channels of h that are kept
     unpacked: int  # bytes of the largest weight that is unpacked, of all tokens
+    apart: bool = False  # gate and up are two products
     head: int = 0  # words of the vocabulary
     lazy: bool = True  # the loss is taken without all logits
 
@@ -108,12 +109,13 @@ class Sizes:
         again = self.kept("keep") - self.kept(policy)
         return again + (self.element * self.width if policy == "offload" else 0)
 
-    def passing(self) -> int:
+    def passing(self, policy: str) -> int:
         """Gradients of one block's backward at their most: of h, g and u; or of attention, once those are gone."""
         e, K, Q, F = self.element, self.width, self.queries, self.hidden
-        mlp = e * (2 * K + 3 * F)
-        # do, dx, dq, dk, dv; what attention sums in fp32, and repeats; less x₂, g and u
-        attention = e * (2 * K + 6 * Q + 2 * self.keys) - e * (K + 2 * F)
+        # of g and u where these are, if the backward has made them
+        mlp = e * (2 * K + (3 if policy == "keep" or self.apart else 1) * F)
+        # dy, do, dx, dq, dk, dv; what attention sums in fp32, and repeats; less x₂, g and u
+        attention = e * (3 * K + 6 * Q + 2 * self.keys) - e * (K + 2 * F)
         return max(mlp, attention)
 
     def at_the_head(self) -> int:
@@ -149,7 +151,7 @@ class Sizes:
     @cached_property
     def _of_policies(self) -> tuple[list[tuple[int, int]], int]:
         """Bytes that a block keeps, and that its backward needs beside, by each policy; bytes at the head."""
-        beside = [(self.rebuilt(policy) + self.passing()) * self.tokens + self.unpacked for policy in POLICIES]
+        beside = [(self.rebuilt(policy) + self.passing(policy)) * self.tokens + self.unpacked for policy in POLICIES]
         kept = [self.kept(policy) * self.tokens for policy in POLICIES]
         return list(zip(kept, beside, strict=True)), self.at_the_head()
 
@@ -178,6 +180,8 @@ def sizes(
         hidden=gate_up.widths[0], heads=queries // head,
         repeated=keys < queries and (attention == "eager" or (attention == "sdpa" and masked)),
         weighed=attention == "eager", low=(low[0], low[1], low[2], low[3]),
+        apart=isinstance(gate_up.bases[0].format, Plain)
+        and joined([base.format for base in gate_up.bases], gate_up.packed) is None,
         picked=0 if down.channels is None else len(down.channels), unpacked=max(packed, default=0) * x.element_size(),
         head=words, lazy=lazy,
     )  # fmt: skip

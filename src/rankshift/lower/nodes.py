@@ -191,6 +191,7 @@ class _Exit(torch.autograd.Function):
             ctx, (o, x2, rstd), gu, of_o, of_gu, of_h, picked, after.weights, gate_up.weights, down.weights
         )  # fmt: skip
         ctx.groups, ctx.before, ctx.activation = (after, gate_up, down), before, activation
+        ctx.kept = keep and wanted
         return x3
 
     @staticmethod
@@ -223,7 +224,9 @@ class _Exit(torch.autograd.Function):
         need_A = bool(of_h) and any(needs[2][::2])
         within = down.rank <= SUMMED
         wanted = ("g", "u") * summed + ("h",) * (need_A and within)
-        dY = x2.new_empty(x2.shape[0], sum(gate_up.widths))
+        dY = None if ctx.kept else _side_by_side(g, u)  # nobody else reads them then
+        if dY is None:
+            dY = x2.new_empty(x2.shape[0], sum(gate_up.widths))
         dg, du = torch.split_with_sizes(dY, gate_up.widths, 1)
         passed = swiglu_back(
             dh, g, u, low_g, low_u, low_h, activation, out=(dg, du), want_h=need_A and not within, grads=wanted,
@@ -251,7 +254,7 @@ class _Exit(torch.autograd.Function):
             picked_n = pick(x2, gate_up.channels, rstd, before.weight, before.offset, gate_up.scale)
             found_gu = gate_up.column_gradients(dY, picked_n)
         dn = gate_up.back(dY, of_gate_up)
-        del dY, dg, du, passed
+        del dY, dg, du, passed, gu, g, u
         if low is not None and low[0].shape[1] > ACROSS:
             dn.addmm_(*low)
             low = Z = None
@@ -274,3 +277,10 @@ class _Exit(torch.autograd.Function):
             if low is not None:
                 do.addmm_(*low)
         return (do, dx, *(None,) * 7, *found_o, *found_gu, *found_h)
+
+
+def _side_by_side(g: Tensor, u: Tensor) -> Tensor | None:
+    """The matrix (T, 2F) that g and u are halves of, in their memory; None where they are no such halves."""
+    width = g.shape[1] + u.shape[1]
+    halves = g.stride() == u.stride() == (width, 1) and u.data_ptr() == g.data_ptr() + g.shape[1] * g.element_size()
+    return g.as_strided((len(g), width), (width, 1)) if halves else None
