@@ -19,6 +19,7 @@ import rankshift as rs
 from laws.pool import Pool
 from rankshift.core import shard
 from rankshift.core.errors import ConfigError
+from rankshift.lower import nodes
 from rankshift.lower.llama import block_of
 from rankshift.lower.memory import POLICIES, Memory, Plan, Sizes, budget_of, planned
 
@@ -237,6 +238,23 @@ def test_what_is_kept_at_most(counts):
     beside = sizes.element * (sizes.width + 2 * 8 / 3) + 4  # the last norm's, and the tables, for three sequences
     assert forward == pytest.approx(alive + beside, rel=0.05)
     assert most == pytest.approx(max(found, alive + beside), rel=0.05)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_of_gate_and_up_go_where_these_are(policy, monkeypatch):
+    """But not where they are kept: a second backward reads them again."""
+    seen = []
+
+    def back(dh, g, u, *args, out, **kwargs):
+        seen.append([a.data_ptr() == b.data_ptr() for a, b in zip((g, u), out, strict=True)])
+        return own(dh, g, u, *args, out=out, **kwargs)
+
+    own = nodes.swiglu_back
+    monkeypatch.setattr(nodes, "swiglu_back", back)
+    model, run = begun()
+    force(run.lower(memory_budget="auto"), COUNTS[policy])
+    train(run, model)
+    assert seen == [[policy != "keep"] * 2] * 2
 
 
 # ---- plans ----------------------------------------------------------------------------------------------------------
