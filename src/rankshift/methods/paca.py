@@ -179,10 +179,11 @@ def widened(D: Tensor, columns: Tensor, into: int) -> Tensor:
 
 @dataclass(frozen=True)
 class WriteBack:
-    """The optimizer has moved D: its columns go into W."""
+    """The optimizer has moved D: its columns go into W. If it has not after all, they are what stands there."""
 
     moment: ClassVar[Moment] = Moment.UPDATED
     essential: ClassVar[bool] = False
+    steps: ClassVar[bool] = True
 
     def due(self, tick: Tick) -> bool:
         return True
