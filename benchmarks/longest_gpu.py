@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """The longest sequence that trains, ours and the peers', each with what it has against memory.
 
-    PYTHONPATH=src python benchmarks/longest_gpu.py --gib 24 --out benchmarks/results/longest_gpu.json
+    PYTHONPATH=src python benchmarks/longest_gpu.py --gib 20 --out benchmarks/results/longest_gpu.json
     PYTHONPATH=src python benchmarks/longest_gpu.py --gib 0 --arms ours --tokens 262144 --most 262144 --steps 1
     PYTHONPATH=src python benchmarks/longest_gpu.py --toy
 
@@ -36,7 +36,7 @@ ARMS = {
     "peft": "PEFT LoRA bf16, gradient checkpointing",
     "unsloth": "Unsloth LoRA, its checkpointing",
 }
-SHORT = {"ours": (8192, 16384), "peft": (1024, 2048), "unsloth": (8192, 16384)}  # past where the loss takes the most
+SHORT = {"ours": (8192, 16384), "peft": (512, 1024), "unsloth": (6144, 12288)}  # past where the loss takes the most
 EVEN = 256  # lengths are multiples of this
 
 
@@ -150,11 +150,16 @@ def child() -> None:
         tries = Tries(arm, options)
         tries.prepare("frugal")
         tries.run(EVEN, 2)  # state of the optimizer, kernels
-        short = [tries.run(tokens, 1) for tokens in options["short"] or SHORT[arm]]
-        for one in short:
-            say(short=one)
-        if not all(one["fits"] for one in short):
-            return
+        lengths = options["short"] or SHORT[arm]
+        while True:
+            short = [tries.run(tokens, 1) for tokens in lengths]
+            for one in short:
+                say(short=one)
+            if all(one["fits"] for one in short):
+                break
+            lengths = [tokens // 2 for tokens in lengths]
+            if lengths[0] < EVEN:
+                return
         (t, a), (u, b) = ((one["tokens"], one["gib"] * 2**30) for one in short)
         slope = (b - a) / (u - t)
         end = (0.985 * tries.limit - a) / slope + t
@@ -238,7 +243,7 @@ def shown(said: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=24.0, help="of the GPU, for each arm; 0: all of it")
+    parser.add_argument("--gib", type=float, default=20.0, help="of the GPU, for each arm; 0: all of it")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--shape", default="8B")
     parser.add_argument("--steps", type=int, default=3)
@@ -247,7 +252,7 @@ def main() -> None:
     parser.add_argument("--short", type=int, nargs=2, help="lengths that surely fit")
     parser.add_argument("--tokens", type=int, help="try this length, and shorter ones if it does not fit")
     parser.add_argument("--most", type=int, default=2**17, help="the longest to try")
-    parser.add_argument("--limit", type=float, default=240, help="seconds for each arm")
+    parser.add_argument("--limit", type=float, default=200, help="seconds for each arm")
     parser.add_argument("--serial", action="store_true", help="one arm after the other")
     parser.add_argument("--log", action="store_true", help="print what processes wrote")
     parser.add_argument("--toy", action="store_true", help="on the CPU: a tiny model; bytes are those autograd keeps")
