@@ -103,9 +103,9 @@ class PaCALayer(Adapter):
             self._written = None
 
     @torch.no_grad()
-    def write(self) -> None:
-        """W[:, I] = W₀[:, I] + s·D, rounded once."""
-        self.base.put_(self.occupied, self.origin + self.scale * self.D)
+    def write(self, columns: Tensor | None = None) -> None:
+        """W[:, I] = W₀[:, I] + s·D, rounded once; ``columns`` are that sum where it has been taken already."""
+        self.base.put_(self.occupied, self.origin + self.scale * self.D if columns is None else columns)
         # what a sharded model computes with are gathered copies: there only updates and verbs write
         sharded = shard.is_sharded(self.D)
         self._written = None if sharded else (weakref.ref(self._stored), weakref.ref(self.D), self.D._version)
@@ -189,7 +189,20 @@ class WriteBack:
         return True
 
     def apply(self, adapter: Adapter, tick: Tick) -> None:
-        adapter.enter()
+        self.apply_all([adapter], tick)
+
+    def apply_all(self, adapters: Sequence[Adapter], tick: Tick) -> None:
+        """All layers' sums in a few calls: a GPU would wait for the many."""
+        layers = [a for a in adapters if isinstance(a, PaCALayer) and a.base.tenant is a and not shard.is_sharded(a.D)]
+        if layers:
+            columns = torch._foreach_mul([a.D for a in layers], [a.scale for a in layers])
+            torch._foreach_add_(columns, [a.origin for a in layers])
+            for layer, sums in zip(layers, columns, strict=True):
+                layer.write(sums)
+        written = set(map(id, layers))
+        for adapter in adapters:
+            if id(adapter) not in written:
+                adapter.enter()
 
 
 @dataclass(frozen=True)
