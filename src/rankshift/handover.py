@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rankshift import lower as lowering
 from rankshift.core.adapter import Adapter
 from rankshift.core.errors import AttachError, ConfigError, TiedWeights
 from rankshift.core.method import Estate, Method
@@ -177,12 +178,15 @@ def _anew(run: Run, method: Method, data: Iterable[Any] | None) -> Run:
     new._parted = _parted(run, states)
     lr = _hand_on(run, new, method)
     new._driver.skips = run.skipped
+    lowered = lowering.how(run.model)
     model = run.merge()
     run._closed, run._moments = "shift()", {}  # who keeps this run keeps no moments with it
     names = {name for name, _, _ in base_parameters(model)}
     new._changed = changed | (names - before)  # tied to what was trained as a copy
     new._moments = {name: state for name, state in states.items() if name in names}
     new._begin(method, data, lr=lr)
+    if lowered is not None:
+        lowering.lower(model, **lowered)
     return new
 
 

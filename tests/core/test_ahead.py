@@ -223,3 +223,33 @@ def test_too_many_in_a_row_are_told_by_the_next_update(ahead: list[bool]) -> Non
 
     with pytest.raises(NonFinite, match="in a row"):
         train()
+
+
+def test_a_copied_optimizer_owes_nothing(ahead: list[bool]) -> None:
+    model = tiny(torch.float64)
+    run = rs.attach(model, rs.LoRA(rank=2), total_steps=9)
+    optimizer = run.optimizer(lr=1e-2)
+    for step in range(3):
+        loss_of(model, batch(step)).backward()
+        if step == 2:
+            next(p for _, p in run.trainable()).grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+    copied = copy.deepcopy(optimizer)
+    assert {float(state["step"]) for state in copied.state.values()} == {2.0}
+    assert (copied.param_groups[0]["updates"], copied.param_groups[0]["skipped"]) == (2, 1)
+
+
+def test_state_that_was_cleared_is_not_counted_back(ahead: list[bool]) -> None:
+    model = tiny(torch.float64)
+    run = rs.attach(model, rs.LoRA(rank=2), total_steps=9)
+    optimizer = run.optimizer(lr=1e-2)
+    for step in range(4):
+        loss_of(model, batch(step)).backward()
+        if step == 1:
+            next(p for _, p in run.trainable()).grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            optimizer.state.clear()
+    assert (run.step, run.skipped) == (3, 1)

@@ -156,7 +156,7 @@ def test_every_method(name):
     for said in report.aside.values():
         assert why in said
         assert said in str(report)
-    assert "2 of 2 blocks run fused" in str(report)
+    assert f"{0 if why else 2} of 2 blocks run fused" in str(report)
 
 
 def test_dropout_is_fused_in_evaluation():
@@ -316,7 +316,7 @@ def test_parts_that_are_others():
     report = check(model, run)
     assert report.refused == {"model.layers.0": "mlp is a Doubled, which transformers does not have there"}
     assert report.aside == {"model.layers.1": "its norms are LayerNorm and LlamaRMSNorm"}
-    assert "1 of 2" in str(report)
+    assert "0 of 2" in str(report)
 
 
 def test_layers_that_others_quantised_are_refused(monkeypatch):
@@ -612,22 +612,42 @@ def test_compress_leaves_a_plain_model():
 def test_shift_keeps_fused_blocks():
     """Also where the next method stands at other layers than the last one."""
     model, run = begun(rs.LoRA(rank=3))
-    report = run.lower()
+    report = run.lower(memory_budget="1GiB")
     before = outcome(model, run)["logits"]
     for method in (rs.PaCA(rank=2, targets=("q_proj", "down_proj")), rs.LoRA(rank=2), rs.VeRA(rank=4)):
         run = run.shift(method)
+        assert all(map(stands_in, model.model.layers))
+        assert stands_in(model.lm_head)
+        assert lowering.how(model) == {"graphs": False, "memory_budget": "1GiB"}
         with torch.no_grad():
             close({"logits": model(ids()).logits}, {"logits": before}, 1e-4)
         stir(run)
         lowered = outcome(model, run)
-        assert fused(report)
+        assert fused(run.lower(memory_budget="1GiB"))
         run.raise_()
         close(lowered, outcome(model, run))
-        report = run.lower()
+        assert str(report) == "the model's own blocks stand there again"
+        run.lower(memory_budget="1GiB")
         before = outcome(model, run)["logits"]
     run = run.shift(rs.Full())
-    check(model, run)
+    report = run.lower()
     assert set(report.aside.values()) == {"its norms train"}
+    assert str(report).startswith(f"0 of {len(model.model.layers)} blocks run fused")
+    check(model, run)
+
+
+def test_the_report_says_before_any_forward_what_hinders():
+    for method, why in (
+        (rs.LoRA(rank=2, dora=True), "DoRALayer"),
+        (rs.LoRA(rank=2, dropout=0.1), "LoRALayer"),
+        (rs.Full(), "train"),
+    ):
+        model, run = begun(method)
+        model.train()
+        report = run.lower()
+        assert str(report).startswith(f"0 of {len(model.model.layers)} blocks run fused")
+        assert all(why in reason for reason in report.aside.values())
+        assert len(report.aside) == len(report.blocks)
 
 
 def test_gradient_checkpointing():

@@ -337,6 +337,8 @@ class Driver:
         self.release()
         self._initial, self._units = initial, shard.units(model)
         self._optimizer = optimizer
+        if hasattr(optimizer, "settle"):
+            optimizer.settle = self.settle
         self.sentry.follow(optimizer)
         self._checked, self.taken = False, None if hooks is None else {}
         self._hooks = [

@@ -70,6 +70,7 @@ class Block:
     memory: Memory | None = None  # what it keeps for its backward; None: everything
     index: int = 0  # which block of the model
     aside: str | None = None  # why its last forward was the block's own
+    launched: str | None = None  # why its last training forward was not a CUDA graph, where it may be one
 
 
 _GROUPS = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))  # of the layers: those that read one input
@@ -184,8 +185,10 @@ def _forward(
             return _fused(self, block, groups, batch, x, cos, sin, attention_mask, cache, words, keep, wanted)
 
         y = None
-        if block.tape is not None and attention_mask is None and past_key_values is None and not kwargs:
-            y = _replayed(self, block, bases, batch, x, tables, work)
+        if block.tape is not None and self.training and torch.is_grad_enabled():
+            block.launched = _ungraphed(self, x, attention_mask, past_key_values, kwargs)
+            if block.launched is None:
+                y = _replayed(self, block, bases, batch, x, tables)
         groups = _terms(self, bases) if y is None else None
         if isinstance(groups, tuple):
             policy = _policy(self, block, groups, batch, x, attention_mask, past_key_values)
@@ -249,32 +252,54 @@ def _policy(
     return memory.policy(block.index, layer, needed)
 
 
-def _replayed(
-    layer: Any, block: Block, bases: list[Base], batch: int, x: Tensor, tables: tuple[Tensor, ...],
-    work: Callable[..., Tensor],
-) -> Tensor | None:  # fmt: skip
-    """The block's output by its CUDA graph; None where it cannot go by one now."""
-    attention, tape = layer.self_attn, block.tape
-    assert tape is not None
-    looked_at = any(vars(layer)[name] for name in HOOKS)
-    if not (layer.training and torch.is_grad_enabled() and x.is_cuda) or looked_at or attention.attention_dropout:
-        return None
+_IDLE = ("num_items_in_batch",)  # words of transformers' Trainer that reach every block, and that none reads
+_BLIND = ("sdpa", "eager")  # kinds of attention that look at nothing but q, k, v and the mask
+
+
+def _ungraphed(layer: Any, x: Tensor, mask: Tensor | None, cache: Any, words: dict[str, Any]) -> str | None:
+    """Why a training forward cannot be a CUDA graph, whatever is captured; None if it can."""
+    attention = layer.self_attn
+    if not x.is_cuda:
+        return "the model is not on a GPU"
+    if mask is not None:
+        return "there is a mask"
+    if cache is not None and cache.get_seq_length(attention.layer_idx):
+        return "keys and values of an earlier forward are given"
+    if told := [name for name, value in words.items() if value is not None and name not in _IDLE]:
+        return f"{told[0]} is given"
+    if (how := attention.config._attn_implementation) not in _BLIND:
+        return f"its attention is {how}, which may read positions"
+    if attention.attention_dropout:
+        return "its attention has dropout"
+    if any(vars(layer)[name] for name in HOOKS):
+        return "the block is hooked"
     if getattr(layer, "gradient_checkpointing", False):
-        return None
-    modules = _layers(layer)
+        return "transformers' checkpointing is on"
+    return None
+
+
+def _replayed(
+    layer: Any, block: Block, bases: list[Base], batch: int, x: Tensor, tables: tuple[Tensor, ...]
+) -> Tensor | None:
+    """The block's output by its CUDA graph, which fills no cache; None where none is captured for this forward."""
+    tape, modules = block.tape, _layers(layer)
+    assert tape is not None
     if not tape.captured and isinstance(_terms(layer, bases), str):
         return None
     adapters = [adapter for module in modules if isinstance(module, Site) for adapter in module.acting()]
     for adapter in adapters:
         adapter.refresh()
-    state = (batch, attention.config._attn_implementation, *map(id, modules), *map(id, bases), *map(id, adapters))
+    how = layer.self_attn.config._attn_implementation
+    state = (batch, how, *map(id, modules), *map(id, bases), *map(id, adapters))
 
-    def captured(x: Tensor, *tables: Tensor) -> Tensor:
+    def captured(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         groups = _terms(layer, bases)
         assert isinstance(groups, tuple)
-        return work(groups, x, *tables)
+        return _fused(layer, block, groups, batch, x, cos, sin, None, None, {})
 
-    return tape.run(block.index, layer, x, tables, state, captured)
+    y = tape.run(block.index, layer, x, tables, state, captured)
+    block.launched = None if y is not None else "its shape has not come often enough, or the last backward is not over"
+    return y
 
 
 @functools.cache
@@ -335,13 +360,29 @@ def _checked(
         return "attention weights are asked for"
     if positions is None or positions[0].shape[-1] != attention.head_dim:
         return "positions do not rotate whole heads"
-    modules = _layers(layer)
-    bases = _bases(block, modules)
+    bases = _standing(layer, block)
     if isinstance(bases, str):
         return bases
     dtype = bases[0].dtype
     if not x.dtype == compute_dtype(x)[0] == dtype:
         return f"it computes in another dtype than its weights' {str(dtype).removeprefix('torch.')}"
+    return bases
+
+
+def look(layer: nn.Module) -> None:
+    """Note whether a lowered block can run fused as it stands."""
+    block = block_of(layer)
+    bases = _standing(layer, block)
+    found = bases if isinstance(bases, str) else _terms(layer, bases)
+    block.aside = found if isinstance(found, str) else None
+
+
+def _standing(layer: Any, block: Block) -> list[Base] | str:
+    """The bases of the layers, if nothing that stands there hinders the block; else what does."""
+    attention, modules = layer.self_attn, _layers(layer)
+    bases = _bases(block, modules)
+    if isinstance(bases, str):
+        return bases
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     if any(norm.weight.requires_grad for norm in norms):
         return "its norms train"

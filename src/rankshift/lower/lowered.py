@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,7 @@ class Lowered:
 
     model: nn.Module
     blocks: list[str] = field(default_factory=list)
-    """Names of the blocks that run fused."""
+    """Names of the blocks that were lowered: they run fused where nothing hinders it, see :attr:`aside`."""
     refused: dict[str, str] = field(default_factory=dict)
     """Name → why it runs as it did."""
     head: str | None = None
@@ -35,17 +36,24 @@ class Lowered:
         return None if self.budget is None or self.budget.now is None else str(self.budget.now)
 
     @property
-    def aside(self) -> dict[str, str]:
-        """Blocks whose last forward ran unfused → why."""
+    def _standing(self) -> dict[str, llama.Block]:
         layers = {name: self.model.get_submodule(name) for name in self.blocks}
-        found = {name: llama.block_of(layer).aside for name, layer in layers.items() if stands_in(layer)}
-        return {name: why for name, why in found.items() if why is not None}
+        return {name: llama.block_of(layer) for name, layer in layers.items() if stands_in(layer)}
+
+    @property
+    def aside(self) -> dict[str, str]:
+        """Lowered blocks that run unfused → why: as they were at lower(), then as of their last forward."""
+        return {name: block.aside for name, block in self._standing.items() if block.aside is not None}
 
     def __str__(self) -> str:
-        lines = [f"{len(self.blocks)} of {len(self.blocks) + len(self.refused)} blocks run fused"]
+        standing, aside = self._standing, self.aside
+        if self.blocks and not standing:
+            return "the model's own blocks stand there again"
+        lines = [f"{len(standing) - len(aside)} of {len(self.blocks) + len(self.refused)} blocks run fused"]
         lines.append("loss without logits" if self.head is None else f"loss from all logits: {self.head}")
         lines += [] if self.memory is None else [self.memory]
-        for title, names in (("not fused", self.refused), ("unfused in the last forward", self.aside)):
+        others = {name: block.launched for name, block in standing.items() if block.launched is not None}
+        for title, names in (("not fused", self.refused | aside), ("not by a CUDA graph", others)):
             lines += [f"{title} (×{count}): {why}" for why, count in Counter(names.values()).items()]
         return "\n".join(lines)
 
@@ -62,7 +70,8 @@ def lower(model: nn.Module, graphs: bool = False, memory_budget: str | None = No
     Args:
         graphs: replay blocks as CUDA graphs once batches of one shape come, see :mod:`rankshift.lower.graphs`: for
             training in which the host cannot launch kernels as fast as the GPU computes them. Activations of one shape
-            then stay allocated; a second backward through one forward is an error.
+            then stay allocated; a second backward through one forward is an error. As under checkpointing, training
+            forwards fill no cache of keys and values.
         memory_budget: what a step may take. "40GiB": all tensors of the process together; "auto": 95 % of the GPU's
             memory that is free when a size of batch first comes; on a CPU, no bound. Where that is too little to keep
             all that a backward wants, blocks compute some of it again, or all, or put their input into memory of the
@@ -100,7 +109,18 @@ def lower(model: nn.Module, graphs: bool = False, memory_budget: str | None = No
     for index, name in enumerate(done.blocks):
         block = llama.block_of(model.get_submodule(name))
         block.tape, block.memory, block.index = tape, done.budget, index
+        llama.look(model.get_submodule(name))
     return done
+
+
+def how(model: nn.Module) -> dict[str, Any] | None:
+    """The arguments with which a model was lowered; None if no block of it is."""
+    for layer in model.modules():
+        if llama.is_block(layer) and stands_in(layer):
+            block = llama.block_of(layer)
+            budget = None if block.memory is None else block.memory.told
+            return {"graphs": block.tape is not None, "memory_budget": budget}
+    return None
 
 
 def undo(model: nn.Module) -> None:

@@ -259,7 +259,7 @@ class Memory:
     """
 
     def __init__(self, budget: str, count: int, words: int, lazy: bool):
-        self.budget, self.count, self.words, self.lazy = budget_of(budget), count, words, lazy
+        self.told, self.budget, self.count, self.words, self.lazy = budget, budget_of(budget), count, words, lazy
         self.plans: dict[Sizes, Plan] = {}
         self.now: Plan | None = None  # of the last training forward
         self._last = -1  # block that came last

@@ -113,6 +113,7 @@ class Optimizer(torch.optim.Optimizer):
         self.seed = seed
         self.ranks = {} if ranks is None else ranks  # no copy: a run that is loaded later says what they are
         self.void: Tensor | None = None  # of the step to come, see Hyper
+        self.settle: Callable[[], None] = _nothing  # count a step whose verdict is still out; the driver's
         self._table: dict[int, tuple[Tensor, Transform, str, tuple[int, int]]] = {}
         self.told: Sequence[str] = ()  # what a run has said of how its method differs from that of a loaded state
         if len(self.transforms) != len(self.param_groups):
@@ -188,7 +189,7 @@ class Optimizer(torch.optim.Optimizer):
         held = None if stepped is None else {id(p) for p in stepped}
         for group, transform in zip(self.param_groups, self.transforms, strict=True):
             parameters = [p for p in group["params"] if (p.grad is not None if held is None else id(p) in held)]
-            if states := [self.state[p] for p in parameters]:
+            if states := [state for p in parameters if (state := self.state.get(p))]:
                 transform.retract(states, hyper_of(group))  # type: ignore[attr-defined]
 
     def _refuse(self, parameters: Iterable[Tensor]) -> None:
@@ -324,6 +325,7 @@ class Optimizer(torch.optim.Optimizer):
         _log.warning("%s.", "; ".join(told))
 
     def __getstate__(self) -> dict[str, Any]:
+        self.settle()
         return {
             **super().__getstate__(),
             "transforms": self.transforms,
@@ -331,8 +333,13 @@ class Optimizer(torch.optim.Optimizer):
             "ranks": self.ranks,
             "told": self.told,
             "void": None,
+            "settle": _nothing,
             "_table": {},
         }  # torch's own names what is copied
+
+
+def _nothing() -> None:
+    """What nobody has to do."""
 
 
 def _indices(of: Any) -> list[Any]:

@@ -131,6 +131,8 @@ class LoopConfig:
     lower: bool = False
     """Run Llama-shaped blocks as fused kernels that hold the same parameters: faster, less memory, the same results to
     rounding. Refused where the model has no such block."""
+    memory_budget: str | None = None
+    """With lower: what a step may take, as 40GiB or auto. Blocks keep less for backward where more would not fit."""
     calibration: int = 32
     """Batches that methods look at before they start, where they do; taken evenly from the training data."""
 
@@ -148,6 +150,8 @@ class LoopConfig:
             yield f"train.warmup = {self.warmup:g} is not a share in [0, 1). Set for example 0.05."
         if self.weight_decay < 0 or self.clip < 0:
             yield "train.weight_decay and train.clip must not be negative. Set 0 to switch one off."
+        if self.memory_budget is not None and not self.lower:
+            yield "train.memory_budget is for fused blocks. Set train.lower=true, or leave it out."
         if self.fused_backward and self.optim != "adamw":
             yield "train.fused_backward is for the method's own optimizer. Leave it out, or train.optim."
         if self.fused_backward and (self.accumulate != 1 or self.clip):

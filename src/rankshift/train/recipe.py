@@ -558,6 +558,7 @@ def _trainer(job: Job, directory: Path, bar: Any) -> Any:
         calibration=_calibration(job) if any(method.needs_data for method in config.methods) else None,
         fused_backward=loop.fused_backward,
         lower=loop.lower,
+        memory_budget=loop.memory_budget,
         compute_metrics=lambda p: {f"m_{k}": v for k, v in measured.compute(p).items()},
         preprocess_logits_for_metrics=measured.keep,
         callbacks=[bar],

@@ -84,6 +84,7 @@ class Trainer(transformers.Trainer):
         base: storage of the frozen weights, as in ``rs.attach``: "nf4" under LoRA is QLoRA.
         run: a run that exists already.
         lower: let the model's blocks run in fused forms, as :meth:`Run.lower` does; refused where none is known.
+        memory_budget: with that, what a step may take, as there.
         then: methods to go on with, and when, after ``method``. A run has its own. A learning rate that one does not
             say is the one before it.
         calibration: batches for methods that look at data before they start, as collated dictionaries.
@@ -111,6 +112,7 @@ class Trainer(transformers.Trainer):
         base: Kind | None = None,
         run: Run | None = None,
         lower: bool = False,
+        memory_budget: str | None = None,
         then: Sequence[Then] = (),
         calibration: Iterable[Any] | None = None,
         check_gradients: bool = True,
@@ -137,6 +139,8 @@ class Trainer(transformers.Trainer):
         coming = listed(then) if run is None else run.coming
         if base is not None:
             check_method(first, base, coming)
+        if memory_budget is not None and not lower:
+            raise ConfigError(f"memory_budget={memory_budget!r} is for fused blocks: set lower=True, or leave it out.")
         self._check_optimizers(first, model, coming, rest)
         self._settle(args, model, first, coming)
         check_flag(fused_backward)
@@ -163,14 +167,23 @@ class Trainer(transformers.Trainer):
         self._news, self._meter = News(), costs.Meter(self.args.device)
         planned = self._planned_updates()
         if lower:
-            report = lowering.lower(model)
+            report = lowering.lower(model, memory_budget=memory_budget)
             if not report.blocks:
                 why = f": {next(iter(report.refused.values()))}" if report.refused else ""
                 raise ConfigError(f"lower=True, but no block of this {type(model).__name__} can be fused{why}.")
-            _log.info("%s", report)
+        attached = run is None
         if run is None:
             assert method is not None
             run = attach(model, method, base, args.seed, planned, data=self._prepared(), then=coming)
+        if lower:  # again: only now it is known what stands there, and that the head is frozen
+            report = run.lower(memory_budget=memory_budget)
+            if len(aside := report.aside) == len(report.blocks):
+                if attached:
+                    run._take_off("an error")
+                    lowering.undo(model)
+                why = next(iter(aside.values()))
+                raise ConfigError(f"lower=True, but under {type(first).__name__} no block can be fused: {why}.")
+            _log.info("%s", report)
         self.run = run
         self._planned = run.total_steps if planned is None else planned
         run.total_steps = self._planned
