@@ -195,3 +195,43 @@ def test_a_copy_has_no_graphs_yet() -> None:
     assert not copied.tape.captured  # type: ignore[union-attr]
     assert not pickle.loads(pickle.dumps(a.tape)).captured
     assert not same(copied, b)
+
+
+class OnGPU:
+    """As much of a tensor as is asked."""
+
+    is_cuda = True
+
+
+def test_what_keeps_a_block_from_its_graph() -> None:
+    from lower_models import llama as tiny
+    from transformers import DynamicCache
+
+    from rankshift.lower import lower
+    from rankshift.lower.llama import _ungraphed
+
+    model = tiny()
+    model.requires_grad_(False)
+    report = lower(model, graphs=True)
+    layer, x = model.model.layers[0], OnGPU()
+    empty, filled = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    filled.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), layer.self_attn.layer_idx)
+    assert _ungraphed(layer, x, None, None, {}) is None
+    assert _ungraphed(layer, x, None, empty, {"num_items_in_batch": 3, "other": None}) is None
+    assert "GPU" in _ungraphed(layer, torch.zeros(1), None, None, {})
+    assert "mask" in _ungraphed(layer, x, torch.ones(1), None, {})
+    assert "earlier" in _ungraphed(layer, x, None, filled, {})
+    assert "cu_seq_lens_q is given" in _ungraphed(layer, x, None, None, {"cu_seq_lens_q": torch.ones(1)})
+    hook = layer.register_forward_hook(lambda *_: None)
+    assert "hooked" in _ungraphed(layer, x, None, None, {})
+    hook.remove()
+    layer.self_attn.attention_dropout = 0.1
+    assert "dropout" in _ungraphed(layer, x, None, None, {})
+    layer.self_attn.attention_dropout = 0.0
+    model.config._attn_implementation = "flash_attention_2"
+    assert "positions" in _ungraphed(layer, x, None, None, {})
+    model.config._attn_implementation = "sdpa"
+    model.train()
+    ids = torch.randint(0, 30, (1, 6))
+    model(inputs_embeds=model.get_input_embeddings()(ids).requires_grad_(), labels=ids).loss.backward()
+    assert "not by a CUDA graph (×2): the model is not on a GPU" in str(report)
