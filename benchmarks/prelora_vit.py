@@ -1,6 +1,7 @@
 """PreLoRA on vision transformers: a step of its three stages on one GPU, and whole trainings on CIFAR-10.
 
     PYTHONPATH=src python benchmarks/prelora_vit.py step --images .img --out benchmarks/results/prelora_step.json
+    PYTHONPATH=src python benchmarks/prelora_vit.py kernels --images .img --out benchmarks/results/prelora_kernels.json
     PYTHONPATH=src python benchmarks/prelora_vit.py cifar --images .img --out benchmarks/results/prelora_cifar.json
     python benchmarks/prelora_vit.py plot --results benchmarks/results/prelora_cifar.json --out docs/img/…png
 
@@ -12,6 +13,8 @@ arm is built alone (peak memory: weights, states, gradients and activations of a
 in turns, at one batch size, in one process. Every linear layer but the head has an adapter of the same rank, the most
 that the ladder gives; with PaCA there is no joint stage. Windows of the full stage do not end here, as they seldom do
 in a training. Nothing is added to any time.
+
+"kernels": what GPU kernels of such steps take by torch's profiler, and with nothing trained but the embeddings.
 
 "cifar": a ViT of 6 layers, d 192, patches of 4 × 4, from scratch; random crops and flips; AdamW, warm-up of 5 % and a
 cosine to 0 over the whole run, which goes on through all stages. The learning rates of full training and of LoRA are
@@ -141,7 +144,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def once(arm: Arm) -> float:
+def once(arm: Arm | Frozen) -> float:
     """Milliseconds of one step."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
@@ -231,6 +234,74 @@ def steps(options: argparse.Namespace) -> None:
             torch._dynamo.reset()
             result = {"shape": shape, "image": 224, "rounds": options.rounds, "tables": tables, "failed": failed}
             written(options.out, result)
+
+
+class Frozen:
+    """No adapter: the gradient goes through all layers to the embeddings, which no optimizer follows."""
+
+    def __init__(self, shape: dict[str, int], pixels: Tensor, labels: Tensor):
+        self.pixels, self.labels = pixels, labels
+        torch.manual_seed(0)
+        with torch.device(pixels.device):
+            self.model = vit(1000, image_size=224, patch_size=16, **shape).requires_grad_(False)
+        self.model.vit.embeddings.requires_grad_(True)
+        for layer in self.model.vit.layers:
+            layer.compile()
+
+    def step(self) -> None:
+        with torch.autocast(self.pixels.device.type, torch.bfloat16):
+            loss = F.cross_entropy(self.model(self.pixels).logits.float(), self.labels)
+        loss.backward()
+        self.model.zero_grad()
+
+
+def profiled(arm: Arm | Frozen, listed: int) -> dict[str, Any]:
+    for _ in range(5):
+        arm.step()
+    ms = statistics.mean(once(arm) for _ in range(5))
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as seen:
+        for _ in range(2):
+            arm.step()
+        synchronize()
+    rows = [e for e in seen.key_averages() if e.device_type.name == "CUDA" and e.self_device_time_total > 0]
+    rows = [e for e in rows if "#" not in e.key]  # ranges of code, which hold kernels that are here themselves
+    rows.sort(key=lambda e: -e.self_device_time_total)
+    return {
+        "ms": ms,
+        "kernels": sum(e.count for e in rows) / 2,
+        "kernel_ms": sum(e.self_device_time_total for e in rows) / 2e3,
+        "top": [
+            {"ms": e.self_device_time_total / 2e3, "count": e.count / 2, "kernel": e.key[:120]} for e in rows[:listed]
+        ],
+    }
+
+
+def kernels(options: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("kernels: needs a GPU, whose kernels the profiler lists")
+    torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    shape = SMALL if options.toy else LARGE
+    pixels = F.interpolate(scaled(images(options.images, "train")[0][: options.batch].to("cuda")), 224, mode="bicubic")
+    labels = torch.randint(1000, (options.batch,), device="cuda")
+    lora, paca = rs.LoRA(rank=16, alpha=32), rs.PaCA(rank=64)
+    rows = {}
+    for name, stage, method in (
+        ("frozen, no adapter", None, lora),
+        ("full", "full", lora),
+        ("frozen, PaCA r 64", "frozen", paca),
+        ("frozen, LoRA r 16", "frozen", lora),
+    ):
+        arm = Arm(shape, stage, method, None, pixels, labels, True) if stage else Frozen(shape, pixels, labels)
+        row = rows[name] = profiled(arm, options.listed)
+        print(f"{name:20} {row['ms']:7.1f} ms, {row['kernels']:.0f} kernels of {row['kernel_ms']:.1f} ms", flush=True)
+        del arm
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch._dynamo.reset()
+        written(options.out, {"shape": shape, "image": 224, "batch": options.batch, "compiled": True, "arms": rows})
 
 
 # ---- whole trainings -------------------------------------------------------------------------------------------------
@@ -534,6 +605,10 @@ def main() -> None:
     verb.add_argument("--rounds", type=int, default=20)
     verb.add_argument("--compile", choices=("yes", "no", "both"), default="both")
     verb.set_defaults(do=steps)
+    verb = verbs.add_parser("kernels")
+    verb.add_argument("--batch", type=int, default=128)
+    verb.add_argument("--listed", type=int, default=24, help="kernels in the file, an arm")
+    verb.set_defaults(do=kernels)
     verb = verbs.add_parser("cifar")
     verb.add_argument("--epochs", type=int, default=80)
     verb.add_argument("--updates", type=int, help="instead of epochs")
