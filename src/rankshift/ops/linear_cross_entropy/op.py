@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankshift.ops.linear_cross_entropy.reference import rows_
-from rankshift.ops.products import accumulate, compute_dtype, into
+from rankshift.ops.products import compute_dtype, into
 from rankshift.ops.stochastic_rounding.op import runs_on
 
 _CHUNK = 2048  # rows of logits at a time: enough for products at full rate
@@ -138,14 +138,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.addmm(bias, x, W.t(), out=logits)
             if low is not None:
                 z = x @ low[0].t()  # (rows, r)
-                accumulate(logits, z, low[1].t())
+                torch.addmm(logits, z, low[1].t(), out=logits)
             losses[part] = _rows_(whole, len(W), label, ignore_index, multiplier, softcap, any(grads))
             if dh is not None:
                 torch.mm(logits, W, out=dh[part])
             if low is not None and any(grads):
                 S = logits @ low[1]  # (rows, r)
                 if dh is not None:
-                    accumulate(dh[part], S, low[0])
+                    torch.addmm(dh[part], S, low[0], out=dh[part])
                 if dA is not None:
                     dA += into(S.t(), x, wide)
                 if dB is not None:
