@@ -75,7 +75,8 @@ class Pool:
                 try:
                     answers[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
-                    answers[rank] = False, "the process died"
+                    self._processes[rank].join(1)
+                    answers[rank] = False, f"the process died (exit code {self._processes[rank].exitcode})"
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + self.grace)
         failures = {rank: text for rank, (good, text) in sorted(answers.items()) if not good}
