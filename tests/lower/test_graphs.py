@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
+import rankshift as rs
 from rankshift.lower.graphs import SEEN, Tape
 
 
@@ -235,3 +237,34 @@ def test_what_keeps_a_block_from_its_graph() -> None:
     ids = torch.randint(0, 30, (1, 6))
     model(inputs_embeds=model.get_input_embeddings()(ids).requires_grad_(), labels=ids).loss.backward()
     assert "not by a CUDA graph (×2): the model is not on a GPU" in str(report)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
+@pytest.mark.parametrize("method", [rs.LoRA(rank=16), rs.PaCA(rank=16), rs.VeRA(rank=64), rs.SoRA(rank=8)])
+def test_training_by_graphs_on_a_gpu_is_training_without(method: rs.Method) -> None:
+    """To the bit: they are the same kernels. Over two forwards an update, and shapes that change."""
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512,
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(2, 128)] * 6 + [(2, 96)] * 3 + [(2, 128)] * 3
+    batches = [torch.randint(0, 512, shape, generator=draw).cuda() for shape in shapes]
+
+    def trained(graphs: bool) -> tuple[list[float], list[Tensor]]:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).cuda().train()
+        run = rs.attach(model, method, total_steps=20)
+        report, optimizer = run.lower(graphs=graphs), run.optimizer(lr=1e-3)
+        losses = []
+        for ids in batches:
+            for part in (ids, ids.flip(0)):
+                loss = model(input_ids=part, labels=part).loss
+                loss.backward()
+                losses.append(float(loss))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert "not by a CUDA graph" not in str(report)
+        return losses, [p.detach().clone() for _, p in run.trainable()]
+
+    torch.testing.assert_close(trained(True), trained(False), rtol=0, atol=0)
