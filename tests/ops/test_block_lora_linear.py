@@ -215,7 +215,8 @@ def test_compiles_whole(dtype: torch.dtype):
     x = torch.randn(6, 32, dtype=dtype, requires_grad=True)
     leaves = [x, *(p for p in adapter.parameters() if p.requires_grad)]
     plain, y = model(x), compiled(x)
-    close = {"rtol": 2**-6, "atol": 2**-4} if dtype is torch.bfloat16 else {}
-    torch.testing.assert_close(y, plain, **close)
-    want = torch.autograd.grad(plain.square().sum(), leaves)
-    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), leaves), want, **close)
+    wanted = (plain, *torch.autograd.grad(plain.square().sum(), leaves))
+    found = (y, *torch.autograd.grad(y.square().sum(), leaves))
+    for got, want in zip(found, wanted, strict=True):  # compiled, the branch is rounded before it is added
+        off = (got - want).double().norm() / want.double().norm()
+        assert off < (2**-7 if dtype is torch.bfloat16 else 1e-6)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from elsewhere import run
 
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
@@ -57,13 +55,6 @@ for kind, fold in (("bf16", False), ("bf16", True), ("fp16", False)):
     )
     assert "cvt.rn.satfinite.e4m3x2.f32" in ptx, "not by the instruction that rounds to the nearest"
 """
-
-
-def run(*command: str | Path, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("file", ["kernels_interpreted.py", "four_bit_interpreted.py", "fp8_interpreted.py"])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import run
 from torch import Tensor
 
 from rankshift.ops.rms_norm import add, norm, norm_back, pick
@@ -134,13 +132,6 @@ M, N, warps = _PICK
 pick = P + ["*i64", "*fp32"] + P * 2 + ["i32"] * 3 + ["fp32"] * 2
 compiled(_pick, pick, warps, NORMED=True, M=M, N=N)
 """
-
-
-def run(*command: str | Path, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
 def test_the_kernels_compute_the_same() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import run
 from torch import Tensor
 
 from rankshift.ops.rotary import rotate_, rotate_back
@@ -112,13 +110,6 @@ for half in (32, 40):
     ptx = compiled(_rotate_back, ["*bf16"] * 8 + ["i32"] * 17, warps, EVEN=True, **ones, **sizes)
     assert ptx.count("ld.global") == ptx.count("ld.global.v4.b32"), "it does not load 16 bytes at once"
 """
-
-
-def run(*command: str | Path, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
 def test_the_kernels_compute_the_same() -> None:

@@ -7,12 +7,11 @@ own, which runs what is marked ``kernels`` here.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import run
 from torch import Tensor
 
 from rankshift.ops.skinny import down_back, op, pack, reference
@@ -194,13 +193,6 @@ round = [(i, j) for i in (0, 1, 3, 4) for j in (0, 1)] + [(i, j, 0) for i in (5,
 ptx = compiled(_pack, types, round, values, warps)
 assert ptx.count("st.global") == ptx.count("st.global.v4") == 2, "what a thread writes at once is not 16 bytes"
 """
-
-
-def run(*command: str | Path, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1" or DEVICE == "cuda", reason="they run in this process")

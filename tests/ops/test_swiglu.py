@@ -7,14 +7,13 @@ own, which runs what is marked ``kernels`` here.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from elsewhere import run
 from torch import Tensor
 from torch.nn import functional
 
@@ -240,13 +239,6 @@ for half, r, even in (("*bf16", 0, True), ("*bf16", 16, True), ("*fp16", 64, Fal
         assert "ld.global.b16" not in ptx, "what a thread reads at once is not 16 bytes"
         assert "st.global.b16" not in ptx, "what a thread writes at once is not 16 bytes"
 """
-
-
-def run(*command: str | Path, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1" or DEVICE == "cuda", reason="they run in this process")

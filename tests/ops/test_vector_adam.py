@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import run
 from torch import Tensor, nn
 
 from rankshift.ops.vector_adam import fits, op, reference
@@ -87,13 +85,6 @@ def test_the_reference_is_an_adamw_for_each_vector(axis: int) -> None:
             x.grad = part.clone()
             optimizer.step()
     torch.testing.assert_close(p, torch.stack([x.detach() for x in alone], axis), rtol=0, atol=1e-14)
-
-
-def run(*command: str | Path, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
 def test_they_compute_what_their_reference_does() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from elsewhere import run
 from torch import Tensor, nn
 
 import rankshift as rs
@@ -71,13 +69,6 @@ def test_tables_go_in_the_order_that_kernels_read() -> None:
     table = np.arange(6).reshape(2, 3).T
     assert sent(table, torch.device("cpu")).is_contiguous()
     assert sent(table, torch.device("cpu")).tolist() == table.tolist()
-
-
-def run(*command: str | Path, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
 def test_they_compute_what_their_reference_does() -> None:

@@ -36,11 +36,15 @@ def _autocast(kind: str) -> bool:
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right in the memory of ``total``."""
     if torch.compiler.is_compiling():
-        # A sum in fp32 the compiler takes into whatever reads it next. Of one in 16 bits it makes a GEMM that adds, for
-        # which it copies ``total`` first: twice what the products of the branch take.
-        wide = torch.promote_types(total.dtype, torch.float32)
-        return (total.to(wide) + (left @ right).to(wide)).to(total.dtype)
+        return added(total, left @ right)
     return torch.addmm(total, left, right, out=total)  # addmm_ would escape torch's FlopCounterMode
+
+
+def added(total: Tensor, change: Tensor) -> Tensor:
+    """total + change, for the compiler: a sum in fp32 it takes into whatever reads it next. Of one in 16 bits it makes
+    a GEMM that adds, for which it copies ``total`` first."""
+    wide = torch.promote_types(total.dtype, torch.float32)
+    return (total.to(wide) + change.to(wide)).to(total.dtype)
 
 
 def into(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

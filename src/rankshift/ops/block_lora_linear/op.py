@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from rankshift.core.base import Format
 from rankshift.ops.lora_linear import lora_linear
-from rankshift.ops.products import compute_dtype, delivered
+from rankshift.ops.products import added, compute_dtype, delivered
 
 
 def block_lora_linear(
@@ -100,9 +100,9 @@ def _split(x: Tensor, blocks: int) -> Tensor:
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total (b, n·k) + the batched left @ right, (n, b, k), in the memory of ``total``."""
+    if torch.compiler.is_compiling():
+        return added(total, torch.bmm(left, right).transpose(0, 1).reshape(total.shape))
     here = _split(total, len(left))
-    if torch.compiler.is_compiling():  # the compiler reuses the memory; told to write in place, it copies first
-        return torch.baddbmm(here, left, right).transpose(0, 1).reshape(total.shape)
     torch.baddbmm(here, left, right, out=here)  # strided: each block's columns of ``total``
     return total
 
