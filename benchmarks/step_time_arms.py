@@ -208,17 +208,17 @@ def galore_torch(job: Job) -> Step:
 def fill(factors: dict[str, tuple[Tensor, Tensor]], std: float) -> None:
     """A as PEFT draws it, B of N(0, std²), by the name of the layer: the same in every arm."""
     for name, (A, B) in factors.items():
-        draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        A.copy_((2 * torch.rand(A.shape, generator=draw) - 1) / math.sqrt(A.shape[1]))
-        B.copy_(std * torch.randn(B.shape, generator=draw))
+        draw = torch.Generator(A.device).manual_seed(zlib.crc32(name.encode()))
+        A.copy_((2 * torch.rand(A.shape, generator=draw, device=A.device) - 1) / math.sqrt(A.shape[1]))
+        B.copy_(std * torch.randn(B.shape, generator=draw, device=A.device))
 
 
 @torch.no_grad()
 def shake(vectors: dict[str, Tensor]) -> None:
     """VeRA's b, which starts at zero."""
     for name, b in vectors.items():
-        draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        b.copy_(0.02 * torch.randn(b.shape, generator=draw))
+        draw = torch.Generator(b.device).manual_seed(zlib.crc32(name.encode()))
+        b.copy_(0.02 * torch.randn(b.shape, generator=draw, device=b.device))
 
 
 def peft(job: Job, kind: str, rank: int, mode: str = "", std: float = 0.01, lr: float = 1e-4) -> Step:
