@@ -544,11 +544,27 @@ def profile(step: Step, listed: int) -> dict[str, Any]:
     rows = [e for e in rows if "#" not in e.key]  # ranges of code, which hold kernels that are here themselves
     rows.sort(key=lambda e: -e.self_device_time_total)
     lines = [f"{e.self_device_time_total / 2e3:9.3f} ms {e.count / 2:7.1f} × {e.key[:150]}" for e in rows[:listed]]
+    idle, widest = gaps(seen.events())
     return {
         "launches": sum(e.count for e in rows) / 2,
         "kernel_ms": sum(e.self_device_time_total for e in rows) / 2e3,
-        "text": "\n".join(lines),
+        "idle_ms": idle / 2e3,
+        "text": "\n".join([*lines, *widest]),
     }
+
+
+def gaps(events: Any) -> tuple[float, list[str]]:
+    """Microseconds in which nothing ran between the first and the last kernel, and the widest gaps in words."""
+    seen = [e for e in events if e.device_type.name == "CUDA" and "#" not in e.name]
+    seen.sort(key=lambda e: e.time_range.start)
+    found, until, before = [], seen[0].time_range.end if seen else 0.0, ""
+    for e in seen:
+        if e.time_range.start > until:
+            found.append((e.time_range.start - until, before[:60], e.name[:60]))
+        if e.time_range.end >= until:
+            until, before = e.time_range.end, e.name
+    found.sort(reverse=True)
+    return sum(gap for gap, _, _ in found), [f"{gap:9.1f} µs idle: {a} → {b}" for gap, a, b in found[:15]]
 
 
 def saved_bytes(step: Step) -> int:
