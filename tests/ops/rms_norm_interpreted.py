@@ -68,11 +68,15 @@ def test_its_gradient(shape: tuple[int, int, int], pad: int) -> None:
     z = (n @ A.double().t()).to(FP16)
     for low, past in (((S, A), residual), ((S, A), None), (None, residual), (None, None)):
         want = reference.norm_back(
-            *wide(dn, x2, rstd, weight), 0.5, low and wide(*low), None if past is None else past.double()
+            *wide(dn, x2, rstd, weight), 0.5, low and wide(*low), None if past is None else past.double(), ()
         )
         near(norm_back(dn, x2, rstd.float(), weight, 0.5, low, past), want)
         known = norm_back(dn, x2, rstd.float(), weight, 0.5, low, past, z=z if low else None)
         assert (known.double() - want).abs().max() < 2.0**-9 * want.abs().max()  # z itself is rounded
+    for more in ((S @ A,), (residual, dn.flip(0))):
+        total = sum(more, dn.double())
+        want = reference.norm_back(*wide(total, x2, rstd, weight), 0.5, wide(S, A), None, ())
+        near(norm_back(dn, x2, rstd.float(), weight, 0.5, (S, A), more=more), want)
 
 
 def test_a_weight_of_another_dtype() -> None:

@@ -50,7 +50,7 @@ for kind, nested, whole in (
         assert ptx.count("ld.global.b8") == (times if nested else 0), "it is not only absmax that comes byte by byte"
 for kind, fold in (("bf16", False), ("bf16", True), ("fp16", False)):
     ptx = compiled(
-        _rows, ["*" + kind, "*fp32", "*fp8e4nv", "*fp32", "i32"], aligned=True, options={"num_warps": 4},
+        _rows, ["*" + kind, "*fp32", "*fp8e4nv", "*fp32", "i32", "i32"], aligned=True, options={"num_warps": 4},
         FOLD=fold, SIZE=4096,
     )
     assert "cvt.rn.satfinite.e4m3x2.f32" in ptx, "not by the instruction that rounds to the nearest"

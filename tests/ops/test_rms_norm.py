@@ -47,6 +47,9 @@ def test_forward_and_back_are_the_plain_equation(offset: float) -> None:
     torch.testing.assert_close(norm_back(dn, got[0], got[2], weight, offset, (S, A), past), total.grad)
     z = got[1] @ A.t()
     torch.testing.assert_close(norm_back(dn, got[0], got[2], weight, offset, (S, A), past, z), total.grad)
+    parts = dn - 0.75 * past, past / 4, past / 2
+    got_of_parts = norm_back(parts[0], got[0], got[2], weight, offset, (S, A), past, more=parts[1:])
+    torch.testing.assert_close(got_of_parts, total.grad)
     (bare,) = torch.autograd.grad(plain(total, weight, offset), total, dn)
     torch.testing.assert_close(norm_back(dn, got[0], got[2], weight, offset), bare)
 
@@ -123,9 +126,9 @@ for r, (M, N, warps, deep) in _NORM.items():
     assert "cp.async.cg.shared.global" in made.asm["ptx"], "nothing is on its way while it computes"
 compiled(_norm, norm, 8, K=520, R=0, SUM=False, EVEN=False, M=16, N=512, DEEP=3)
 for r, (M, N, warps, deep) in _BACK.items():
-    for known in (True, False):
-        compiled(_norm_back, P * 2 + ["*fp32"] + P * 6 + ["i32"] * 7 + ["fp32"], warps, K=2048, R=r, KNOWN=known,
-                 PAST=True, EVEN=True, M=M, N=N, DEEP=deep)
+    for known, more in ((True, 0), (False, 0), (True, 2)):
+        compiled(_norm_back, P * 4 + ["*fp32"] + P * 6 + ["i32"] * 9 + ["fp32"], warps, K=2048, R=r, KNOWN=known,
+                 PAST=True, MORE=more, EVEN=True, M=M, N=N, DEEP=deep)
 for r, (M, N, warps) in _ADD.items():
     compiled(_add, P * 5 + ["i32"] * 5, warps, K=2048, R=r, EVEN=True, M=M, N=N)
 M, N, warps = _PICK

@@ -133,11 +133,11 @@ class _Entry(torch.autograd.Function):
             found = qkv.column_gradients(dY, picked)
         dx = None
         if need_x:
-            dn = qkv.back(dY, weights)
+            dn, *more = qkv.back(dY, weights)
             if low is not None and low[0].shape[1] > ACROSS:
                 dn.addmm_(*low)
                 low = Z = None
-            dx = norm_back(dn, x, rstd, before.weight, before.offset, low, residual.contiguous(), Z)
+            dx = norm_back(dn, x, rstd, before.weight, before.offset, low, residual.contiguous(), Z, more)
         return (dx, *(None,) * 6, *found)
 
 
@@ -210,7 +210,7 @@ class _Exit(torch.autograd.Function):
         dx3 = dx3.contiguous()
 
         # h W + Z B, and act(g) · u
-        dh = down.back(dx3, of_down)
+        (dh,) = down.back(dx3, of_down)
         dB_h = low_h = None
         if of_h:
             A_h, B_h, Z_h = of_h
@@ -253,13 +253,13 @@ class _Exit(torch.autograd.Function):
         elif needs[1]:
             picked_n = pick(x2, gate_up.channels, rstd, before.weight, before.offset, gate_up.scale)
             found_gu = gate_up.column_gradients(dY, picked_n)
-        dn = gate_up.back(dY, of_gate_up)
+        dn, *more = gate_up.back(dY, of_gate_up)
         del dY, dg, du, passed, gu, g, u
         if low is not None and low[0].shape[1] > ACROSS:
             dn.addmm_(*low)
             low = Z = None
-        dx = norm_back(dn, x2, rstd, before.weight, before.offset, low, dx3, Z)
-        del dn
+        dx = norm_back(dn, x2, rstd, before.weight, before.offset, low, dx3, Z, more)
+        del dn, more
 
         # o Wₒ + Zₒ Bₒ
         found_o: list[Tensor | None] = []
@@ -273,7 +273,7 @@ class _Exit(torch.autograd.Function):
             found_o = after.column_gradients(dx, pick(o, after.channels, scale=after.scale))
         do = None
         if need_o:
-            do = after.back(dx, of_after)
+            (do,) = after.back(dx, of_after)
             if low is not None:
                 do.addmm_(*low)
         return (do, dx, *(None,) * 7, *found_o, *found_gu, *found_h)

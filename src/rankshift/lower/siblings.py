@@ -97,22 +97,20 @@ class Group:
             y = format.times(x, torch.cat(b), *packed)
         return list(y.split_with_sizes(self.widths, 1))
 
-    def back(self, dY: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Σ dYᵢ Wᵢ, (T, K), of the layers' gradients side by side, (T, ΣN); ``weights`` as they were kept."""
+    def back(self, dY: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What sums to Σ dYᵢ Wᵢ, (T, K) each, of the layers' gradients side by side, (T, ΣN): one tensor, but for
+        formats that multiply by themselves and do not lie in one piece. ``weights`` as they were kept."""
         one = self._as_one(weights, backward=True)
         if one is not None:
-            return one[0].back(dY, *one[1])
-        dX: Tensor | None = None
+            return [one[0].back(dY, *one[1])]
+        found: list[Tensor] = []
         parts = zip(self.bases, self._apart(weights), dY.split_with_sizes(self.widths, 1), strict=True)
         for base, packed, part in parts:
-            if dX is None:
-                dX = base.format.back(part, *packed)
-            elif isinstance(base, Dense):
-                dX.addmm_(part, packed[0])
+            if found and isinstance(base, Dense):
+                found[-1].addmm_(part, packed[0])
             else:
-                dX += base.format.back(part, *packed)
-        assert dX is not None
-        return dX
+                found.append(base.format.back(part, *packed))
+        return found
 
     def _apart(self, weights: Sequence[Tensor]) -> list[list[Tensor]]:
         """Those of each layer."""

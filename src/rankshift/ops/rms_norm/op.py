@@ -7,6 +7,8 @@ weight, take one launch, with ranks r up to 128 and R up to 384; all others the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from rankshift.ops.launch import unrecorded
@@ -54,8 +56,9 @@ def norm_back(
     low: Low | None = None,
     residual: Tensor | None = None,
     z: Tensor | None = None,
+    more: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The gradient of x₂ from that of n: residual + ρ (g − x₂ ρ² mean(g x₂)), where g = (dn + S A)(offset + w).
+    """The gradient of x₂ from that of n: residual + ρ (g − x₂ ρ² mean(g x₂)), where g = (Σ dn + S A)(offset + w).
 
     Args:
         dn: (T, K).
@@ -65,15 +68,16 @@ def norm_back(
         low: S (T, R) and A (R, K), whose product is added to dn.
         residual: (T, K), the gradient that reaches x₂ past the norm.
         z: (T, R), n Aᵀ of the forward, if it was kept: the kernel then needs no A for the mean, which is faster.
+        more: (T, K) each, two at most: what else makes up dn, of layers that read n by products of their own.
 
     Returns:
         (T, K), in dn's dtype.
     """
     if not _kernel(dn):
-        return reference.norm_back(dn, x2, rstd, weight, offset, low, residual)
+        return reference.norm_back(dn, x2, rstd, weight, offset, low, residual, more)
     from rankshift.ops.rms_norm.triton import norm_back as launch
 
-    return launch(dn, x2, rstd, weight, offset, low, z, residual)
+    return launch(dn, x2, rstd, weight, offset, low, z, residual, more)
 
 
 @unrecorded

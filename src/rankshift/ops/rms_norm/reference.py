@@ -5,6 +5,8 @@ Sums are in fp32, or in fp64 if the tensors are; what is returned is rounded onc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,11 @@ def norm(
 
 
 def norm_back(
-    dn: Tensor, x2: Tensor, rstd: Tensor, weight: Tensor, offset: float, low: Low | None, residual: Tensor | None
-) -> Tensor:
-    """g = (dn + S A)(offset + w); dx = residual + ρ (g − x₂ ρ² mean(g x₂))."""
-    g, value, rstd = _wide(dn), _wide(x2), rstd[:, None]
+    dn: Tensor, x2: Tensor, rstd: Tensor, weight: Tensor, offset: float, low: Low | None, residual: Tensor | None,
+    more: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
+    """g = (Σ dn + S A)(offset + w); dx = residual + ρ (g − x₂ ρ² mean(g x₂))."""
+    g, value, rstd = sum(map(_wide, more), _wide(dn)), _wide(x2), rstd[:, None]
     if low is not None:
         g = g + _wide(low[0]) @ _wide(low[1])
     g = g * (offset + weight.to(g.dtype))

@@ -7,6 +7,8 @@ back to front, so that much of it comes from the cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -42,7 +44,7 @@ def norm(
 
 def norm_back(
     dn: Tensor, x2: Tensor, rstd: Tensor, weight: Tensor, offset: float, low: Low | None, z: Tensor | None,
-    residual: Tensor | None,
+    residual: Tensor | None, more: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
     """dx, as :func:`.op.norm_back`."""
     T, K = dn.shape
@@ -51,11 +53,12 @@ def norm_back(
     S, A = (dn, dn) if low is None else low
     Z = dn if z is None else z
     past = dn if residual is None else residual
+    second, third = (*more, dn, dn)[:2]
     _launch_norm_back(
-        (triton.cdiv(T, M), 1, 1), (dn, x2, rstd, weight, S, A, Z, past, dx),
-        (T, dn.stride(0), x2.stride(0), S.stride(0), A.stride(0), Z.stride(0), past.stride(0)), (offset,),
-        K=K, R=_rank(low), KNOWN=low is None or z is not None, PAST=residual is not None, EVEN=T % M == 0,
-        M=M, N=N, DEEP=deep, num_warps=warps,
+        (triton.cdiv(T, M), 1, 1), (dn, second, third, x2, rstd, weight, S, A, Z, past, dx),
+        (T, *[t.stride(0) for t in (dn, second, third, x2, S, A, Z, past)]), (offset,),
+        K=K, R=_rank(low), KNOWN=low is None or z is not None, PAST=residual is not None, MORE=len(more),
+        EVEN=T % M == 0, M=M, N=N, DEEP=deep, num_warps=warps,
     )  # fmt: skip
     return dx
 
@@ -133,9 +136,10 @@ def _norm(
 
 @triton.jit
 def _norm_back(
-    dn, x2, rstd, weight, s, a, z, past, dx, T, dn_row, x2_row, s_row, a_row, z_row, past_row, offset,
-    K: tl.constexpr, R: tl.constexpr, KNOWN: tl.constexpr, PAST: tl.constexpr, EVEN: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, DEEP: tl.constexpr,
+    dn, second, third, x2, rstd, weight, s, a, z, past, dx,
+    T, dn_row, second_row, third_row, x2_row, s_row, a_row, z_row, past_row, offset,
+    K: tl.constexpr, R: tl.constexpr, KNOWN: tl.constexpr, PAST: tl.constexpr, MORE: tl.constexpr,
+    EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * M + tl.arange(0, M)
     there = rows < T
@@ -147,6 +151,10 @@ def _norm_back(
         columns = first + tl.arange(0, N)
         inside = columns < K
         g = take(dn + at * dn_row + columns[None, :], there, inside, EVEN, WHOLE)
+        if MORE > 0:
+            g += take(second + at * second_row + columns[None, :], there, inside, EVEN, WHOLE)
+        if MORE > 1:
+            g += take(third + at * third_row + columns[None, :], there, inside, EVEN, WHOLE)
         value = take(x2 + at * x2_row + columns[None, :], there, inside, EVEN, WHOLE)
         if not KNOWN:
             g += _times_across(s + at * s_row, a + columns[None, :], a_row, there, inside, R, EVEN, WHOLE, M, N)
@@ -159,6 +167,10 @@ def _norm_back(
         columns = (K - 1) // N * N - back + tl.arange(0, N)
         inside = columns < K
         g = take(dn + at * dn_row + columns[None, :], there, inside, EVEN, WHOLE)
+        if MORE > 0:
+            g += take(second + at * second_row + columns[None, :], there, inside, EVEN, WHOLE)
+        if MORE > 1:
+            g += take(third + at * third_row + columns[None, :], there, inside, EVEN, WHOLE)
         value = take(x2 + at * x2_row + columns[None, :], there, inside, EVEN, WHOLE)
         if PAST:
             rest = take(past + at * past_row + columns[None, :], there, inside, EVEN, WHOLE)
