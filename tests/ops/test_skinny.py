@@ -7,14 +7,19 @@ own, which runs what is marked ``kernels`` here.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from elsewhere import run
 from torch import Tensor
 
-from rankshift.ops.skinny import down_back, op, pack, reference
+from rankshift.ops import arrivals
+from rankshift.ops.skinny import down_back, op, pack, reference, weight_gradient
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +36,21 @@ def sliced(x: Tensor) -> Tensor:
     wide = x.new_full((x.shape[0], x.shape[1] + 16), float("nan"))
     wide[:, 8:-8] = x
     return wide[:, 8:-8]
+
+
+def all_zero() -> bool:
+    """Whether launches left their counters as they found them, and some there are."""
+    return bool(arrivals._kept) and not any(counts.any() for counts in arrivals._kept.values())
+
+
+def same(found: tuple[Tensor | None, ...], again: tuple[Tensor | None, ...]) -> bool:
+    """To the bit."""
+    return all(torch.equal(a, b) for a, b in zip(found, again, strict=True) if a is not None and b is not None)
+
+
+def near(half: Tensor, want: Tensor) -> None:
+    """Rounded once."""
+    torch.testing.assert_close(half.double(), want, rtol=1.01 * torch.finfo(HALF).eps, atol=1e-3)
 
 
 def problem(T: int, widths: tuple[int, ...], r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,8 +81,21 @@ def test_both_are_gradients_of_the_plain_equation(widths: tuple[int, ...]) -> No
     assert none is None
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_it_is_the_gradient_of_the_weight(offset: float) -> None:
+    """Z = n Aᵀ for n = x · (offset + gain): what autograd gives A where dZ is S."""
+    S, x, A, gain = (randn(*size, seed=i) for i, size in enumerate([(7, 3), (7, 12), (3, 12), (12,)]))
+    A.requires_grad_()
+    (want,) = torch.autograd.grad(x * (offset + gain) @ A.t(), A, S)
+    found = weight_gradient(sliced(S), sliced(x), gain, offset)
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(weight_gradient(S, x), S.t() @ x)
+    assert not found.requires_grad
+
+
 def test_dtypes() -> None:
     for dtype, wide in ((BF16, FP32), (FP16, FP32), (FP32, FP32), (FP64, FP64)):
+        assert weight_gradient(randn(7, 3, seed=1, dtype=dtype), randn(7, 12, seed=2, dtype=dtype)).dtype == wide
         S, dB = down_back(*problem(7, (12,), 2, dtype))
         assert dB is not None
         assert (S.dtype, dB.dtype) == (dtype, wide)
@@ -98,6 +131,67 @@ def test_packed(dtype: torch.dtype) -> None:
     pack([], [], [])
 
 
+# ---- counters --------------------------------------------------------------------------------------------------------
+
+
+def test_counters_are_kept_and_grow() -> None:
+    cpu = torch.device("cpu")
+    few = arrivals.counters(5, cpu)
+    assert arrivals.counters(7, cpu) is few
+    many = arrivals.counters(len(few) + 1, cpu)
+    assert len(many) > len(few)
+    assert arrivals.counters(5, cpu) is many
+    assert (many.dtype, int(many.count_nonzero())) == (torch.int32, 0)
+
+
+def test_each_stream_has_its_own_and_each_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches on two streams may run at once; what is captured runs on another stream than it is captured on."""
+    device, new = torch.device("cuda", 0), arrivals.new
+    at = SimpleNamespace(cuda_stream=0)
+    capturing = [False]
+    monkeypatch.setattr(arrivals, "_kept", {})
+    monkeypatch.setattr(arrivals, "new", lambda device, *count: new(torch.device("cpu"), *count))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: at)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    first = arrivals.counters(5, device)
+    at.cuda_stream = 7
+    second = arrivals.counters(5, device)
+    assert second is not first
+    assert arrivals.counters(5, device) is second
+    capturing[0] = True
+    third = arrivals.counters(5, device)
+    assert all(third is not other for other in (first, second, arrivals.counters(5, device)))
+    own = arrivals.new(device, 9)
+    with arrivals.lent(own):
+        assert arrivals.counters(9, device) is own
+        assert arrivals.counters(10, device) is not own
+        capturing[0] = False
+        assert arrivals.counters(9, device) is second
+    capturing[0] = True
+    assert arrivals.counters(9, device) is not own
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA graphs")
+@pytest.mark.parametrize("lends", [False, True])
+def test_captured(lends: bool) -> None:
+    """Replayed again and again, between launches that are not, on the stream that comes."""
+    dY, B, Z = problem(512, (2048,), 16, HALF)
+    want = down_back(dY, B, Z)
+    graph, own = torch.cuda.CUDAGraph(), arrivals.new(dY.device)
+    with torch.cuda.graph(graph), arrivals.lent(own) if lends else nullcontext():
+        found = down_back(dY, B, Z)
+    for _ in range(3):
+        graph.replay()
+        assert same(want, found)
+        assert same(want, down_back(dY, B, Z))
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            graph.replay()
+        torch.cuda.synchronize()
+        assert same(want, found)
+    assert not own.any()
+
+
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
 
@@ -113,7 +207,7 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [(33, (77,)), (256, (64,)), (1, (1,)), (512, (256, 64, 64)), (300, (130, 33, 70)), (260, (1100, 5))],
     ids=str,
 )
-@pytest.mark.parametrize("r", [1, 5, 16, 64, 100])
+@pytest.mark.parametrize("r", [1, 5, 16, 24, 100])
 def test_it_does_what_the_reference_does(r: int, T: int, widths: tuple[int, ...]) -> None:
     dY, B, Z = problem(T, widths, r, HALF)
     want = reference.down_back(dY.double(), B.double(), Z.double(), widths, 0.5)
@@ -121,26 +215,112 @@ def test_it_does_what_the_reference_does(r: int, T: int, widths: tuple[int, ...]
     S, dB = down_back(dY, B, Z, widths, 0.5, (rows, normed))
     assert dB is not None
     assert (S.dtype, dB.dtype) == (HALF, FP32)
-    eps = torch.finfo(HALF).eps
-    torch.testing.assert_close(S.double(), want[0], rtol=1.01 * eps, atol=1e-3)
-    torch.testing.assert_close(normed.double(), want[0] * rows[:, None].double(), rtol=1.01 * eps, atol=1e-3)
+    near(S, want[0])
+    near(normed, want[0] * rows[:, None].double())
     torch.testing.assert_close(dB.double(), want[1], rtol=1e-4, atol=1e-3)
-    only, none = down_back(dY, B, None, widths)
-    assert torch.equal(only, S)
+    again = normed.clone()
+    assert same((S, dB, normed), (*down_back(dY, B, Z, widths, 0.5, (rows, again)), again))
+    only, none = down_back(dY, B, None, widths, 1.0, (rows, normed))
     assert none is None
+    near(only, want[0])
+    near(normed, want[0] * rows[:, None].double())
+    assert same((only, normed), (down_back(dY, B, None, widths, 1.0, (rows, again))[0], again))
+    assert all_zero()
 
 
 @kernels
 @pytest.mark.usefixtures("_on_the_cpu")
-def test_more_parts_than_are_summed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("T", "K"), [(33, 77), (256, 64), (1, 1), (700, 130), (512, 256)], ids=str)
+@pytest.mark.parametrize("r", [1, 5, 16, 48, 192])
+def test_gradients_of_weights_are_those_of_the_reference(r: int, T: int, K: int) -> None:
+    S, x = (sliced(randn(T, n, seed=n, dtype=HALF)) for n in (r, K))
+    gain = randn(K, seed=3, dtype=HALF)
+    for given in ((), (gain,), (gain, 1.0)):
+        dA = weight_gradient(S, x, *given)
+        assert dA.dtype == FP32
+        want = reference.weight_gradient(S.double(), x.double(), *(given[:1] and (gain.double(), *given[1:])))
+        torch.testing.assert_close(dA.double(), want, rtol=1e-4, atol=1e-3)
+        assert torch.equal(dA, weight_gradient(S, x, *given))
+    assert all_zero()
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has an order of its own")
+@pytest.mark.parametrize("r", [1, 40])
+def test_whoever_comes_last(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs in other orders leave the same bits: each sums when all is there, and in the same order."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    T, widths = 300, (600, 70)
+    dY, B, Z = problem(T, widths, r, HALF)
+
+    def found() -> tuple[Tensor | None, ...]:
+        return *down_back(dY, B, Z, widths), *down_back(dY, B, None, widths), weight_gradient(Z, dY)
+
+    first, place = found(), builder.set_grid_idx
+    for seed in range(3):
+
+        def shuffled(x: int, y: int, z: int, seed: int = seed) -> None:
+            across, down, _ = builder.grid_dim
+            order = torch.randperm(across * down, generator=torch.Generator().manual_seed(seed))
+            index = int(order[x * down + y])
+            place(index // down, index % down, z)
+
+        monkeypatch.setattr(builder, "set_grid_idx", shuffled)
+        assert same(first, found())
+        assert all_zero()
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU does not say who writes where")
+@pytest.mark.parametrize("r", [1, 20])
+def test_no_number_is_written_twice(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that wrote what others sum would do so too early or too late, or in time: nobody would notice."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    store, seen = builder.create_masked_store, []
+
+    def noted(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        seen.append(pointers.data[mask.data])
+        return store(pointers, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_store", noted)
+    widths = (600, 70)
+    dY, B, Z = problem(300, widths, r, HALF)
+    for work in (
+        lambda: down_back(dY, B, Z, widths), lambda: down_back(dY, B, None, widths), lambda: weight_gradient(Z, dY)
+    ):  # fmt: skip
+        seen.clear()
+        work()
+        places = np.concatenate([part.ravel() for part in seen])
+        assert len(np.unique(places)) == len(places)
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.parametrize("plan", [(64, 128), (1024, 256)], ids=str)
+@pytest.mark.parametrize("r", [3, 40])
+def test_as_many_parts_as_there_may_be(r: int, plan: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are summed at once, or as few as there can be, whatever the plan says of so small a problem."""
     from rankshift.ops.skinny import triton
 
-    monkeypatch.setitem(triton._SUM, "AT_ONCE", 2)
-    dY, B, Z = problem(1300, (640, 130), 3, HALF)
-    want = reference.down_back(dY.double(), B.double(), Z.double(), (640, 130))
-    S, dB = down_back(dY, B, Z, (640, 130))
-    torch.testing.assert_close(S.double(), want[0], rtol=2 * torch.finfo(HALF).eps, atol=1e-3)
-    torch.testing.assert_close(dB, want[1].float(), rtol=1e-4, atol=1e-3)  # type: ignore[union-attr]
+    T, widths = 700, (330, 130)
+    length, slab = plan
+    monkeypatch.setattr(triton, "_plan_across", lambda T, *rest: (max(length, 128), -(-T // max(length, 128))))
+    monkeypatch.setattr(triton, "_plan_along", lambda T, widths, r: (slab, [-(-n // slab) for n in widths]))
+    monkeypatch.setattr(triton, "_round", lambda parts, warps: {"AT_ONCE": 2, "SIZE": 256})
+    dY, B, Z = problem(T, widths, r, HALF)
+    want = reference.down_back(dY.double(), B.double(), Z.double(), widths)
+    for given in (Z, None):
+        S, dB = down_back(dY, B, given, widths)
+        near(S, want[0])
+        if dB is not None:
+            torch.testing.assert_close(dB.double(), want[1], rtol=1e-4, atol=1e-3)
+    found = weight_gradient(Z, dY)
+    torch.testing.assert_close(found.double(), Z.double().t() @ dY.double(), rtol=1e-4, atol=1e-3)
+    assert all_zero()
 
 
 @kernels
@@ -151,14 +331,19 @@ def test_packed_by_the_kernel(dtype: torch.dtype) -> None:
     written(dtype, rtol=torch.finfo(dtype).eps if cut else 0.0)
 
 
-# ---- both without a GPU ----------------------------------------------------------------------------------------------
+# ---- all without a GPU -----------------------------------------------------------------------------------------------
 
 COMPILED = """
+import os
+import subprocess
+import sys
+
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankshift.ops.skinny.triton import _PACK, _SUM, _TILES, _down, _pack, _sum
+from rankshift.ops.skinny.triton import _ACROSS, _ALONG, _BOTH, _PACK, _columns, _pack, _round, _rows
 
 def compiled(kernel, types, round, constants, num_warps):
     named = {kernel.arg_names[at[0]]: "constexpr" for at in constants if len(at) == 1}
@@ -166,24 +351,43 @@ def compiled(kernel, types, round, constants, num_warps):
     signature = {**dict(zip(names, types, strict=True)), **named}
     attributes = {at: [["tt.divisibility", 16]] for at in round}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}).asm["ptx"]
+    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    assert found.metadata.shared <= 227 << 10, "more than a multiprocessor has"
+    return found.asm["ptx"]
 
 def constant(kernel, **values):
     return {(kernel.arg_names.index(name),): value for name, value in values.items()}
 
-for rank, tile in _TILES.items():
-    warps = tile.pop("num_warps")
-    for half, sums in (("*bf16", True), ("*fp16", False)):
-        values = constant(_down, WIDTHS=(2048, 512, 512), SLAB=512, r=rank, SUMS=sums, EVEN=sums, **tile)
-        types = [half] * 3 + ["*fp32"] * 2 + ["i32"] * 5 + ["fp32"]
-        ptx = compiled(_down, types, [(i,) for i in range(10)], values, warps)
-        assert ptx.count("wgmma.mma_async") > 0, "products are not on the tensor cores"
-        assert "ld.global.b16" not in ptx, "what a thread reads at once is not 16 bytes"
+def checked(ptx, apart):
+    assert ptx.count("wgmma.mma_async") > 0, "products are not on the tensor cores"
+    assert "ld.global.b16" not in ptx, "what a thread reads at once is not 16 bytes"
+    assert ptx.count("ld.global.cg.") == ptx.count("ld.global.cg.v4"), "nor are parts"
+    assert (ptx.count("ld.global.cg.") > 0) == ("atom.global.gpu.acq_rel" in ptx) == apart
+    with open(sys.argv[1], "w") as file:
+        file.write(ptx)
+    command = [knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", sys.argv[1], "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert " 0 bytes spill stores" in said.stderr, said.stderr
 
-warps = _SUM.pop("num_warps")
-values = constant(_sum, WIDTHS=(2048, 512), SLAB=512, r=16, NORMED=True, **_SUM)
-types = ["*fp32", "*fp32", "*bf16", "*fp32", "*fp32", "*bf16"] + ["i32"] * 4
-compiled(_sum, types, [(i,) for i in range(10)], values, warps)
+for rank, (rows, columns, stages, warps, _) in _ALONG.items():
+    for half, apart in (("*bf16", True), ("*fp16", False)):
+        values = constant(
+            _rows, WIDTHS=(2048, 512, 512), SLAB=512, r=rank, NORMED=True, APART=apart, EVEN=apart,
+            ROWS=rows, COLUMNS=columns, STAGES=stages, **_round(4, warps),
+        )
+        types = [half] * 3 + ["*fp32"] * 2 + [half, "*i32"] + ["i32"] * 3
+        checked(compiled(_rows, types, [(i,) for i in range(10)], values, warps), apart)
+
+for both, tiles in ((True, _BOTH), (False, _ACROSS)):
+    for rank, (rows, columns, stages, warps, _) in tiles.items():
+        values = constant(
+            _columns, WIDTHS=(2048, 512, 512) if both else (2048,), r=rank * 3 // 4 if rank == 64 else rank, BOTH=both,
+            NORMED=both, GAIN=not both, TURNED=not both, APART=True, EVEN=True,
+            ROWS=rows, COLUMNS=columns, STAGES=stages, **_round(11, warps),
+        )
+        types = ["*bf16"] * 4 + ["*fp32"] * 4 + ["*bf16"] * 2 + ["*i32"] + ["i32"] * 6 + ["fp32"] * 2
+        checked(compiled(_columns, types, [(i,) for i in range(17)], values, warps), True)
 
 strides = (("i32", "constexpr"),) * 2
 types = [("*fp32", "*bf16"), ("*bf16",) * 2, ("fp32",) * 2, ("i32",) * 2, ("i32",) * 2, strides, strides]
@@ -207,4 +411,4 @@ def test_they_compile(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is there on Linux only")
     script = tmp_path / "compiled.py"
     script.write_text(COMPILED)
-    run(script, TRITON_CACHE_DIR=str(tmp_path))
+    run(script, tmp_path / "kernel.ptx", TRITON_CACHE_DIR=str(tmp_path))

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rankshift.ops import arrivals
+
 SEEN = 3  # forwards of one shape, one after the other, before it is captured
 
 
@@ -49,12 +51,14 @@ class CudaRecorder:
         torch.cuda.empty_cache()  # else what steps have used so far stays beside the pool
         self.pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.counters = arrivals.new(torch.device("cuda", torch.cuda.current_device()))  # of graphs that run by turns
 
     def record(self, work: Callable[[], Any]) -> tuple[Graph, Any]:
         """See :class:`Recorder`. Other threads (loaders that pin memory) may go on meanwhile."""
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
+        graph.counters = self.counters  # type: ignore[attr-defined]  # they live as long as it does
+        with torch.cuda.stream(self.stream), arrivals.lent(self.counters):
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 result = work()

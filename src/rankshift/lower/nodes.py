@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankshift.lower.siblings import WIDEST, Group, packed
-from rankshift.ops.products import into
 from rankshift.ops.rms_norm import add, norm, norm_back, pick
 from rankshift.ops.rotary import rotate_, rotate_back
+from rankshift.ops.skinny import weight_gradient
 from rankshift.ops.swiglu import swiglu, swiglu_back
 
 ACROSS = 64  # columns of S up to which norm_back adds S A; a GEMM is faster from there on
@@ -40,10 +40,9 @@ class Norm:
     eps: float
     offset: float = 0.0
 
-    def gradient(self, S: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Sᵀ n, (R, K) in ``dtype``, for the norm n of x, where S has been multiplied by ρ."""
-        gain = self.weight if self.offset == 0 else self.offset + self.weight.to(dtype)
-        return into(S.t(), x, dtype).mul_(gain)
+    def gradient(self, S: Tensor, x: Tensor) -> Tensor:
+        """Sᵀ n, (R, K), for the norm n of x, where S has been multiplied by ρ."""
+        return weight_gradient(S, x, self.weight, self.offset)
 
 
 def _keep(ctx: Any, *kinds: Sequence[Tensor]) -> None:
@@ -126,7 +125,7 @@ class _Entry(torch.autograd.Function):
             A, B, Z = terms
             normed = (rstd, torch.empty_like(Z)) if any(need[::2]) else None
             S, dB = qkv.down(dY, B, Z if any(need[1::2]) else None, normed)
-            found = qkv.gradients(None if normed is None else before.gradient(normed[1], x, rstd.dtype), dB)
+            found = qkv.gradients(None if normed is None else before.gradient(normed[1], x), dB)
             low = (S, A)
         elif need:
             picked = pick(x, qkv.channels, rstd, before.weight, before.offset, qkv.scale)
@@ -235,7 +234,7 @@ class _Exit(torch.autograd.Function):
         del dh
         found_h: list[Tensor | None] = []
         if of_h:
-            dA = passed.da_h if passed.h is None else into(S_h.t(), passed.h, rstd.dtype)
+            dA = passed.da_h if passed.h is None else weight_gradient(S_h, passed.h)
             found_h = down.gradients(dA, dB_h)
         elif picked:
             found_h = down.column_gradients(dx3, picked[0])
@@ -247,7 +246,7 @@ class _Exit(torch.autograd.Function):
             A, B, Z = of_gu
             normed = (rstd, torch.empty_like(Z)) if any(needs[1][::2]) else None
             S, dB = gate_up.down(dY, B, Z if any(needs[1][1::2]) and not summed else None, normed)
-            dA = None if normed is None else before.gradient(normed[1], x2, rstd.dtype)
+            dA = None if normed is None else before.gradient(normed[1], x2)
             found_gu = gate_up.gradients(dA, (passed.db_g, passed.db_u) if summed else dB)
             low = (S, A)
         elif needs[1]:
@@ -267,7 +266,7 @@ class _Exit(torch.autograd.Function):
         if of_o:
             A, B, Z = of_o
             S, dB = after.down(dx, B, Z if any(needs[0][1::2]) else None)
-            found_o = after.gradients(into(S.t(), o, rstd.dtype) if any(needs[0][::2]) else None, dB)
+            found_o = after.gradients(weight_gradient(S, o) if any(needs[0][::2]) else None, dB)
             low = (S, A)
         elif needs[0]:
             found_o = after.column_gradients(dx, pick(o, after.channels, scale=after.scale))
@@ -282,5 +281,5 @@ class _Exit(torch.autograd.Function):
 def _side_by_side(g: Tensor, u: Tensor) -> Tensor | None:
     """The matrix (T, 2F) that g and u are halves of, in their memory; None where they are no such halves."""
     width = g.shape[1] + u.shape[1]
-    halves = g.stride() == u.stride() == (width, 1) and u.data_ptr() == g.data_ptr() + g.shape[1] * g.element_size()
-    return g.as_strided((len(g), width), (width, 1)) if halves else None
+    halves = g.stride() == u.stride() and u.data_ptr() == g.data_ptr() + g.shape[1] * g.element_size()
+    return g.as_strided((len(g), width), g.stride()) if halves and g.stride(0) >= width else None

@@ -16,7 +16,8 @@ from rankshift.ops.skinny import reference
 from rankshift.ops.stochastic_rounding.op import runs_on
 
 _HALF = (torch.bfloat16, torch.float16)
-_WIDEST = 128  # the largest rank that the kernel takes
+_WIDEST = 128  # the largest rank that down_back's kernels take
+_WIDEST_GRADIENT = 256  # and weight_gradient's: a GEMM is faster from there on
 _TOGETHER = 16  # matrices in a launch
 
 
@@ -51,6 +52,25 @@ def down_back(
     from rankshift.ops.skinny.triton import down_back as launch
 
     return launch(dY, B, Z, widths, scale, normed)
+
+
+@unrecorded
+def weight_gradient(S: Tensor, x: Tensor, gain: Tensor | None = None, offset: float = 0.0) -> Tensor:
+    """dA = Sᵀ x · (offset + gain), (R, K), in fp32, of float64 in float64: the gradient of A for Z = x Aᵀ.
+
+    Sums are in fp32, in an order that depends on the shapes only. Up to R = 256 x is read once.
+
+    Args:
+        S: (T, R) with rows in one piece and any row stride: dZ.
+        x: (T, K), likewise, in the dtype of S.
+        gain: (K,), what each column is multiplied by: the weight of a norm; None for 1, whatever ``offset``.
+    """
+    fits = S.dtype == x.dtype and S.dtype in _HALF and S.stride(1) == x.stride(1) == 1
+    if not (fits and S.shape[1] <= _WIDEST_GRADIENT and S.numel() and x.numel() and runs_on(S.device)):
+        return reference.weight_gradient(S, x, gain, offset)
+    from rankshift.ops.skinny.triton import weight_gradient as launch
+
+    return launch(S, x, gain, offset)
 
 
 @unrecorded

@@ -1,4 +1,4 @@
-"""Both in plain torch. Tests hold the kernels to this."""
+"""All in plain torch. Tests hold the kernels to this."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def down_back(
     dtype = torch.promote_types(dY.dtype, torch.float32)
     zs = torch.split(Z, B.shape[1], 1)
     return S, torch.cat([into(part.t(), z, dtype) for part, z in zip(parts, zs, strict=True)]) * scale
+
+
+def weight_gradient(S: Tensor, x: Tensor, gain: Tensor | None = None, offset: float = 0.0) -> Tensor:
+    """See op.py."""
+    dA = into(S.t(), x, torch.promote_types(x.dtype, torch.float32))
+    return dA if gain is None else dA.mul_(offset + gain.to(dA.dtype))
 
 
 def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[Tensor]) -> None:

@@ -1,4 +1,8 @@
-"""The kernels. A program of the first keeps the rows of S that it takes, and passes once over the columns of dY."""
+"""The kernels: one keeps rows of S and passes over columns of dY, one keeps columns of dB and passes over rows.
+
+Programs that share rows or columns write parts, and the last of them sums (ops/arrivals). One multiprocessor reads
+parts at a fortieth of the rate at which all read dY: so few share.
+"""
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -11,17 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankshift.ops.arrivals import counters
+from rankshift.ops.arrivals.triton import is_last, total
 from rankshift.ops.launch import Launcher
 
-_TILES = {  # by the padded rank: several programs fit on a multiprocessor, or one with more of its tiles on their way
-    16: {"ROWS": 256, "COLUMNS": 64, "STAGES": 2, "num_warps": 8},
-    32: {"ROWS": 256, "COLUMNS": 64, "STAGES": 2, "num_warps": 8},
-    64: {"ROWS": 256, "COLUMNS": 64, "STAGES": 3, "num_warps": 8},
-    128: {"ROWS": 128, "COLUMNS": 64, "STAGES": 3, "num_warps": 8},
-}
-# programs that run at once on 132 multiprocessors, by the padded rank: with S alone, and with dB
-_SLOTS = {16: (396, 264), 32: (264, 264), 64: (132, 132), 128: (264, 132)}
-_SUM = {"AT_ONCE": 16, "SIZE": 512, "num_warps": 8}
+# by the padded rank: rows, columns, tiles on their way, warps, programs on a multiprocessor
+_ALONG = {16: (64, 128, 4, 4, 2), 32: (64, 128, 4, 4, 2), 64: (64, 128, 3, 4, 2), 128: (128, 64, 3, 8, 1)}
+_BOTH = {
+    16: (64, 256, 4, 8, 1),
+    32: (64, 256, 4, 8, 1),
+}  # S and dB in one pass: wider ones have more to sum than to read
+_ACROSS = {16: (128, 64, 4, 4, 2), 32: (128, 64, 4, 4, 2), 64: (128, 64, 4, 8, 1), 128: (64, 128, 4, 8, 1),
+           256: (64, 128, 3, 8, 1)}  # fmt: skip
+_MULTIPROCESSORS = 132
+_ALONE = 40  # times slower than all multiprocessors is one
+_ROUND = 64  # numbers that a thread sums at once
 _PACK = {"SIZE": 2048, "num_warps": 8}
 
 
@@ -34,48 +42,117 @@ def down_back(
     normed: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """See op.down_back."""
-    T, r, sums = dY.shape[0], B.shape[1], Z is not None
-    tile, slab, across, down, even = _plan(T, widths, r, sums)
-    N, layers = sum(widths), len(widths)
+    r = B.shape[1]
+    S = torch.empty(len(dY), len(widths) * r, dtype=dY.dtype, device=dY.device)
+    padded = _padded(r)
+    if Z is None or padded not in _BOTH:
+        _along(dY, B, S, widths, normed)
+        return S, None if Z is None else _across(dY, Z, widths, r, (scale, 0.0))
+    return S, _across(dY, Z, widths, r, (scale, 0.0), S=S, B=B, normed=normed)
+
+
+def weight_gradient(S: Tensor, x: Tensor, gain: Tensor | None, offset: float) -> Tensor:
+    """See op.weight_gradient."""
+    return _across(x, S, (x.shape[1],), S.shape[1], (1.0, offset), gain=gain, turned=True)
+
+
+def _along(dY: Tensor, B: Tensor, S: Tensor, widths: tuple[int, ...], normed: tuple[Tensor, Tensor] | None) -> None:
+    """S, and ρ S, by themselves."""
+    T, r = len(dY), B.shape[1]
+    rows, columns, stages, warps, _ = _ALONG[_padded(r)]
+    slab, parts = _plan_along(T, widths, r)
+    down, layers = triton.cdiv(T, rows), len(widths)
+    apart = max(parts) > 1
+    parts_s = torch.empty(sum(parts) if apart else 0, T, r, dtype=torch.float32, device=dY.device)
+    _launch_along(
+        (sum(parts), down, 1),
+        (dY, B, S, parts_s, *(normed or (S, S)), counters(down * layers, dY.device) if apart else S),
+        (T, dY.stride(0), B.stride(0)),
+        WIDTHS=widths, SLAB=slab, r=r, NORMED=normed is not None, APART=apart,
+        EVEN=T % rows == 0 and all(n % columns == 0 for n in widths),
+        ROWS=rows, COLUMNS=columns, STAGES=stages, **_round(max(parts), warps), num_warps=warps,
+    )  # fmt: skip
+
+
+def _across(
+    dY: Tensor, Z: Tensor, widths: tuple[int, ...], r: int, floats: tuple[float, float], S: Tensor | None = None,
+    B: Tensor | None = None, normed: tuple[Tensor, Tensor] | None = None, gain: Tensor | None = None,
+    turned: bool = False,
+) -> Tensor:  # fmt: skip
+    """scale · dYᵀ Z (N, r), ``turned`` (r, N), and S if it is given."""
+    T, N, layers = len(dY), sum(widths), len(widths)
+    both = S is not None
+    rows, columns, stages, warps, _ = (_BOTH if both else _ACROSS)[_padded(r)]
+    length, down = _plan_across(T, widths, r, both)
+    chunks = [triton.cdiv(n, columns) for n in widths]
     new = functools.partial(torch.empty, dtype=torch.float32, device=dY.device)
-    parts_s, parts_b = new(across, T, r), new(down if sums else 0, N, r)
-    S = torch.empty(T, layers * r, dtype=dY.dtype, device=dY.device)
-    dB = new(N, r) if sums else S
-    blocks, rest = triton.cdiv(T * r, _SUM["SIZE"]) * layers, triton.cdiv(N * r, _SUM["SIZE"]) * sums
-    _launch_down(
-        (across, down, 1), (dY, B, Z if sums else B, parts_s, parts_b),
-        (T, N, dY.stride(0), B.stride(0), Z.stride(0) if sums else 0), (scale,),
-        WIDTHS=widths, SLAB=slab, r=r, SUMS=sums, EVEN=even, **tile,
+    dB = new(r, N) if turned else new(N, r)
+    parts_b, parts_s = new(down if down > 1 else 0, N, r), new(sum(chunks) if both else 0, T, r)
+    counts = counters(down * layers + sum(chunks), dY.device) if both or down > 1 else dB
+    out = S if both else dB
+    _launch_across(
+        (sum(chunks), down, 1),
+        (
+            dY, B if both else Z, Z, out, dB, parts_s, parts_b, *(normed or (out, out)), dY if gain is None else gain,
+            counts,
+        ),
+        (T, N, length, dY.stride(0), B.stride(0) if both else 0, Z.stride(0)), floats,
+        WIDTHS=widths, r=r, BOTH=both, NORMED=normed is not None, GAIN=gain is not None, TURNED=turned, APART=down > 1,
+        EVEN=T % rows == 0 and all(n % columns == 0 for n in widths),
+        ROWS=rows, COLUMNS=columns, STAGES=stages, **_round(max(down, both * max(chunks)), warps), num_warps=warps,
     )  # fmt: skip
-    _launch_sum(
-        (blocks + rest, 1, 1), (parts_s, parts_b, S, dB, *(normed or (S, S))), (T, N, down, blocks),
-        WIDTHS=widths, SLAB=slab, r=r, NORMED=normed is not None, **_SUM,
-    )  # fmt: skip
-    return S, dB if sums else None
+    return dB
+
+
+def _padded(r: int) -> int:
+    return max(16, triton.next_power_of_2(r))
+
+
+def _round(parts: int, warps: int) -> dict[str, int]:
+    """How many parts are summed at once, and how many numbers of each."""
+    at_once = min(16, triton.next_power_of_2(parts))
+    return {"AT_ONCE": at_once, "SIZE": _ROUND * 32 * warps // at_once}
 
 
 @functools.lru_cache(256)
-def _plan(T: int, widths: tuple[int, ...], r: int, sums: bool) -> tuple[dict[str, int], int, int, int, bool]:
-    """The tile, how many columns a program takes, how many programs stand side by side and below one another, and
-    whether all their tiles are full.
-
-    As many columns as let the programs run in full rounds, without much that they write for others to sum.
-    """
-    padded = max(16, triton.next_power_of_2(r))
-    tile, slots = _TILES[padded], _SLOTS[padded][sums]
-    rows, columns = tile["ROWS"], tile["COLUMNS"]
+def _plan_along(T: int, widths: tuple[int, ...], r: int) -> tuple[int, list[int]]:
+    """How many columns a program of :func:`_rows` takes, and how many programs share the rows of each layer."""
+    rows, columns, _, _, each = _ALONG[_padded(r)]
     down = triton.cdiv(T, rows)
 
-    def across(slab: int) -> int:
-        return sum(triton.cdiv(n, slab) for n in widths)
+    def parts(slab: int) -> list[int]:
+        return [triton.cdiv(n, slab) for n in widths]
 
     def cost(slab: int) -> int:
-        """In bytes: what rounds of programs might read, and what is written and read again."""
-        return triton.cdiv(across(slab) * down, slots) * slots * rows * slab * 2 + across(slab) * T * r * 8
+        """In bytes: what rounds of programs might read, what they write, and what the last one reads meanwhile."""
+        count = parts(slab)
+        apart = max(count) > 1
+        rounds = triton.cdiv(sum(count) * down, each * _MULTIPROCESSORS)
+        last = _ALONE * max(count) * rows * r * 4
+        return rounds * each * _MULTIPROCESSORS * rows * slab * 2 + apart * (sum(count) * T * r * 4 + last)
 
-    slab = min(range(2 * columns, 4096 + 1, columns), key=cost)
-    even = T % rows == 0 and all(n % columns == 0 for n in widths)
-    return tile, slab, across(slab), down, even
+    slab = min(range(columns, triton.cdiv(max(widths), columns) * columns + 1, columns), key=cost)
+    return slab, parts(slab)
+
+
+@functools.lru_cache(256)
+def _plan_across(T: int, widths: tuple[int, ...], r: int, both: bool) -> tuple[int, int]:
+    """How many rows a program of :func:`_columns` takes, and how many programs share the columns."""
+    rows, columns, _, _, each = (_BOTH if both else _ACROSS)[_padded(r)]
+    chunks = [triton.cdiv(n, columns) for n in widths]
+
+    def cost(length: int) -> int:
+        """As above."""
+        down = triton.cdiv(T, length)
+        rounds = triton.cdiv(sum(chunks) * down, each * _MULTIPROCESSORS)
+        parts = (down > 1) * down * sum(widths) + both * sum(chunks) * T
+        last = (down > 1) * down * columns + both * max(chunks) * length
+        return rounds * each * _MULTIPROCESSORS * length * columns * 2 + (parts + _ALONE * last) * r * 4
+
+    tiles = triton.cdiv(T, rows)
+    lengths = {triton.cdiv(tiles, down) * rows for down in range(1, min(tiles, 128) + 1)}
+    length = min(sorted(lengths), key=cost)
+    return length, triton.cdiv(T, length)
 
 
 def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[Tensor]) -> None:
@@ -92,32 +169,118 @@ def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[T
 
 
 @triton.jit
-def _down(
-    dY, B, Z, S, dB, T, N, y_row, b_row, z_row, scale,
-    WIDTHS: tl.constexpr, SLAB: tl.constexpr, r: tl.constexpr, SUMS: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+def _rows(
+    dY, B, S, parts_s, rstd, scaled, counts, T, y_row, b_row,
+    WIDTHS: tl.constexpr, SLAB: tl.constexpr, r: tl.constexpr, NORMED: tl.constexpr, APART: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    AT_ONCE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
+    """Some rows of S, or of the part of S that comes from a slab of columns."""
     R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    layers: tl.constexpr = len(WIDTHS)
     slab = tl.program_id(0)
-    layer, first, end = _place(slab, WIDTHS, SLAB)
+    layer, first, end, before, count = _place(slab, WIDTHS, SLAB)
     t = tl.program_id(1) * ROWS
     rows, columns, ranks = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, R)
     there, ranked = t + rows < T, ranks < r
     dY += tl.cast(t, tl.int64) * y_row
-    if SUMS:
-        Z += tl.cast(t, tl.int64) * z_row + layer * r
-        z = _read(Z, rows, ranks, z_row, there, ranked, EVEN and r == R)
-    total = tl.zeros((ROWS, R), dtype=tl.float32)
+    found = tl.zeros((ROWS, R), dtype=tl.float32)
     for n in tl.range(first, tl.minimum(first + SLAB, end), COLUMNS, num_stages=STAGES):
         here = n + columns
         y = _read(dY, rows, here, y_row, there, here < end, EVEN)
         b = _read(B, here, ranks, b_row, here < end, ranked, EVEN and r == R)
-        total = tl.dot(y, b, total)
-        if SUMS:
-            part = dB + tl.cast(tl.program_id(1), tl.int64) * N * r
-            _write(part, tl.dot(tl.trans(y), z) * scale, here, ranks, r, here < end, ranked)
-    S += (tl.cast(slab, tl.int64) * T + t) * r
-    _write(S, total, rows, ranks, r, there, ranked)
+        found = tl.dot(y, b, found)
+    if APART:
+        part = parts_s + (tl.cast(slab, tl.int64) * T + t) * r
+        _write(part, found, rows, ranks, r, 1, there, ranked)
+        counter = counts + tl.program_id(1) * layers + layer
+        if is_last(counter, count):
+            own = tl.minimum(ROWS, T - t)
+            _sum_rows(parts_s, S, rstd, scaled, T, t, own, before, count, layer, layers, r, NORMED, AT_ONCE, SIZE)
+            tl.store(counter, 0)
+    else:
+        out = tl.cast(t, tl.int64) * (layers * r) + layer * r
+        _write(S + out, found, rows, ranks, layers * r, 1, there, ranked)
+        if NORMED:
+            found *= tl.load(rstd + t + rows, mask=there, other=0.0)[:, None]
+            _write(scaled + out, found, rows, ranks, layers * r, 1, there, ranked)
+
+
+@triton.jit
+def _columns(
+    dY, B, Z, S, dB, parts_s, parts_b, rstd, scaled, gain, counts, T, N, length, y_row, b_row, z_row, scale, offset,
+    WIDTHS: tl.constexpr, r: tl.constexpr, BOTH: tl.constexpr, NORMED: tl.constexpr, GAIN: tl.constexpr,
+    TURNED: tl.constexpr, APART: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Some columns of dY against Z, over some rows; and of those rows the part of S that comes from those columns."""
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    layers: tl.constexpr = len(WIDTHS)
+    chunk, slab, down = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    layer, first, end, before, count = _place(chunk, WIDTHS, COLUMNS)
+    start = slab * length
+    stop = tl.minimum(start + length, T)
+    rows, ranks = tl.arange(0, ROWS), tl.arange(0, R)
+    columns = first + tl.arange(0, COLUMNS)
+    inside, ranked = columns < end, ranks < r
+    if BOTH:
+        b = _read(B, columns, ranks, b_row, inside, ranked, EVEN and r == R)
+    found = tl.zeros((COLUMNS, R), dtype=tl.float32)
+    for t in tl.range(start, stop, ROWS, num_stages=STAGES):
+        there = t + rows < T
+        y = _read(dY + tl.cast(t, tl.int64) * y_row, rows, columns, y_row, there, inside, EVEN)
+        z = _read(Z + tl.cast(t, tl.int64) * z_row + layer * r, rows, ranks, z_row, there, ranked, EVEN and r == R)
+        found = tl.dot(tl.trans(y), z, found)
+        if BOTH:
+            part = parts_s + (tl.cast(chunk, tl.int64) * T + t) * r
+            _write(part, tl.dot(y, b), rows, ranks, r, 1, there, ranked)
+    row, rank = (1, N) if TURNED else (r, 1)
+    if APART:
+        part = parts_b + tl.cast(slab, tl.int64) * N * r
+        _write(part, found, columns, ranks, row, rank, inside, ranked)
+        counter = counts + down * layers + chunk
+        if is_last(counter, down):
+            for at in range(0, COLUMNS * r, SIZE):
+                at += tl.arange(0, SIZE)
+                column, k = (at % COLUMNS, at // COLUMNS) if TURNED else (at // r, at % r)
+                column += first
+                own = (at < COLUMNS * r) & (column < end)
+                where = column * row + k * rank
+                value = total(parts_b, down, N * r, where, own, AT_ONCE) * scale
+                if GAIN:
+                    value *= offset + tl.load(gain + column, mask=own, other=0.0).to(tl.float32)
+                tl.store(dB + where, value, mask=own)
+            tl.store(counter, 0)
+    else:
+        found *= scale
+        if GAIN:
+            found *= offset + tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
+        _write(dB, found, columns, ranks, row, rank, inside, ranked)
+    if BOTH:
+        counter = counts + slab * layers + layer
+        if is_last(counter, count):
+            own = stop - start
+            _sum_rows(parts_s, S, rstd, scaled, T, start, own, before, count, layer, layers, r, NORMED, AT_ONCE, SIZE)
+            tl.store(counter, 0)
+
+
+@triton.jit
+def _sum_rows(
+    parts_s, S, rstd, scaled, T, t, own, before, count, layer, layers: tl.constexpr, r: tl.constexpr,
+    NORMED: tl.constexpr, AT_ONCE: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """``own`` rows of a layer's S, from t on, and of ρ S, out of ``count`` parts."""
+    parts_s += (tl.cast(before, tl.int64) * T + t) * r
+    for at in range(0, own * r, SIZE):
+        at += tl.arange(0, SIZE)
+        inside = at < own * r
+        value = total(parts_s, count, T * r, at, inside, AT_ONCE)
+        row = t + at // r
+        where = row.to(tl.int64) * (layers * r) + layer * r + at % r
+        tl.store(S + where, value.to(S.dtype.element_ty), mask=inside)
+        if NORMED:
+            value *= tl.load(rstd + row, mask=inside, other=0.0)
+            tl.store(scaled + where, value.to(scaled.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -127,14 +290,15 @@ def _read(x, rows, columns, row, there, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _write(x, value, rows, columns, row, there, inside):
-    tl.store(x + rows[:, None] * row + columns[None, :], value, mask=there[:, None] & inside[None, :])
+def _write(x, value, rows, columns, row, column, there, inside):
+    at = x + rows[:, None] * row + columns[None, :] * column
+    tl.store(at, value.to(x.dtype.element_ty), mask=there[:, None] & inside[None, :])
 
 
 @triton.jit
 def _place(slab, WIDTHS: tl.constexpr, SLAB: tl.constexpr):
-    """Which layer a slab belongs to, where it begins, and where the layer ends."""
-    layer, first, end = 0, 0, 0
+    """Of a slab its layer, its first column and the layer's last; of the layer its first slab and how many it has."""
+    layer, first, end, begin, count = 0, 0, 0, 0, 0
     offset = 0
     before = 0
     for i in tl.static_range(len(WIDTHS)):
@@ -142,49 +306,11 @@ def _place(slab, WIDTHS: tl.constexpr, SLAB: tl.constexpr):
         layer = tl.where(inside, i, layer)
         first = tl.where(inside, offset + (slab - before) * SLAB, first)
         end = tl.where(inside, offset + WIDTHS[i], end)
+        begin = tl.where(inside, before, begin)
+        count = tl.where(inside, (WIDTHS[i] + SLAB - 1) // SLAB, count)
         offset += WIDTHS[i]
         before += (WIDTHS[i] + SLAB - 1) // SLAB
-    return layer, first, end
-
-
-@triton.jit
-def _sum(
-    parts_s, parts_b, S, dB, rstd, scaled, T, N, down, blocks,
-    WIDTHS: tl.constexpr, SLAB: tl.constexpr, r: tl.constexpr, NORMED: tl.constexpr,
-    AT_ONCE: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """S from what each slab of columns has, dB from what each tile of rows has."""
-    block = tl.program_id(0)
-    if block < blocks:
-        layers: tl.constexpr = len(WIDTHS)
-        layer = block % layers
-        at = block // layers * SIZE + tl.arange(0, SIZE)
-        before, count = 0, 0
-        slabs = 0
-        for i in tl.static_range(layers):
-            before = tl.where(layer == i, slabs, before)
-            count = tl.where(layer == i, (WIDTHS[i] + SLAB - 1) // SLAB, count)
-            slabs += (WIDTHS[i] + SLAB - 1) // SLAB
-        total = _total(parts_s + tl.cast(before, tl.int64) * T * r, count, T * r, at, AT_ONCE)
-        where = tl.cast(at // r, tl.int64) * (layers * r) + layer * r + at % r
-        tl.store(S + where, total.to(S.dtype.element_ty), mask=at < T * r)
-        if NORMED:
-            total *= tl.load(rstd + at // r, mask=at < T * r, other=0.0)
-            tl.store(scaled + where, total.to(S.dtype.element_ty), mask=at < T * r)
-    else:
-        at = (block - blocks) * SIZE + tl.arange(0, SIZE)
-        tl.store(dB + at, _total(parts_b, down, N * r, at, AT_ONCE).to(dB.dtype.element_ty), mask=at < N * r)
-
-
-@triton.jit
-def _total(parts, count, size, at, AT_ONCE: tl.constexpr):
-    """The numbers ``at`` of ``count`` parts of ``size`` numbers, summed."""
-    total = tl.zeros(at.shape, dtype=tl.float32)
-    for first in range(0, count, AT_ONCE):
-        which = first + tl.arange(0, AT_ONCE)
-        inside = (which < count)[:, None] & (at < size)[None, :]
-        total += tl.sum(tl.load(parts + which.to(tl.int64)[:, None] * size + at[None, :], mask=inside, other=0.0), 0)
-    return total
+    return layer, first, end, begin, count
 
 
 @triton.jit
@@ -199,4 +325,4 @@ def _pack(sources, targets, scales, widths, sizes, source_strides, target_stride
             tl.store(target, value.to(targets[i].dtype.element_ty), mask=at < sizes[i])
 
 
-_launch_down, _launch_sum, _launch_pack = Launcher(_down), Launcher(_sum), Launcher(_pack)
+_launch_along, _launch_across, _launch_pack = Launcher(_rows), Launcher(_columns), Launcher(_pack)
