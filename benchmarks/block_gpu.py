@@ -118,6 +118,8 @@ def cases(
             T * (Nq + 2 * Nk),
         ),
         "S alone, gate up": (s.down_back, skinny_reference.down_back, (dgu, Bgu, None, [F, F]), {}, 2 * T * F),
+        "dA, R = r": (s.weight_gradient, skinny_reference.weight_gradient, (S, x), {}, T * K),
+        "dA, R = 3 r, gain": (s.weight_gradient, skinny_reference.weight_gradient, (Z, x, w), {}, T * K),
     }  # fmt: skip
     checked = lambda *a: rotated(*a, how=lambda *b: rotary.rotate_(*b, head=D))  # noqa: E731
     against = lambda *a: rotated(*a, how=lambda *b: rotary_reference.rotate_(*b, D))  # noqa: E731
