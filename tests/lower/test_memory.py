@@ -64,8 +64,11 @@ def test_gradients_are_the_same_bits(name, counts):
     for dtype in (torch.float32, torch.float64):
         model, run = begun(METHODS[name], dtype=dtype)
         run.lower()
-        everything = outcome(model, run)
+        without = outcome(model, run)
         report = run.lower(memory_budget="auto")
+        force(report, COUNTS["keep"])
+        everything = outcome(model, run)
+        torch.testing.assert_close(everything, without)
         force(report, counts)
         bits(outcome(model, run), everything)
         assert report.budget.now.counts == counts
@@ -78,7 +81,8 @@ def test_families_and_masks(make, attn):
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 5 + [0] * 4, [1] * 9])
     model, run = begun(None, make, attn=attn, dtype=torch.bfloat16)
     for batch in ({}, {"attention_mask": mask}):
-        run.lower()
+        report = run.lower(memory_budget="auto")
+        force(report, COUNTS["keep"])
         everything = outcome(model, run, **batch)
         for counts in (*COUNTS.values(), *MIXED.values()):
             report = run.lower(memory_budget="auto")
@@ -115,9 +119,10 @@ def test_steps_accumulate_and_graphs_are_kept(policy):
         return grads
 
     model, run = begun()
-    run.lower()
+    report = run.lower(memory_budget="auto")
+    force(report, COUNTS["keep"])
     everything = found(model, run)
-    force(run.lower(memory_budget="auto"), COUNTS[policy])
+    force(report, COUNTS[policy])
     bits(found(model, run), everything)
 
 

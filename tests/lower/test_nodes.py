@@ -13,11 +13,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rankshift as rs
 from rankshift.core.adapter import Columns, LowRank
-from rankshift.core.base import Dense
+from rankshift.core.base import Dense, Plain
 from rankshift.core.form import Form
 from rankshift.lower import nodes
 from rankshift.lower.nodes import Norm, entry, exit_, normed
-from rankshift.lower.siblings import Group, join
+from rankshift.lower.siblings import Group, join, packed
 from rankshift.ops.rms_norm import norm_back
 
 BATCH, LENGTH, HEAD, QUERIES, KEYS, WIDTH, HIDDEN, EPS = 2, 5, 6, 4, 2, 20, 28, 1e-5
@@ -64,6 +64,7 @@ RANKS = (1, 5, 3, 2, 4, 6, 7)
 TERMS = {
     "nothing": lambda: {},
     "equal": lambda: {name: low(name, 3) for name in SHAPES},
+    "room below": lambda: {n: low(n, 4 if n in ("o", "down") else 8) for n in SHAPES},
     "unequal": lambda: {name: low(name, r, 0.3 * r) for name, r in zip(SHAPES, RANKS, strict=True)},
     "unequal, one scale": lambda: {name: low(name, r) for name, r in zip(SHAPES, RANKS, strict=True)},
     "some": lambda: {"q": low("q", 3), "v": low("v", 2, 2.0), "up": low("up", 4), "down": low("down", 5)},
@@ -123,11 +124,12 @@ def layers(case: str, names: tuple[str, ...], bias: bool) -> dict[str, Layer]:
 
 
 def group(members: list[Layer], together: bool) -> Group:
-    bases = [Dense(member.linear, Form()) for member in members]
+    bases, terms = [Dense(member.linear, Form()) for member in members], [member.term for member in members]
+    slot = None
     if together:
-        join(bases)
+        slot = join(bases, terms)
         assert len({base.weight.untyped_storage().data_ptr() for base in bases}) == 1
-    return Group(bases, [member.term for member in members])
+    return Group(bases, terms, slot)
 
 
 def rms_norm(x: Tensor, w: Tensor) -> Tensor:
@@ -265,6 +267,82 @@ def test_a_backward_is_given_other_tensors_than_the_forward_had():
     dY = seeded(T, 2 * HIDDEN)
     kept = [2 * weight.detach() for weight in together.weights]
     torch.testing.assert_close(together.back(dY, kept)[0], 2 * together.back(dY, together.weights)[0])
+
+
+# ---- A below the weights --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [ATTENTION, ("o",), ("gate", "up"), ("down",)], ids="-".join)
+def test_the_products_with_w_and_a_are_one(names, monkeypatch):
+    members = list(layers("room below", names, True).values())
+    one, apart = group(members, True), group(members, False)
+    assert one.deep is not None
+    assert apart.deep is None
+    x = seeded(T, SHAPES[names[0]][1])
+    seen = []
+    plain = Plain.times
+    monkeypatch.setattr(Plain, "times", lambda self, x, bias, W: seen.append(W.shape) or plain(self, x, bias, W))
+    (factors,) = packed((one,), x)
+    ys, lows, kept = one.forward(x, factors)
+    assert seen == [one.deep.shape] == [(sum(one.widths) + len(factors[0]), x.shape[1])]
+    (factors,) = packed((apart,), x)
+    want, want_lows, want_kept = apart.forward(x, factors)
+    for got, expected in ((ys, want), (kept, want_kept), [[low[0] for low in some] for some in (lows, want_lows)]):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_backward_that_multiplies_again_has_the_a_of_its_forward():
+    """The room below the weights holds what the last forward wrote there."""
+    members = layers("room below", ("gate", "up"), False)
+    both = list(members.values())
+    first, x = group(both, True), seeded(T, WIDTH)
+    (factors,) = packed((first,), x)
+    ys, _, kept = first.forward(x, factors)
+    others = [member.term._replace(A=2 * member.term.A) for member in both]
+    second = Group(first.bases, others, first.slot)
+    second.forward(x, packed((second,), x)[0])
+    again, _, kept_again = first.forward(x, kept[:2], again=True)
+    for a, b in zip((*ys, *kept), (*again, *kept_again), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("how", ["moved", "wider", "narrower", "not ours"])
+def test_memory_below_weights_that_is_no_room_for_a_is_not_written(how):
+    members = list(layers("room below", ("gate", "up"), False).values())
+    bases, terms = [Dense(m.linear, Form()) for m in members], [m.term for m in members]
+    height, into = 2 * HIDDEN, WIDTH
+    if how == "not ours":  # both weights lie in one buffer of somebody, and something else below them
+        whole = seeded(height + 16, into)
+        for base, rows in zip(bases, whole.split([HIDDEN, HIDDEN, 16]), strict=False):
+            base.weight.data = rows
+        before, slot = whole.clone(), None
+    else:
+        slot = join(bases, terms)
+        whole = slot._base
+        before = whole.clone()
+        if how == "moved":
+            bases[1].weight.data = bases[1].weight.data.clone()
+        else:
+            rank = 16 if how == "wider" else 3
+            terms = [t._replace(A=t.A.repeat(2, 1)[:rank], B=t.B.repeat(1, 2)[:, :rank]) for t in terms]
+    found = Group(bases, terms, slot)
+    assert found.deep is None
+    x = seeded(T, into)
+    ys, _, (A, _, Z) = found.forward(x, packed((found,), x)[0])
+    assert torch.equal(whole, before)
+    torch.testing.assert_close(Z, x @ A.t())
+    for y, base in zip(ys, bases, strict=True):
+        torch.testing.assert_close(y, x @ base.weight.t())
+
+
+def test_weights_that_are_joined_again_are_the_same():
+    members = list(layers("room below", ("gate", "up"), False).values())
+    want = [member.linear.weight.clone() for member in members]
+    for _ in range(2):
+        assert group(members, True).deep is not None
+        for member, weight in zip(members, want, strict=True):
+            assert torch.equal(member.linear.weight, weight)
 
 
 # ---- bytes kept for backward ----------------------------------------------------------------------------------------

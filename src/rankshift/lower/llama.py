@@ -6,7 +6,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class Block:
     bases: dict[str, tuple[nn.Module, int, Base]]  # layers that stood there last, where their weights were, their bases
     told: Callable[[Any], dict[str, Any]]
     activation: str
+    slots: list[Tensor | None] = field(default_factory=lambda: [None] * 4)  # memory below the weights of each group
     tape: Tape | None = None  # of CUDA graphs, where it may run by one
     memory: Memory | None = None  # what it keeps for its backward; None: everything
     index: int = 0  # which block of the model
@@ -81,12 +82,6 @@ def _layers(layer: Any) -> list[nn.Module]:
     attention, mlp = layer.self_attn, layer.mlp
     one = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     return [*one, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
-def _through(bases: list[Base], how: Callable[[list[Base]], object]) -> None:
-    """Call ``how`` for each group of layers."""
-    for span in _GROUPS:
-        how(bases[span])
 
 
 def is_block(module: nn.Module) -> bool:
@@ -119,7 +114,8 @@ def lowered(layer: nn.Module) -> nn.Module | str:
     if isinstance(bases, str):
         return bases
     if not any(map(_looked_at, _layers(layer), bases)):
-        _through(bases, join)
+        terms = [term_of(module) for module in _layers(layer)]
+        block.slots = [join(bases[span], terms[span]) for span in _GROUPS]
     new = stand_in(layer, _forward)
     new.__dict__["lowered"] = block
     return new
@@ -158,7 +154,7 @@ def block_of(layer: nn.Module) -> Block:
 def raised(layer: nn.Module) -> nn.Module:
     """The block that was lowered, with the state as it now is."""
     del layer.__dict__["lowered"]
-    _through([base for module in _layers(layer) if (base := base_of(module)) is not None], part)
+    part([base for module in _layers(layer) if (base := base_of(module)) is not None])
     return original(layer)
 
 
@@ -400,12 +396,14 @@ def _standing(layer: Any, block: Block) -> list[Base] | str:
 def _terms(layer: Any, bases: list[Base]) -> Groups | str:
     """The layers with what stands on them; or why only their own forwards know that."""
     terms: list[LowRank | Columns | None] = []
+    block = block_of(layer)
     for module in _layers(layer):
         term = term_of(module)
         if isinstance(term, str):
             return term
         terms.append(term)
-    groups = [Group(bases[span], terms[span]) for span in _GROUPS]
+    groups = [Group(bases[span], terms[span], slot) for span, slot in zip(_GROUPS, block.slots, strict=True)]
+    groups[-1].apart = block.memory is not None  # a block that runs again for its backward leaves out the last product
     if any(group.low and group.channels is not None for group in groups):
         return "its layers have adapters of several kinds"
     return groups[0], groups[1], groups[2], groups[3]

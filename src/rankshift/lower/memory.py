@@ -340,7 +340,7 @@ class _Again(torch.autograd.Function):
         ctx: Any, work: Work, groups: Groups, shelf: Shelf | None, x: Tensor, cos: Tensor, sin: Tensor, *factors: Tensor
     ) -> Tensor:
         ctx.work, ctx.autocast = work, _autocast(x.device.type)
-        ctx.layers = [(group.bases, group.terms) for group in groups]
+        ctx.layers = [(group.bases, group.terms, group.slot, group.apart) for group in groups]
         ctx.parked = None if shelf is None else shelf.park(x)
         ctx.save_for_backward(cos, sin, *factors, *(() if shelf else (x,)))
         return work(groups, x, cos, sin)
@@ -363,14 +363,14 @@ class _Again(torch.autograd.Function):
 
 def _with(layers: Any, factors: Sequence[Tensor]) -> Groups:
     """The groups, with these factors."""
-    rest = iter(factors)
+    left = iter(factors)
 
     def filled(term: Any) -> Any:
         if term is None:
             return None
-        return term._replace(A=next(rest), B=next(rest)) if isinstance(term, LowRank) else term._replace(D=next(rest))
+        return term._replace(A=next(left), B=next(left)) if isinstance(term, LowRank) else term._replace(D=next(left))
 
-    found = [Group(bases, [filled(term) for term in terms]) for bases, terms in layers]
+    found = [Group(bases, [filled(term) for term in terms], *rest) for bases, terms, *rest in layers]
     return found[0], found[1], found[2], found[3]
 
 

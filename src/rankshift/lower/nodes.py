@@ -201,7 +201,7 @@ class _Exit(torch.autograd.Function):
         (o, x2, rstd), gu, of_o, of_gu, of_h, picked, of_after, of_gate_up, of_down = _kept(ctx)
         if not gu:
             _, n, _ = norm(x2, before.weight, before.eps, before.offset)
-            gu, _, of_gu = gate_up.forward(n, of_gu)
+            gu, _, of_gu = gate_up.forward(n, of_gu, again=True)
             del n
         g, u = gu
         need_o = ctx.needs_input_grad[0]

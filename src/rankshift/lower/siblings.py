@@ -8,6 +8,8 @@ on as low-rank terms (Z, B), for the kernel that reads the product next to add Z
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ Low = tuple[Tensor, Tensor]
 """(Z, B) for Z Bᵀ, or (S, A) for S A."""
 
 WIDEST = 128  # rank up to which a term is added by whoever reads the product next; wider ones have a GEMM of their own
+DEEPEST = 192  # rows of A up to which they stand below the weights; more would cost as much as by themselves
 
 
 def base_of(module: nn.Module) -> Base | None:
@@ -50,8 +53,19 @@ def term_of(module: nn.Module) -> LowRank | Columns | str | None:
 class Group:
     """Layers that read one input, as they are in one forward. All tensors are (T, …)."""
 
-    def __init__(self, bases: Sequence[Base], terms: Sequence[LowRank | Columns | None]):
-        self.bases, self.terms = bases, terms
+    def __init__(
+        self,
+        bases: Sequence[Base],
+        terms: Sequence[LowRank | Columns | None],
+        slot: Tensor | None = None,
+        apart: bool = False,
+    ):
+        """
+        Args:
+            slot: the room below the weights that :func:`join` made.
+            apart: take x Aᵀ by itself, as a backward must that has x again but not the product.
+        """
+        self.bases, self.terms, self.slot, self.apart = bases, terms, slot, apart
         self.widths = [base.out_features for base in bases]
         self.low: list[tuple[int, LowRank]] = []  # which layer, its term: of those that have a low-rank one
         self.factors: list[Tensor] = []  # what autograd follows: A and B, or D, of each layer that has a term
@@ -80,22 +94,61 @@ class Group:
 
     # ---- products with the bases
 
-    def times(self, x: Tensor) -> list[Tensor]:
-        """x (T, K) Wᵀ + bias of each layer, (T, N): new tensors, slices of one if there is one product for all."""
-        one = self._as_one(self.weights)
-        biases = [base.bias for base in self.bases]
+    def times(self, x: Tensor, A: Tensor | None = None, there: bool = False) -> list[Tensor]:
+        """x (T, K) Wᵀ + bias of each layer, (T, N): new tensors, slices of one if there is one product for all.
+
+        Args:
+            A: (R, K): x Aᵀ (T, R) is the last of them then, of the same product where A can stand below the weights.
+            there: that is where it stands.
+        """
+        deep = None if A is None or self.apart else self._with_room(len(A))
+        one = self._as_one(self.weights) if deep is None else (Plain(), [deep])
         if one is None:
-            parts = zip(self.bases, biases, self.packed, strict=True)
-            return [base.format.times(x, bias, *packed) for base, bias, packed in parts]
-        format, packed = one
-        if len(biases) == 1:
-            return [format.times(x, biases[0], *packed)]
-        if all(bias is None for bias in biases):
-            y = format.times(x, None, *packed)
+            parts = zip(self.bases, self.packed, strict=True)
+            ys = [base.format.times(x, base.bias, *packed) for base, packed in parts]
         else:
-            b = [x.new_zeros(n) if b is None else b.to(x.dtype) for n, b in zip(self.widths, biases, strict=True)]
-            y = format.times(x, torch.cat(b), *packed)
-        return list(y.split_with_sizes(self.widths, 1))
+            widths = self.widths if deep is None else [*self.widths, len(deep) - sum(self.widths)]
+            if A is not None and deep is not None and not (there and deep is self.deep):
+                room = self.slot if deep is self.deep else deep[sum(self.widths) :]
+                assert room is not None
+                room[: len(A)] = A
+            ys = list(one[0].times(x, self._bias(x, widths), *one[1]).split_with_sizes(widths, 1))
+        if A is not None and deep is None:
+            ys.append(x @ A.t())
+        return ys
+
+    def _bias(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
+        """Of all layers, zeros where there is none; None if no layer has one."""
+        biases = [base.bias for base in self.bases]
+        if len(widths) == 1 or all(bias is None for bias in biases):
+            return biases[0]
+        found = [x.new_zeros(n) if b is None else b.to(x.dtype) for n, b in zip_longest(widths, biases)]
+        return torch.cat(found)
+
+    @cached_property
+    def deep(self) -> Tensor | None:
+        """The weights as they stand and the rows below them that A goes to, (ΣN + R, K); None where there is no such
+        room: they do not lie in one piece any more, or are of other ranks than when they were joined."""
+        rank = self.rank * len(self.steps)
+        if self.slot is None or self.apart or self.filled or not self._aligned(rank) or rank > len(self.slot):
+            return None
+        formats = [base.format for base in self.bases]
+        found = self._as_they_lie(formats, self.weights) if isinstance(formats[0], Plain) else None
+        if found is None or found[0].data_ptr() + found[0].nbytes != self.slot.data_ptr():
+            return None
+        W = found[0].detach()
+        return W.as_strided((len(W) + rank, W.shape[1]), W.stride(), W.storage_offset())
+
+    def _with_room(self, rank: int) -> Tensor | None:
+        """:attr:`deep`; of weights that are unpacked for each product, memory with room for A below them."""
+        formats = [base.format for base in self.bases]
+        if self.deep is not None or not self._aligned(rank) or any(type(f).fill is Format.fill for f in formats):
+            return self.deep
+        return self._unpacked(self.weights, rank)
+
+    def _aligned(self, rank: int) -> bool:
+        """Whether products with A below the weights have rows that are read at full speed, and few more columns."""
+        return 0 < rank <= DEEPEST and (sum(self.widths) + rank) % 8 == 0
 
     def back(self, dY: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         """What sums to Σ dYᵢ Wᵢ, (T, K) each, of the layers' gradients side by side, (T, ΣN): one tensor, but for
@@ -127,11 +180,16 @@ class Group:
             return formats[0].grown(sum(self.widths)), found
         if any(format.multiplies or isinstance(format, Plain) for format in formats):
             return None
-        base = self.bases[0]
-        W = torch.empty(sum(self.widths), base.in_features, dtype=base.dtype, device=weights[0].device)
-        for format, packed, rows in zip(formats, self._apart(weights), W.split_with_sizes(self.widths), strict=True):
-            format.fill(rows, *packed)
-        return Plain(), [W]
+        return Plain(), [self._unpacked(weights)]
+
+    def _unpacked(self, weights: Sequence[Tensor], room: int = 0) -> Tensor:
+        """All weights, one below the other, and as many rows for others to fill: (ΣN + room, K)."""
+        base, out = self.bases[0], sum(self.widths)
+        W = torch.empty(out + room, base.in_features, dtype=base.dtype, device=weights[0].device)
+        parts = zip(self.bases, self._apart(weights), W[:out].split_with_sizes(self.widths), strict=True)
+        for base, packed, rows in parts:
+            base.format.fill(rows, *packed)
+        return W
 
     def _as_they_lie(self, formats: Sequence[Format], weights: Sequence[Tensor]) -> list[Tensor] | None:
         """What :func:`joined` finds, looked for once if the backward is given what the forward had."""
@@ -154,12 +212,16 @@ class Group:
         new = like.new_zeros if self.filled else like.new_empty
         A, B = new(r * len(self.steps), self.bases[0].in_features), new(sum(self.widths), r)
         downs, ups = A.split_with_sizes([r] * len(self.steps)), B.split_with_sizes(self.widths)
+        places = [downs]
+        if self.deep is not None:  # for this forward alone: backwards read the A that is kept
+            assert self.slot is not None
+            places.append(self.slot[: len(A)].split_with_sizes([r] * len(self.steps)))
         for i, term in self.low:
             own = term.A.shape[0]
-            if not (self.shared and i):
+            for rows in () if self.shared and i else places:
                 sources.append(term.A)
                 scales.append(1.0)
-                targets.append(downs[i] if own == r else downs[i][:own])
+                targets.append(rows[i] if own == r else rows[i][:own])
             sources.append(term.B)
             scales.append(term.scale)
             targets.append(ups[i] if own == r else ups[i][:, :own])
@@ -177,19 +239,22 @@ class Group:
         return found
 
     def forward(
-        self, x: Tensor, factors: tuple[Tensor, ...]
+        self, x: Tensor, factors: tuple[Tensor, ...], again: bool = False
     ) -> tuple[list[Tensor], list[Low | None], tuple[Tensor, ...]]:
         """The products, what is still to be added to each, and what the backward wants kept: (A, B, Z) or nothing.
 
         Args:
             x: (T, K).
             factors: of this group, by :func:`packed`.
+            again: they are those of an earlier forward.
         """
-        ys = self.times(x)
         if not factors:
+            ys = self.times(x)
             return ys, [None] * len(ys), ()
         A, B = factors
-        Z = x @ A.t()
+        *ys, Z = self.times(x, A, there=not again)
+        if len(ys) == 1:
+            Z = Z.contiguous()  # kept, when the product is not
         lows = self.lows(Z, B)
         if self.rank > WIDEST:
             for y, low in zip(ys, lows, strict=True):
@@ -296,19 +361,27 @@ def _behind(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 @torch.no_grad()
-def join(bases: Sequence[Base]) -> None:
-    """Move tensors that can lie so into one piece of memory, bit for bit."""
+def join(bases: Sequence[Base], terms: Sequence[LowRank | Columns | str | None] = ()) -> Tensor | None:
+    """Move tensors that can lie so into one piece of memory, bit for bit; below dense weights with room for the A's of
+    the terms that stand on them, which is returned: (R, K), of values that mean nothing."""
     formats, apart = [base.format for base in bases], [base.packed for base in bases]
-    if len(bases) == 1 or not _alike(formats):
-        return
+    ranks = [len(term.A) for term in terms if isinstance(term, LowRank)]
+    room = sum(ranks) if isinstance(formats[0], Plain) and sum(ranks) <= DEEPEST else 0
+    if (len(bases) == 1 and not room) or not _alike(formats):
+        return None
+    slot = None
     for i in range(formats[0].stacks):
         tensors = [packed[i] for packed in apart]
         kinds = {(t.dtype, t.device, t.shape[1:]) for t in tensors}
-        if len(kinds) > 1 or tensors[0].is_meta or _behind(tensors) is not None:
+        if len(kinds) > 1 or tensors[0].is_meta or (not room and _behind(tensors) is not None):
             continue
-        whole = torch.cat([t.detach() for t in tensors])
-        for t, rows in zip(tensors, whole.split_with_sizes([t.shape[0] for t in tensors]), strict=True):
+        heights = [t.shape[0] for t in tensors]
+        whole = tensors[0].new_empty(sum(heights) + room, *tensors[0].shape[1:], requires_grad=False)
+        *parts, slot = whole.split_with_sizes([*heights, room])
+        for t, rows in zip(tensors, parts, strict=True):
+            rows.copy_(t.detach())
             t.data = rows
+    return slot if room else None
 
 
 @torch.no_grad()
