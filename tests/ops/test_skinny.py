@@ -310,6 +310,8 @@ def test_as_many_parts_as_there_may_be(r: int, plan: tuple[int, int], monkeypatc
     length, slab = plan
     monkeypatch.setattr(triton, "_plan_across", lambda T, *rest: (max(length, 128), -(-T // max(length, 128))))
     monkeypatch.setattr(triton, "_plan_along", lambda T, widths, r: (slab, [-(-n // slab) for n in widths]))
+    for name in ("_how_across", "_how_along"):
+        monkeypatch.setattr(triton, name, getattr(triton, name).__wrapped__)  # what is kept was planned otherwise
     monkeypatch.setattr(triton, "_round", lambda parts, warps: {"AT_ONCE": 2, "SIZE": 256})
     dY, B, Z = problem(T, widths, r, HALF)
     want = reference.down_back(dY.double(), B.double(), Z.double(), widths)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -59,18 +60,12 @@ def weight_gradient(S: Tensor, x: Tensor, gain: Tensor | None, offset: float) ->
 def _along(dY: Tensor, B: Tensor, S: Tensor, widths: tuple[int, ...], normed: tuple[Tensor, Tensor] | None) -> None:
     """S, and ρ S, by themselves."""
     T, r = len(dY), B.shape[1]
-    rows, columns, stages, warps, _ = _ALONG[_padded(r)]
-    slab, parts = _plan_along(T, widths, r)
-    down, layers = triton.cdiv(T, rows), len(widths)
-    apart = max(parts) > 1
-    parts_s = torch.empty(sum(parts) if apart else 0, T, r, dtype=torch.float32, device=dY.device)
+    grid, parts, counted, constants = _how_along(T, widths, r)
+    device = dY.device
+    parts_s = torch.empty(parts, T, r, dtype=torch.float32, device=device)
     _launch_along(
-        (sum(parts), down, 1),
-        (dY, B, S, parts_s, *(normed or (S, S)), counters(down * layers, dY.device) if apart else S),
-        (T, dY.stride(0), B.stride(0)),
-        WIDTHS=widths, SLAB=slab, r=r, NORMED=normed is not None, APART=apart,
-        EVEN=T % rows == 0 and all(n % columns == 0 for n in widths),
-        ROWS=rows, COLUMNS=columns, STAGES=stages, **_round(max(parts), warps), num_warps=warps,
+        grid, (dY, B, S, parts_s, *(normed or (S, S)), counters(counted, device) if counted else S),
+        (T, dY.stride(0), B.stride(0)), NORMED=normed is not None, **constants,
     )  # fmt: skip
 
 
@@ -80,26 +75,21 @@ def _across(
     turned: bool = False,
 ) -> Tensor:  # fmt: skip
     """scale · dYᵀ Z (N, r), ``turned`` (r, N), and S if it is given."""
-    T, N, layers = len(dY), sum(widths), len(widths)
-    both = S is not None
-    rows, columns, stages, warps, _ = (_BOTH if both else _ACROSS)[_padded(r)]
-    length, down = _plan_across(T, widths, r, both)
-    chunks = [triton.cdiv(n, columns) for n in widths]
-    new = functools.partial(torch.empty, dtype=torch.float32, device=dY.device)
+    T, N = dY.shape
+    grid, length, down, across, counted, constants = _how_across(T, widths, r, S is not None)
+    device = dY.device
+    new = functools.partial(torch.empty, dtype=torch.float32, device=device)
     dB = new(r, N) if turned else new(N, r)
-    parts_b, parts_s = new(down if down > 1 else 0, N, r), new(sum(chunks) if both else 0, T, r)
-    counts = counters(down * layers + sum(chunks), dY.device) if both or down > 1 else dB
-    out = S if both else dB
+    out = dB if S is None else S
+    b = Z if B is None else B
     _launch_across(
-        (sum(chunks), down, 1),
+        grid,
         (
-            dY, B if both else Z, Z, out, dB, parts_s, parts_b, *(normed or (out, out)), dY if gain is None else gain,
-            counts,
+            dY, b, Z, out, dB, new(across, T, r), new(down, N, r), *(normed or (out, out)),
+            dY if gain is None else gain, counters(counted, device) if counted else dB,
         ),
-        (T, N, length, dY.stride(0), B.stride(0) if both else 0, Z.stride(0)), floats,
-        WIDTHS=widths, r=r, BOTH=both, NORMED=normed is not None, GAIN=gain is not None, TURNED=turned, APART=down > 1,
-        EVEN=T % rows == 0 and all(n % columns == 0 for n in widths),
-        ROWS=rows, COLUMNS=columns, STAGES=stages, **_round(max(down, both * max(chunks)), warps), num_warps=warps,
+        (T, N, length, dY.stride(0), b.stride(0), Z.stride(0)), floats,
+        NORMED=normed is not None, GAIN=gain is not None, TURNED=turned, **constants,
     )  # fmt: skip
     return dB
 
@@ -115,6 +105,38 @@ def _round(parts: int, warps: int) -> dict[str, int]:
 
 
 @functools.lru_cache(256)
+def _how_along(T: int, widths: tuple[int, ...], r: int) -> tuple[tuple[int, int, int], int, int, dict[str, Any]]:
+    """The grid, how many parts of S and how many counters there are, and constants."""
+    rows, columns, stages, warps, _ = _ALONG[_padded(r)]
+    slab, parts = _plan_along(T, widths, r)
+    down, apart = triton.cdiv(T, rows), max(parts) > 1
+    constants = {
+        "WIDTHS": widths, "SLAB": slab, "r": r, "APART": apart,
+        "EVEN": T % rows == 0 and all(n % columns == 0 for n in widths),
+        "ROWS": rows, "COLUMNS": columns, "STAGES": stages, **_round(max(parts), warps), "num_warps": warps,
+    }  # fmt: skip
+    return (sum(parts), down, 1), apart * sum(parts), apart * down * len(widths), constants
+
+
+@functools.lru_cache(256)
+def _how_across(
+    T: int, widths: tuple[int, ...], r: int, both: bool
+) -> tuple[tuple[int, int, int], int, int, int, int, dict[str, Any]]:
+    """The grid, a program's rows, how many parts of dB and of S and how many counters there are, and constants."""
+    rows, columns, stages, warps, _ = (_BOTH if both else _ACROSS)[_padded(r)]
+    length, down = _plan_across(T, widths, r, both)
+    chunks, apart = [triton.cdiv(n, columns) for n in widths], down > 1
+    across = sum(chunks)
+    constants = {
+        "WIDTHS": widths, "r": r, "BOTH": both, "APART": apart,
+        "EVEN": T % rows == 0 and all(n % columns == 0 for n in widths),
+        "ROWS": rows, "COLUMNS": columns, "STAGES": stages, **_round(max(down, both * max(chunks)), warps),
+        "num_warps": warps,
+    }  # fmt: skip
+    counted = (both or apart) * (down * len(widths) + across)
+    return (across, down, 1), length, apart * down, both * across, counted, constants
+
+
 def _plan_along(T: int, widths: tuple[int, ...], r: int) -> tuple[int, list[int]]:
     """How many columns a program of :func:`_rows` takes, and how many programs share the rows of each layer."""
     rows, columns, _, _, each = _ALONG[_padded(r)]
@@ -135,7 +157,6 @@ def _plan_along(T: int, widths: tuple[int, ...], r: int) -> tuple[int, list[int]
     return slab, parts(slab)
 
 
-@functools.lru_cache(256)
 def _plan_across(T: int, widths: tuple[int, ...], r: int, both: bool) -> tuple[int, int]:
     """How many rows a program of :func:`_columns` takes, and how many programs share the columns."""
     rows, columns, _, _, each = (_BOTH if both else _ACROSS)[_padded(r)]
@@ -240,8 +261,8 @@ def _columns(
         _write(part, found, columns, ranks, row, rank, inside, ranked)
         counter = counts + down * layers + chunk
         if is_last(counter, down):
-            for at in range(0, COLUMNS * r, SIZE):
-                at += tl.arange(0, SIZE)
+            for begin in range(0, COLUMNS * r, SIZE):
+                at = begin + tl.arange(0, SIZE)
                 column, k = (at % COLUMNS, at // COLUMNS) if TURNED else (at // r, at % r)
                 column += first
                 own = (at < COLUMNS * r) & (column < end)
@@ -271,8 +292,8 @@ def _sum_rows(
 ):  # fmt: skip
     """``own`` rows of a layer's S, from t on, and of ρ S, out of ``count`` parts."""
     parts_s += (tl.cast(before, tl.int64) * T + t) * r
-    for at in range(0, own * r, SIZE):
-        at += tl.arange(0, SIZE)
+    for begin in range(0, own * r, SIZE):
+        at = begin + tl.arange(0, SIZE)
         inside = at < own * r
         value = total(parts_s, count, T * r, at, inside, AT_ONCE)
         row = t + at // r
