@@ -1,7 +1,8 @@
 """The kernels: a program takes some columns of some rows, and passes over the rows a tile at a time.
 
-Tiles are held as (COLUMNS, ROWS): what a product with a low-rank factor leaves in registers is then what the sums over
-rows take from there. Tiles are small, so that several programs run on a multiprocessor and wait by turns.
+With low-rank terms each warp has columns of its own, and tiles are (WARPS, ROWS, COLUMNS). Which column stands where in
+a tile is chosen so that what a thread reads or writes at once, 16 bytes, is what the tensor cores have it hold of a
+product: nothing goes through shared memory but factors. Without terms a tile is (ROWS, WARPS · COLUMNS) as it lies.
 """
 # mypy: ignore-errors
 
@@ -16,62 +17,97 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankshift.ops.arrivals.triton import total
 from rankshift.ops.launch import Launcher
 from rankshift.ops.swiglu import reference
 from rankshift.ops.swiglu.reference import Low
 
-_FORWARD = {"ROWS": 32, "COLUMNS": 128, "STAGES": 2, "num_warps": 8}
-_BACKWARD = {"ROWS": 32, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}
-_LENGTH = 512  # rows of a program that sums nothing over them
-_SLOTS = {16: 396, 32: 396, 64: 264}  # programs that run at once on 132 multiprocessors, by the padded rank
+# By the padded rank, 0 without terms: the tile, loads on their way, and programs that run at once on a multiprocessor.
+_FORWARD = {
+    0: {"ROWS": 4, "WARPS": 4, "COLUMNS": 64, "STAGES": 1},
+    16: {"ROWS": 16, "WARPS": 8, "COLUMNS": 32, "STAGES": 1},
+    32: {"ROWS": 16, "WARPS": 8, "COLUMNS": 32, "STAGES": 1},
+    64: {"ROWS": 16, "WARPS": 8, "COLUMNS": 32, "STAGES": 1},
+    128: {"ROWS": 16, "WARPS": 8, "COLUMNS": 16, "STAGES": 1},
+}
+_BACKWARD = {
+    0: {"ROWS": 4, "WARPS": 4, "COLUMNS": 64, "STAGES": 1},
+    16: {"ROWS": 16, "WARPS": 8, "COLUMNS": 32, "STAGES": 2},
+    32: {"ROWS": 16, "WARPS": 4, "COLUMNS": 32, "STAGES": 2},
+    64: {"ROWS": 16, "WARPS": 4, "COLUMNS": 16, "STAGES": 2},
+    128: {"ROWS": 16, "WARPS": 4, "COLUMNS": 16, "STAGES": 2},
+}
+_AT_ONCE = {"forward": {16: 3, 32: 3, 64: 2, 128: 2}, "backward": {16: 1, 32: 2, 64: 2, 128: 2}}
+_MULTIPROCESSORS = 132
+_SUM = {"AT_ONCE": 16, "SIZE": 512, "num_warps": 8}
 TWICE, CUBE = tl.constexpr(reference.TWICE), tl.constexpr(reference.CUBE)
+MINUS_LOG2E = tl.constexpr(-math.log2(math.e))
 
 
-def forward(g: Tensor, u: Tensor, low_g: Low | None, low_u: Low | None, activation: str) -> Tensor:
+def forward(
+    g: Tensor, u: Tensor, low_g: Low | None, low_u: Low | None, activation: str, down: tuple[Tensor, Tensor] | None
+) -> Tensor:
     """See op.swiglu."""
     T, F = g.shape
     h = torch.empty(T, F, dtype=g.dtype, device=g.device)
-    (zg, bg), (zu, bu) = low_g or (g, g), low_u or (g, g)
-    rows, columns = _FORWARD["ROWS"], _FORWARD["COLUMNS"]
-    tensors = (g, u, h, zg, bg, zu, bu)
+    (zg, bg), (zu, bu), (a, z) = low_g or (g, g), low_u or (g, g), down or (g, g)
+    ranks = _rank(low_g), _rank(low_u), 0 if down is None else len(a)
+    tile, across, length, even = _plan("forward", T, F, ranks)
+    size = T * ranks[2]
+    parts = torch.empty(across, size, dtype=torch.float32, device=g.device)
+    tensors = (g, u, h, zg, bg, zu, bu, a)
     _launch_forward(
-        (triton.cdiv(F, columns), triton.cdiv(T, _LENGTH), 1), tensors,
-        (T, F, _LENGTH, *[t.stride(0) for t in tensors]),
-        GELU=activation == "gelu_tanh", RG=_rank(low_g), RU=_rank(low_u),
-        EVEN=T % rows == 0 and F % columns == 0, **_FORWARD,
+        (across, triton.cdiv(T, length), 1), (*tensors, parts), (T, F, length, *[t.stride(0) for t in tensors]),
+        GELU=activation == "gelu_tanh", RG=ranks[0], RU=ranks[1], RZ=ranks[2], EVEN=even, **tile,
     )  # fmt: skip
+    if down is not None:
+        blocks = triton.cdiv(size, _SUM["SIZE"])
+        _launch_sum(
+            (blocks, 1, 1), (parts, parts, z, parts, parts, z), (across, size, blocks, 0, 0, ranks[2]),
+            NORMED=False, **_SUM,
+        )  # fmt: skip
     return h
 
 
 def backward(
     dh: Tensor, g: Tensor, u: Tensor, low_g: Low | None, low_u: Low | None, low_h: Low | None, activation: str,
     dg: Tensor, du: Tensor, h: Tensor | None, grads: Collection[str], scale: float,
+    down: Tensor | None, normed: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """See op.swiglu_back: writes dg, du and h, where there is one.
+    """See op.swiglu_back: writes dg, du and h, where there is one, and S and ρ S.
 
     Args:
         grads: which of db_g, db_u and da_h are wanted, by "g", "u" and "h"; their ranks are 64 at most.
     """
     T, F = g.shape
-    (zg, bg), (zu, bu) = low_g or (g, g), low_u or (g, g)
-    s, a = low_h or (g, g)
-    out_h = g if h is None else h
-    ranks = [_rank(low) * (name in grads) for name, low in zip("guh", (low_g, low_u, low_h), strict=True)]
-    rows, columns = _BACKWARD["ROWS"], _BACKWARD["COLUMNS"]
-    length = _share(T, triton.cdiv(F, columns), tuple(ranks), rows) if any(ranks) else _LENGTH
+    (zg, bg), (zu, bu), (s, a) = low_g or (g, g), low_u or (g, g), low_h or (g, g)
+    ranks = _rank(low_g), _rank(low_u), _rank(low_h)
+    summed = [r * (name in grads) for name, r in zip("guh", ranks, strict=True)]
+    tile, across, length, even = _plan("backward", T, F, ranks)
     slabs = triton.cdiv(T, length)
-    parts = torch.empty(slabs, F * sum(ranks), dtype=torch.float32, device=g.device)
-    tensors = (dh, g, u, dg, du, out_h, parts, s, a, zg, bg, zu, bu)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=g.device)
+    width = 0 if down is None else 2 * ranks[0]
+    size_s, size = T * width, F * sum(summed)
+    parts_s, parts = new(across, size_s), new(slabs, size)
+    tensors = (dh, g, u, dg, du, dh if h is None else h, s, a, zg, bg, zu, bu)
     _launch_backward(
-        (triton.cdiv(F, columns), slabs, 1), tensors, (T, F, length, *[t.stride(0) for t in tensors]), (scale,),
-        GELU=activation == "gelu_tanh", H=h is not None, RH=_rank(low_h), RG=_rank(low_g), RU=_rank(low_u),
-        SG=ranks[0] > 0, SU=ranks[1] > 0, SH=ranks[2] > 0, EVEN=T % rows == 0 and F % columns == 0, **_BACKWARD,
+        (across, slabs, 1), (*tensors, parts, parts_s), (T, F, length, *[t.stride(0) for t in tensors], size), (scale,),
+        GELU=activation == "gelu_tanh", H=h is not None, RG=ranks[0], RU=ranks[1], RH=ranks[2],
+        SG=summed[0] > 0, SU=summed[1] > 0, SH=summed[2] > 0, DOWN=down is not None, EVEN=even, **tile,
     )  # fmt: skip
-    db_g, db_u, da_h = (parts[0] if slabs == 1 else parts.sum(0)).split([F * r for r in ranks])
+    sums = parts[0] if slabs == 1 else new(size)
+    blocks, rest = triton.cdiv(size_s, _SUM["SIZE"]), triton.cdiv(size, _SUM["SIZE"]) * (slabs > 1)
+    if blocks + rest:
+        S = sums if down is None else down
+        _launch_sum(
+            (blocks + rest, 1, 1), (parts_s, parts, S, sums, *(normed or (sums, S))),
+            (across, size_s, blocks, slabs, size, width), NORMED=normed is not None, **_SUM,
+        )  # fmt: skip
+    db_g, db_u, da_h = sums.split([F * r for r in summed])
     return (
-        db_g.view(F, -1) if ranks[0] else None,
-        db_u.view(F, -1) if ranks[1] else None,
-        da_h.view(-1, F) if ranks[2] else None,
+        db_g.view(F, -1) if summed[0] else None,
+        db_u.view(F, -1) if summed[1] else None,
+        da_h.view(-1, F) if summed[2] else None,
     )
 
 
@@ -79,157 +115,239 @@ def _rank(low: Low | None) -> int:
     return 0 if low is None else low[0].shape[1]
 
 
-@functools.cache
-def _share(T: int, across: int, ranks: tuple[int, ...], rows: int) -> int:
-    """Rows of a program, of which ``across`` stand side by side: so many that the last round of programs is full, and
-    not so few that what they write for others to sum is much beside the tiles.
+@functools.lru_cache(256)
+def _plan(which: str, T: int, F: int, ranks: tuple[int, int, int]) -> tuple[dict[str, int], int, int, bool]:
+    """The tile, how many programs stand side by side, how many rows each takes, and whether all tiles are full.
+
+    So many rows that the last round of programs is full, and not so few that what they write for others to sum, and
+    the factors that each begins with, are much beside the tiles.
     """
-    slots = _SLOTS[max(16, triton.next_power_of_2(max(ranks)))]
+    widest = max(ranks)
+    padded = max(16, triton.next_power_of_2(widest)) if widest else 0
+    tile = (_FORWARD if which == "forward" else _BACKWARD)[padded]
+    rows, columns = tile["ROWS"], tile["WARPS"] * tile["COLUMNS"]
+    across, length = triton.cdiv(F, columns), rows
+    if widest:
+        slots = _MULTIPROCESSORS * _AT_ONCE[which][padded]
 
-    def cost(slabs: int) -> float:
-        programs = slabs * across
-        return math.ceil(programs / slots) * slots / programs + slabs * 8 * sum(ranks) / (10 * T)
+        def cost(slabs: int) -> float:
+            programs = slabs * across
+            return math.ceil(programs / slots) * slots / programs + slabs * 8 * sum(ranks) / (10 * T)
 
-    slabs = min(range(1, min(16, triton.cdiv(T, rows)) + 1), key=cost)
-    return triton.cdiv(triton.cdiv(T, slabs), rows) * rows
+        slabs = min(range(1, min(64, triton.cdiv(T, rows)) + 1), key=cost)
+        length = triton.cdiv(triton.cdiv(T, slabs), rows) * rows
+    return {**tile, "num_warps": tile["WARPS"]}, across, length, T % rows == 0 and F % columns == 0
 
 
 @triton.jit
 def _forward(
-    g, u, h, zg, bg, zu, bu, T, F, length, g_row, u_row, h_row, zg_row, bg_row, zu_row, bu_row,
-    GELU: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    g, u, h, zg, bg, zu, bu, a, parts, T, F, length, g_row, u_row, h_row, zg_row, bg_row, zu_row, bu_row, a_row,
+    GELU: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RZ: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.program_id(1) * length
+    TERMS: tl.constexpr = RG + RU + RZ > 0
+    first = tl.program_id(0) * (WARPS * COLUMNS)
+    start = tl.program_id(1) * length
     if RG > 0:
-        bg_tile = _factor(bg, columns, F, bg_row, 1, RG, EVEN)
+        bg_tile = _up(bg, first, F, bg_row, RG, WARPS, COLUMNS)
     if RU > 0:
-        bu_tile = _factor(bu, columns, F, bu_row, 1, RU, EVEN)
-    for t in tl.range(first, tl.minimum(first + length, T), ROWS, num_stages=STAGES):
-        x = _tile(g, t, columns, T, F, g_row, EVEN, ROWS)
-        y = _tile(u, t, columns, T, F, u_row, EVEN, ROWS)
+        bu_tile = _up(bu, first, F, bu_row, RU, WARPS, COLUMNS)
+    if RZ > 0:
+        a_tile = _down(a, first, F, a_row, RZ, WARPS, COLUMNS)
+    for t in tl.range(start, tl.minimum(start + length, T), ROWS, num_stages=STAGES):
+        x = _read(g, t, first, T, F, g_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
+        y = _read(u, t, first, T, F, u_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
         if RG > 0:
-            x = tl.dot(bg_tile, tl.trans(_narrow(zg, t, T, zg_row, RG, EVEN, ROWS)), x)
+            x = tl.dot(_narrow(zg, t, T, zg_row, RG, EVEN, ROWS, WARPS), tl.trans(bg_tile, 0, 2, 1), x)
         if RU > 0:
-            y = tl.dot(bu_tile, tl.trans(_narrow(zu, t, T, zu_row, RU, EVEN, ROWS)), y)
+            y = tl.dot(_narrow(zu, t, T, zu_row, RU, EVEN, ROWS, WARPS), tl.trans(bu_tile, 0, 2, 1), y)
         gate, _ = _gate(x, GELU)
-        _put(h, x * gate * y, t, columns, T, F, h_row, EVEN, ROWS)
+        out = (x * gate * y).to(h.dtype.element_ty)
+        _put(h, out, t, first, T, F, h_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
+        if RZ > 0:
+            part = parts + tl.cast(tl.program_id(0), tl.int64) * T * RZ
+            z = tl.dot(out, tl.trans(a_tile, 0, 2, 1))[:, :, :, None]
+            _write_rows(part, z, t, T, RZ, 1, ROWS)
 
 
 @triton.jit
 def _backward(
-    dh, g, u, dg, du, h, parts, s, a, zg, bg, zu, bu, T, F, length,
-    dh_row, g_row, u_row, dg_row, du_row, h_row, total, s_row, a_row, zg_row, bg_row, zu_row, bu_row, scale,
-    GELU: tl.constexpr, H: tl.constexpr, RH: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr,
-    SH: tl.constexpr, SG: tl.constexpr, SU: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    dh, g, u, dg, du, h, s, a, zg, bg, zu, bu, parts, downs, T, F, length,
+    dh_row, g_row, u_row, dg_row, du_row, h_row, s_row, a_row, zg_row, bg_row, zu_row, bu_row, size, scale,
+    GELU: tl.constexpr, H: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RH: tl.constexpr,
+    SG: tl.constexpr, SU: tl.constexpr, SH: tl.constexpr, DOWN: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.program_id(1) * length
+    TERMS: tl.constexpr = RG + RU + RH > 0
+    first = tl.program_id(0) * (WARPS * COLUMNS)
+    start = tl.program_id(1) * length
     if RH > 0:
-        a_tile = _factor(a, columns, F, 1, a_row, RH, EVEN)
+        a_tile = _down(a, first, F, a_row, RH, WARPS, COLUMNS)
     if RG > 0:
-        bg_tile = _factor(bg, columns, F, bg_row, 1, RG, EVEN)
+        bg_tile = _up(bg, first, F, bg_row, RG, WARPS, COLUMNS)
     if RU > 0:
-        bu_tile = _factor(bu, columns, F, bu_row, 1, RU, EVEN)
+        bu_tile = _up(bu, first, F, bu_row, RU, WARPS, COLUMNS)
     if SH:
-        sum_h = _zeros(COLUMNS, RH)
+        sum_h = _zeros(WARPS, COLUMNS, RH)
     if SG:
-        sum_g = _zeros(COLUMNS, RG)
+        sum_g = _zeros(WARPS, COLUMNS, RG)
     if SU:
-        sum_u = _zeros(COLUMNS, RU)
-    for t in tl.range(first, tl.minimum(first + length, T), ROWS, num_stages=STAGES):
-        d = _tile(dh, t, columns, T, F, dh_row, EVEN, ROWS)
-        x = _tile(g, t, columns, T, F, g_row, EVEN, ROWS)
-        y = _tile(u, t, columns, T, F, u_row, EVEN, ROWS)
+        sum_u = _zeros(WARPS, COLUMNS, RU)
+    half = dg.dtype.element_ty
+    for t in tl.range(start, tl.minimum(start + length, T), ROWS, num_stages=STAGES):
+        d = _read(dh, t, first, T, F, dh_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
+        x = _read(g, t, first, T, F, g_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
+        y = _read(u, t, first, T, F, u_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
         if RH > 0:
-            s_tile = _narrow(s, t, T, s_row, RH, EVEN, ROWS)
-            d = tl.dot(a_tile, tl.trans(s_tile), d)
+            s_tile = _narrow(s, t, T, s_row, RH, EVEN, ROWS, WARPS)
+            d = tl.dot(s_tile, a_tile, d)
         if RG > 0:
-            zg_tile = _narrow(zg, t, T, zg_row, RG, EVEN, ROWS)
-            x = tl.dot(bg_tile, tl.trans(zg_tile), x)
+            zg_tile = _narrow(zg, t, T, zg_row, RG, EVEN, ROWS, WARPS)
+            x = tl.dot(zg_tile, tl.trans(bg_tile, 0, 2, 1), x)
         if RU > 0:
-            zu_tile = _narrow(zu, t, T, zu_row, RU, EVEN, ROWS)
-            y = tl.dot(bu_tile, tl.trans(zu_tile), y)
+            zu_tile = _narrow(zu, t, T, zu_row, RU, EVEN, ROWS, WARPS)
+            y = tl.dot(zu_tile, tl.trans(bu_tile, 0, 2, 1), y)
         gate, slope = _gate(x, GELU)
         act = x * gate
-        half = dg.dtype.element_ty
         out_g = (d * y * slope).to(half)
         out_u = (d * act).to(half)
         out_h = (act * y).to(half)
-        _put(dg, out_g, t, columns, T, F, dg_row, EVEN, ROWS)
-        _put(du, out_u, t, columns, T, F, du_row, EVEN, ROWS)
+        _put(dg, out_g, t, first, T, F, dg_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
+        _put(du, out_u, t, first, T, F, du_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
         if H:
-            _put(h, out_h, t, columns, T, F, h_row, EVEN, ROWS)
+            _put(h, out_h, t, first, T, F, h_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
         if SG:
-            sum_g = tl.dot(out_g, zg_tile, sum_g)
+            sum_g = tl.dot(tl.trans(out_g, 0, 2, 1), zg_tile, sum_g)
         if SU:
-            sum_u = tl.dot(out_u, zu_tile, sum_u)
+            sum_u = tl.dot(tl.trans(out_u, 0, 2, 1), zu_tile, sum_u)
         if SH:
-            sum_h = tl.dot(out_h, s_tile, sum_h)
-    part = parts + tl.program_id(1).to(tl.int64) * total
+            sum_h = tl.dot(tl.trans(out_h, 0, 2, 1), s_tile, sum_h)
+        if DOWN:
+            down = downs + tl.cast(tl.program_id(0), tl.int64) * T * (RG + RU)
+            _write_rows(down, tl.join(tl.dot(out_g, bg_tile), tl.dot(out_u, bu_tile)), t, T, RG, 2, ROWS)
+    part = parts + tl.program_id(1).to(tl.int64) * size
     if SG:
-        _part(part, sum_g * scale, columns, F, RG, 1, RG)
+        _write_columns(part, sum_g * scale, first, F, RG, 1, RG, WARPS, COLUMNS)
         part += F * RG
     if SU:
-        _part(part, sum_u * scale, columns, F, RU, 1, RU)
+        _write_columns(part, sum_u * scale, first, F, RU, 1, RU, WARPS, COLUMNS)
         part += F * RU
     if SH:
-        _part(part, sum_h, columns, F, 1, F, RH)
+        _write_columns(part, sum_h, first, F, 1, F, RH, WARPS, COLUMNS)
 
 
 @triton.jit
-def _zeros(COLUMNS: tl.constexpr, r: tl.constexpr):
-    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
-    return tl.zeros((COLUMNS, R), dtype=tl.float32)
+def _order(SIZE: tl.constexpr):
+    """Which column of a warp's stands where: four threads hold a row of a product, two columns in every eight each."""
+    P: tl.constexpr = SIZE if SIZE < 32 else 32
+    n = tl.arange(0, SIZE)
+    return n // P * P + n % 8 // 2 * (P // 4) + n % P // 8 * 2 + n % 2
 
 
 @triton.jit
-def _factor(B, columns, F, b_row, b_rank, r: tl.constexpr, EVEN: tl.constexpr):
-    """Rows of B (COLUMNS, R): its columns past r are zero."""
-    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
-    ranks = tl.arange(0, R)
-    at = B + columns[:, None] * b_row + ranks[None, :] * b_rank
-    inside = (columns < F)[:, None] & (ranks < r)[None, :]
-    return tl.load(at) if EVEN and r == R else tl.load(at, mask=inside, other=0.0)
+def _places(first, TERMS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows and columns of a tile as it is read: a warp's threads take eight rows, four of them 32 columns of each."""
+    if TERMS:
+        P: tl.constexpr = COLUMNS if COLUMNS < 32 else 32
+        m, n = tl.arange(0, ROWS * WARPS * (COLUMNS // P))[:, None], tl.arange(0, P)[None, :]
+        if P == 16:
+            n = n // 4 * 4 + n % 4  # the compiler sees four in a row, and lets a thread take four
+        rows = m // (8 * WARPS) % (ROWS // 8) * 8 + m % 8
+        return rows, first + m // 8 % WARPS * COLUMNS + m // (ROWS * WARPS) * P + n
+    else:  # noqa: RET505
+        return tl.arange(0, ROWS)[:, None], first + tl.arange(0, WARPS * COLUMNS)[None, :]
 
 
 @triton.jit
-def _narrow(Z, t, T, z_row, r: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr):
-    """Rows of Z (ROWS, R)."""
-    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
-    rows, ranks = tl.arange(0, ROWS), tl.arange(0, R)
-    at = Z + tl.cast(t, tl.int64) * z_row + rows[:, None] * z_row + ranks[None, :]
-    inside = (t + rows < T)[:, None] & (ranks < r)[None, :]
-    return tl.load(at) if EVEN and r == R else tl.load(at, mask=inside, other=0.0)
-
-
-@triton.jit
-def _tile(x, t, columns, T, F, row, EVEN: tl.constexpr, ROWS: tl.constexpr):
-    rows = tl.arange(0, ROWS)
-    at = x + tl.cast(t, tl.int64) * row + columns[:, None] + rows[None, :] * row
-    inside = (columns < F)[:, None] & (t + rows < T)[None, :]
-    tile = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
+def _read(
+    x, t, first, T, F, row, EVEN: tl.constexpr, TERMS: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile; with terms as (WARPS, ROWS, COLUMNS), columns in _order."""
+    rows, columns = _places(first, TERMS, ROWS, WARPS, COLUMNS)
+    at = x + tl.cast(t, tl.int64) * row + (rows * row + columns)
+    tile = tl.load(at) if EVEN else tl.load(at, mask=(t + rows < T) & (columns < F), other=0.0)
+    if TERMS:
+        P: tl.constexpr = COLUMNS if COLUMNS < 32 else 32
+        tile = tl.reshape(tile, (COLUMNS // P, ROWS // 8, WARPS, 8, 4, P // 8, 2))
+        tile = tl.reshape(tl.permute(tile, (2, 1, 3, 0, 5, 4, 6)), (WARPS, ROWS, COLUMNS))
     return tile.to(tl.float32)
 
 
 @triton.jit
-def _put(x, value, t, columns, T, F, row, EVEN: tl.constexpr, ROWS: tl.constexpr):
-    rows = tl.arange(0, ROWS)
-    at = x + tl.cast(t, tl.int64) * row + columns[:, None] + rows[None, :] * row
+def _put(
+    x, tile, t, first, T, F, row, EVEN: tl.constexpr, TERMS: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """_read's inverse."""
+    rows, columns = _places(first, TERMS, ROWS, WARPS, COLUMNS)
+    at = x + tl.cast(t, tl.int64) * row + (rows * row + columns)
+    if TERMS:
+        P: tl.constexpr = COLUMNS if COLUMNS < 32 else 32
+        tile = tl.reshape(tile, (WARPS, ROWS // 8, 8, COLUMNS // P, P // 8, 4, 2))
+        tile = tl.reshape(tl.permute(tile, (3, 1, 0, 2, 5, 4, 6)), (COLUMNS // P * ROWS * WARPS, P))
     if EVEN:
-        tl.store(at, value.to(x.dtype.element_ty))
+        tl.store(at, tile)
     else:
-        tl.store(at, value.to(x.dtype.element_ty), mask=(columns < F)[:, None] & (t + rows < T)[None, :])
+        tl.store(at, tile, mask=(t + rows < T) & (columns < F))
 
 
 @triton.jit
-def _part(part, value, columns, F, row, rank, r: tl.constexpr):
+def _narrow(Z, t, T, row, r: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """Rows of Z, once for each warp: (WARPS, ROWS, R)."""
     R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
-    ranks = tl.arange(0, R)
-    at = part + columns[:, None] * row + ranks[None, :] * rank
-    tl.store(at, value, mask=(columns < F)[:, None] & (ranks < r)[None, :])
+    m, ranks = tl.arange(0, ROWS * WARPS)[:, None], tl.arange(0, R)[None, :]
+    rows = m // (16 * WARPS) * 16 + m % 16
+    at = Z + tl.cast(t, tl.int64) * row + (rows * row + ranks)
+    tile = tl.load(at) if EVEN and r == R else tl.load(at, mask=(t + rows < T) & (ranks < r), other=0.0)
+    return tl.reshape(tl.permute(tl.reshape(tile, (ROWS // 16, WARPS, 16, R)), (1, 0, 2, 3)), (WARPS, ROWS, R))
+
+
+@triton.jit
+def _up(B, first, F, row, r: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of B (F, r), as (WARPS, COLUMNS, R)."""
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    columns = first + tl.arange(0, WARPS)[:, None, None] * COLUMNS + _order(COLUMNS)[None, :, None]
+    ranks = tl.arange(0, R)[None, None, :]
+    return tl.load(B + (columns * row + ranks), mask=(columns < F) & (ranks < r), other=0.0)
+
+
+@triton.jit
+def _down(A, first, F, row, r: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns of A (r, F), as (WARPS, R, COLUMNS): read as they lie, and then put in order."""
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    P: tl.constexpr = COLUMNS if COLUMNS < 32 else 32
+    columns = first + tl.arange(0, WARPS)[:, None, None] * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
+    ranks = tl.arange(0, R)[None, :, None]
+    tile = tl.load(A + (columns + ranks * row), mask=(columns < F) & (ranks < r), other=0.0)
+    tile = tl.reshape(tile, (WARPS, R, COLUMNS // P, 4, P // 8, 2))
+    return tl.reshape(tl.permute(tile, (0, 1, 2, 4, 3, 5)), (WARPS, R, COLUMNS))
+
+
+@triton.jit
+def _zeros(WARPS: tl.constexpr, COLUMNS: tl.constexpr, r: tl.constexpr):
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    return tl.zeros((WARPS, COLUMNS, R), dtype=tl.float32)
+
+
+@triton.jit
+def _write_rows(part, value, t, T, r: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr):
+    """Rows of what these columns have of MANY products over all columns, out of each warp's (WARPS, ROWS, R, MANY)."""
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    rows, ranks = tl.arange(0, ROWS)[:, None, None, None], tl.arange(0, R)[None, :, None, None]
+    many = tl.arange(0, MANY)[None, None, :, None]
+    at = part + tl.cast(t, tl.int64) * (MANY * r) + (rows * (MANY * r) + many * r + ranks)
+    found = tl.sum(value[:, :, :, :, None], 0)  # one more axis, and the compiler gives a thread all that it sums
+    tl.store(at, found, mask=(t + rows < T) & (ranks < r))
+
+
+@triton.jit
+def _write_columns(part, value, first, F, row, rank, r: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What these rows have of sums over all rows, (WARPS, COLUMNS, R)."""
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    columns = first + tl.arange(0, WARPS)[:, None, None] * COLUMNS + _order(COLUMNS)[None, :, None]
+    ranks = tl.arange(0, R)[None, None, :]
+    tl.store(part + (columns * row + ranks * rank), value, mask=(columns < F) & (ranks < r))
 
 
 @triton.jit
@@ -238,11 +356,32 @@ def _gate(x, GELU: tl.constexpr):
     w = x
     if GELU:
         w = TWICE * (x + CUBE * x * x * x)
-    gate = 1 / (1 + tl.exp(-w))
+    root = tl.rsqrt(1 + tl.exp2(w * MINUS_LOG2E))  # its square takes fewer instructions than a division
+    gate = root * root
     rest = x * gate * (1 - gate)
     if GELU:
         rest *= TWICE * (1 + 3 * CUBE * x * x)
     return gate, gate + rest
 
 
-_launch_forward, _launch_backward = Launcher(_forward), Launcher(_backward)
+@triton.jit
+def _sum(
+    parts_s, parts, S, sums, rstd, scaled, across, size_s, blocks, slabs, size, width,
+    NORMED: tl.constexpr, AT_ONCE: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """S and ρ S out of what the programs side by side have, sums over rows out of what those below one another have."""
+    block = tl.program_id(0)
+    if block < blocks:
+        at = block * SIZE + tl.arange(0, SIZE)
+        inside = at < size_s
+        value = total(parts_s, across, size_s, at, inside, AT_ONCE)
+        tl.store(S + at, value.to(S.dtype.element_ty), mask=inside)
+        if NORMED:
+            value *= tl.load(rstd + at // width, mask=inside, other=0.0)
+            tl.store(scaled + at, value.to(scaled.dtype.element_ty), mask=inside)
+    else:
+        at = (block - blocks) * SIZE + tl.arange(0, SIZE)
+        tl.store(sums + at, total(parts, slabs, size, at, at < size, AT_ONCE).to(sums.dtype.element_ty), mask=at < size)
+
+
+_launch_forward, _launch_backward, _launch_sum = Launcher(_forward), Launcher(_backward), Launcher(_sum)
