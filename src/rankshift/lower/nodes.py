@@ -133,10 +133,10 @@ class _Entry(torch.autograd.Function):
             found = qkv.column_gradients(dY, picked)
         dx = None
         if need_x:
-            dn, *more = qkv.back(dY, weights)
+            wide = None
             if low is not None and low[0].shape[1] > ACROSS:
-                dn.addmm_(*low)
-                low = Z = None
+                wide, low = low, None
+            dn, *more = qkv.back(dY, weights, wide)
             dx = norm_back(dn, x, rstd, before.weight, before.offset, low, residual.contiguous(), Z, more)
         return (dx, *(None,) * 6, *found)
 
@@ -210,15 +210,14 @@ class _Exit(torch.autograd.Function):
         dx3 = dx3.contiguous()
 
         # h W + Z B, and act(g) · u
-        (dh,) = down.back(dx3, of_down)
-        dB_h = low_h = None
+        dB_h = low_h = wide = None
         if of_h:
             A_h, B_h, Z_h = of_h
             S_h, dB_h = down.down(dx3, B_h, Z_h if any(needs[2][1::2]) else None)
             low_h = (S_h, A_h)
             if down.rank > WIDEST:
-                dh.addmm_(*low_h)
-                low_h = None
+                wide, low_h = low_h, None
+        (dh,) = down.back(dx3, of_down, wide)
         low_g, low_u = gate_up.lows(of_gu[2], of_gu[1]) if of_gu and gate_up.rank <= WIDEST else (None, None)
         summed = low_g is not None and low_u is not None and gate_up.rank <= SUMMED and all(needs[1][1::2])
         need_A = bool(of_h) and any(needs[2][::2])
@@ -257,11 +256,11 @@ class _Exit(torch.autograd.Function):
         elif needs[1]:
             picked_n = pick(x2, gate_up.channels, rstd, before.weight, before.offset, gate_up.scale)
             found_gu = gate_up.column_gradients(dY, picked_n)
-        dn, *more = gate_up.back(dY, of_gate_up)
-        del dY, dg, du, passed, gu, g, u
+        wide = None
         if low is not None and low[0].shape[1] > ACROSS:
-            dn.addmm_(*low)
-            low = Z = None
+            wide, low = low, None
+        dn, *more = gate_up.back(dY, of_gate_up, wide)
+        del dY, dg, du, passed, gu, g, u
         dx = norm_back(dn, x2, rstd, before.weight, before.offset, low, dx3, Z, more)
         del dn, more
 
@@ -277,9 +276,7 @@ class _Exit(torch.autograd.Function):
             found_o = after.column_gradients(dx, pick(o, after.channels, scale=after.scale))
         do = None
         if need_o:
-            (do,) = after.back(dx, of_after)
-            if low is not None:
-                do.addmm_(*low)
+            (do,) = after.back(dx, of_after, low)
         return (do, dx, *(None,) * 7, *found_o, *found_gu, *found_h)
 
 

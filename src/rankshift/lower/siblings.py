@@ -18,7 +18,7 @@ from rankshift.core.adapter import Columns, LowRank
 from rankshift.core.base import Base, Dense, Format, Plain, storage_of
 from rankshift.core.form import Form
 from rankshift.core.site import Site, form_of
-from rankshift.ops.products import into
+from rankshift.ops.products import accumulate, into
 from rankshift.ops.skinny import down_back, pack
 
 Low = tuple[Tensor, Tensor]
@@ -150,13 +150,22 @@ class Group:
         """Whether products with A below the weights have rows that are read at full speed, and few more columns."""
         return 0 < rank <= DEEPEST and (sum(self.widths) + rank) % 8 == 0
 
-    def back(self, dY: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-        """What sums to Σ dYᵢ Wᵢ, (T, K) each, of the layers' gradients side by side, (T, ΣN): one tensor, but for
-        formats that multiply by themselves and do not lie in one piece. ``weights`` as they were kept."""
+    def back(self, dY: Tensor, weights: Sequence[Tensor], low: Low | None = None) -> list[Tensor]:
+        """What sums to Σ dYᵢ Wᵢ + S A, (T, K) each, of the layers' gradients side by side, (T, ΣN): one tensor, but for
+        formats that multiply by themselves and do not lie in one piece.
+
+        Args:
+            weights: as they were kept.
+            low: S (T, R) and A (R, K).
+        """
         one = self._as_one(weights, backward=True)
+        if one is not None and isinstance(one[0], Plain):
+            (W,) = one[1]
+            return [dY @ W if low is None else accumulate(low[0] @ low[1], dY, W)]
         if one is not None:
-            return [one[0].back(dY, *one[1])]
-        found: list[Tensor] = []
+            dX = one[0].back(dY, *one[1])
+            return [dX if low is None else accumulate(dX, *low)]
+        found: list[Tensor] = [] if low is None else [low[0] @ low[1]]
         parts = zip(self.bases, self._apart(weights), dY.split_with_sizes(self.widths, 1), strict=True)
         for base, packed, part in parts:
             if found and isinstance(base, Dense):
@@ -252,6 +261,9 @@ class Group:
             ys = self.times(x)
             return ys, [None] * len(ys), ()
         A, B = factors
+        one = self._as_one(self.weights) if self.rank > WIDEST else None
+        if one is not None and isinstance(one[0], Plain) and all(base.bias is None for base in self.bases):
+            return self._wide(x, A, B, one[1][0])
         *ys, Z = self.times(x, A, there=not again)
         if len(ys) == 1:
             Z = Z.contiguous()  # kept, when the product is not
@@ -262,6 +274,21 @@ class Group:
                     y.addmm_(low[0], low[1].t())
             lows = [None] * len(ys)
         return ys, lows, (A, B, Z)
+
+    def _wide(
+        self, x: Tensor, A: Tensor, B: Tensor, W: Tensor
+    ) -> tuple[list[Tensor], list[Low | None], tuple[Tensor, ...]]:
+        """What forward gives, where the terms come first and x Wᵀ is added onto them."""
+        Z = x @ A.t()
+        y = x.new_empty(len(x), len(W))
+        ys = list(y.split_with_sizes(self.widths, 1))
+        if self.shared:
+            torch.mm(Z, B.t(), out=y)
+        else:
+            for part, low in zip(ys, self.lows(Z, B), strict=True):
+                part.zero_() if low is None else torch.mm(low[0], low[1].t(), out=part)
+        accumulate(y, x, W.t())
+        return ys, [None] * len(ys), (A, B, Z)
 
     def down(
         self, dY: Tensor, B: Tensor, Z: Tensor | None, normed: tuple[Tensor, Tensor] | None = None
