@@ -18,19 +18,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Words = npt.NDArray[np.uint64]
-
-_MASK, _HALF, _TOP = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(0xFFFFF800)
-_ROUND_A, _ROUND_B = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # multipliers and Weyl constants of Philox-4x32
+_MASK = 0xFFFFFFFF
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl constants of Philox-4x32
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _GAMMA, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of SplitMix64
-_CHUNK = 1 << 15  # elements per pass: its temporaries stay in the cache
-_DITHER = 1 << 24  # likewise: of int64 in 128 MB
+_CHUNK = 1 << 14  # elements per pass: torch spreads larger steps over threads, which some hundred small ones do not pay
+_DITHER = 1 << 24  # int64 temporaries stay below 128 MB
 
 
 @dataclass(frozen=True)
@@ -56,43 +52,55 @@ class Key:
             yield int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def philox(word: int, counter: Words) -> tuple[Words, Words, Words, Words]:
-    """Four 32-bit words for each element of ``counter`` (uint64)."""
-    zero = np.zeros_like(counter)
-    return _rounds((counter & _MASK, counter >> _HALF, zero, zero), (word & 0xFFFFFFFF, word >> 32))
+def _mul(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low 32-bit words of a * constant; a holds 32-bit words in int64."""
+    low_part = (a & 0xFFFF) * constant
+    high_part = (a >> 16) * constant
+    high = (high_part + (low_part >> 16)) >> 16
+    low = (low_part + ((high_part & 0xFFFF) << 16)) & _MASK
+    return high & _MASK, low
 
 
-def _rounds(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
+def philox(word: int, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words (as int64) for each element of ``counter`` (int64, ≥ 0)."""
+    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
+    zero = torch.zeros_like(c0)
+    return _rounds((c0, c1, zero, zero), (word & _MASK, (word >> 32) & _MASK))
+
+
+def _rounds(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox-4x32 on a counter of four words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        a, b = c0 * _ROUND_A, c2 * _ROUND_B  # of 32 bits each: 64 hold the product
-        c0, c1 = (b >> _HALF) ^ c1 ^ np.uint64(k0), b & _MASK
-        c2, c3 = (a >> _HALF) ^ c3 ^ np.uint64(k1), a & _MASK
-        k0, k1 = (k0 + _KEY_A) & 0xFFFFFFFF, (k1 + _KEY_B) & 0xFFFFFFFF
+        high_b, low_b = _mul(c2, _ROUND_B)
+        high_a, low_a = _mul(c0, _ROUND_A)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
     return c0, c1, c2, c3
 
 
-def _unit(a: Words, b: Words) -> npt.NDArray[np.float64]:
+def _unit(a: Tensor, b: Tensor) -> Tensor:
     """Two words to one float64 in (0, 1]: 53 bits, never 0, so that its logarithm is finite."""
-    bits = ((a & _TOP) << np.uint64(21)) | b  # 21 bits of a above 32 bits of b
-    return (bits.astype(np.float64) + 0.5) * 2.0**-53
+    bits = ((a & 0xFFFFF800) << 21) | b  # 21 bits of a above 32 bits of b
+    return (bits.to(torch.float64) + 0.5) * 2.0**-53
 
 
 def _draw(key: Key, shape: tuple[int, ...], first: int, normal: bool) -> Tensor:
-    """By numpy: torch would spread each of some hundred small steps over threads, which costs more than it saves."""
     count = math.prod(shape)
-    out = np.empty(count)
+    out = torch.empty(count, dtype=torch.float64, device="cpu")
     word = key.word
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
-        a, b, c, d = philox(word, np.arange(first + start, first + stop, dtype=np.uint64))
+        index = torch.arange(first + start, first + stop, dtype=torch.int64, device="cpu")
+        a, b, c, d = philox(word, index)
         value = _unit(a, b)
         if normal:
-            value = np.sqrt(-2.0 * np.log(value)) * np.cos(2.0 * math.pi * _unit(c, d))
+            value = torch.sqrt(-2.0 * torch.log(value)) * torch.cos(2.0 * math.pi * _unit(c, d))
         out[start:stop] = value
-    return torch.from_numpy(out).view(shape)
+    return out.view(shape)
 
 
 def uniform(
