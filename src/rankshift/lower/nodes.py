@@ -29,8 +29,8 @@ from rankshift.ops.skinny import weight_gradient
 from rankshift.ops.swiglu import swiglu, swiglu_back
 
 ACROSS = 64  # columns of S up to which norm_back adds S A; a GEMM is faster from there on
-SUMMED = 64  # rank up to which swiglu_back sums over tokens in its own pass,
-DOWN = 16  # and multiplies by B of gate and up
+SUMMED = 64  # rank up to which swiglu_back sums over tokens in its own pass
+DOWN = 16  # rank up to which swiglu's passes multiply what they make: h by A of down, dg and du by B of gate and up
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,13 @@ class _Exit(torch.autograd.Function):
         del y
         (g, u), (low_g, low_u), of_gu = gate_up.forward(n, for_gu)
         del n
-        h = swiglu(g, u, low_g, low_u, activation)
+        Z = x2.new_empty(len(x2), down.rank) if for_h and down.rank <= DOWN else None
+        h = swiglu(g, u, low_g, low_u, activation, down=None if Z is None else (for_h[0], Z))
         if wanted:
-            (y,), (low,), of_h = down.forward(h, for_h)
+            (y,), (low,), of_h = down.forward(h, for_h, Z=Z)
             x3 = add(x2, y, low)
         else:
-            of_h = (*for_h, h @ for_h[0].t()) if for_h else ()
+            of_h = (*for_h, h @ for_h[0].t() if Z is None else Z) if for_h else ()
             x3 = x2.new_empty(()).expand_as(x2)
         channels = down.channels
         picked = () if channels is None else (pick(h, channels, scale=down.scale),)

@@ -248,7 +248,7 @@ class Group:
         return found
 
     def forward(
-        self, x: Tensor, factors: tuple[Tensor, ...], again: bool = False
+        self, x: Tensor, factors: tuple[Tensor, ...], again: bool = False, Z: Tensor | None = None
     ) -> tuple[list[Tensor], list[Low | None], tuple[Tensor, ...]]:
         """The products, what is still to be added to each, and what the backward wants kept: (A, B, Z) or nothing.
 
@@ -256,6 +256,7 @@ class Group:
             x: (T, K).
             factors: of this group, by :func:`packed`.
             again: they are those of an earlier forward.
+            Z: x Aᵀ, where it is known.
         """
         if not factors:
             ys = self.times(x)
@@ -264,7 +265,10 @@ class Group:
         one = self._as_one(self.weights) if self.rank > WIDEST else None
         if one is not None and isinstance(one[0], Plain) and all(base.bias is None for base in self.bases):
             return self._wide(x, A, B, one[1][0])
-        *ys, Z = self.times(x, A, there=not again)
+        if Z is not None:
+            ys = self.times(x)
+        else:
+            *ys, Z = self.times(x, A, there=not again)
         if len(ys) == 1:
             Z = Z.contiguous()  # kept, when the product is not
         lows = self.lows(Z, B)
