@@ -541,7 +541,7 @@ def profile(step: Step, listed: int) -> dict[str, Any]:
             step()
         torch.cuda.synchronize()
     rows = [e for e in seen.key_averages() if e.device_type.name == "CUDA" and e.self_device_time_total > 0]
-    rows = [e for e in rows if "#" not in e.key]  # ranges of code, which hold kernels that are here themselves
+    rows = [e for e in rows if not is_range(e.key)]
     rows.sort(key=lambda e: -e.self_device_time_total)
     lines = [f"{e.self_device_time_total / 2e3:9.3f} ms {e.count / 2:7.1f} × {e.key[:150]}" for e in rows[:listed]]
     idle, widest = gaps(seen.events())
@@ -553,9 +553,14 @@ def profile(step: Step, listed: int) -> dict[str, Any]:
     }
 
 
+def is_range(name: str) -> bool:
+    """Of code, which holds kernels that are listed themselves; kernels have a # where they count lambdas."""
+    return "#" in name and "lambda" not in name
+
+
 def gaps(events: Any) -> tuple[float, list[str]]:
     """Microseconds in which nothing ran between the first and the last kernel, and the widest gaps in words."""
-    seen = [e for e in events if e.device_type.name == "CUDA" and "#" not in e.name]
+    seen = [e for e in events if e.device_type.name == "CUDA" and not is_range(e.name)]
     seen.sort(key=lambda e: e.time_range.start)
     found, until, before = [], seen[0].time_range.end if seen else 0.0, ""
     for e in seen:

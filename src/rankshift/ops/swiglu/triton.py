@@ -296,11 +296,10 @@ def _put(
 def _narrow(Z, t, T, row, r: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
     """Rows of Z, once for each warp: (WARPS, ROWS, R)."""
     R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
-    m, ranks = tl.arange(0, ROWS * WARPS)[:, None], tl.arange(0, R)[None, :]
-    rows = m // (16 * WARPS) * 16 + m % 16
+    rows, ranks = tl.arange(0, WARPS * ROWS)[:, None] % ROWS, tl.arange(0, R)[None, :]
     at = Z + tl.cast(t, tl.int64) * row + (rows * row + ranks)
     tile = tl.load(at) if EVEN and r == R else tl.load(at, mask=(t + rows < T) & (ranks < r), other=0.0)
-    return tl.reshape(tl.permute(tl.reshape(tile, (ROWS // 16, WARPS, 16, R)), (1, 0, 2, 3)), (WARPS, ROWS, R))
+    return tl.reshape(tile, (WARPS, ROWS, R))
 
 
 @triton.jit
