@@ -224,9 +224,7 @@ def profile(steps: dict[str, Step]) -> None:
             torch.cuda.synchronize()
             wall = time.perf_counter() - start
         rows = [e for e in seen.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"]
-        rows = [
-            e for e in rows if "#" not in e.key or "lambda" in e.key
-        ]  # else a range of code
+        rows = [e for e in rows if "#" not in e.key or "lambda" in e.key]  # else a range of code
         busy = sum(e.self_device_time_total for e in rows) / 3e3
         print(f"{name}: kernels {busy:.1f} ms of {1e3 * wall / 3:.1f} ms a step, {sum(e.count for e in rows) // 3}")
         for e in sorted(rows, key=lambda e: -e.self_device_time_total)[:14]:

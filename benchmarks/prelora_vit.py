@@ -265,9 +265,7 @@ def profiled(arm: Arm | Frozen, listed: int) -> dict[str, Any]:
             arm.step()
         synchronize()
     rows = [e for e in seen.key_averages() if e.device_type.name == "CUDA" and e.self_device_time_total > 0]
-    rows = [
-        e for e in rows if "#" not in e.key or "lambda" in e.key
-    ]  # else a range of code
+    rows = [e for e in rows if "#" not in e.key or "lambda" in e.key]  # else a range of code
     rows.sort(key=lambda e: -e.self_device_time_total)
     return {
         "ms": ms,
