@@ -32,14 +32,15 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter, Columns
-from rankshift.core.base import Base
+from rankshift.core.base import Base, Dense
 from rankshift.core.errors import ConfigError, RankTooLarge, UnsupportedLayer, WrongBase
 from rankshift.core.event import Event, Moment, Tick
-from rankshift.core.form import ConvForm, EmbeddingForm
+from rankshift.core.form import ConvForm, EmbeddingForm, Form
 from rankshift.core.method import Method
 from rankshift.core.random import Key
 from rankshift.core.site import Spec, by_pattern
 from rankshift.methods import paca_select
+from rankshift.ops import column_write
 from rankshift.ops.paca_linear import paca_conv, paca_linear
 
 
@@ -107,8 +108,23 @@ class PaCALayer(Adapter):
         """W[:, I] = W₀[:, I] + s·D, rounded once; ``columns`` are that sum where it has been taken already."""
         self.base.put_(self.occupied, self.origin + self.scale * self.D if columns is None else columns)
         # what a sharded model computes with are gathered copies: there only updates and verbs write
-        sharded = shard.is_sharded(self.D)
-        self._written = None if sharded else (weakref.ref(self._stored), weakref.ref(self.D), self.D._version)
+        if shard.is_sharded(self.D):
+            self._written = None
+        else:
+            self.wrote(self._stored, self.D)
+
+    def wrote(self, W: Tensor, D: Tensor) -> None:
+        """Note that W has been written from D as it is."""
+        self.__dict__["_written"] = weakref.ref(W), weakref.ref(D), D._version  # nn.Module's own way takes longer
+
+    def tensors(self) -> column_write.Layer | None:
+        """What :meth:`write` reads and writes, where a kernel can do that for many layers together."""
+        base, own = self.base, self._parameters
+        if type(base) is not Dense or type(self.form) is not Form:
+            return None
+        found = base.weight, own["D"], own["origin"], self._buffers["channels"], self.scale
+        layer = column_write.Layer(*found)  # type: ignore[arg-type]
+        return layer if column_write.fits(layer) else None
 
     @property
     def _stored(self) -> Tensor:
@@ -192,16 +208,22 @@ class WriteBack:
         self.apply_all([adapter], tick)
 
     def apply_all(self, adapters: Sequence[Adapter], tick: Tick) -> None:
-        """All layers' sums in a few calls: a GPU would wait for the many."""
-        layers = [a for a in adapters if isinstance(a, PaCALayer) and a.base.tenant is a and not shard.is_sharded(a.D)]
-        if layers:
-            columns = torch._foreach_mul([a.D for a in layers], [a.scale for a in layers])
-            torch._foreach_add_(columns, [a.origin for a in layers])
-            for layer, sums in zip(layers, columns, strict=True):
+        """All layers in one launch where a kernel takes them, or their sums in a few: a GPU would wait for many."""
+        layers = [a for a in adapters if isinstance(a, PaCALayer) and a.base.tenant is a]
+        together = {a: tensors for a in layers if (tensors := a.tensors()) is not None}
+        if together:
+            column_write.write_(list(together.values()))
+            for layer, (W, D, *_) in together.items():
+                layer.wrote(W, D)
+        rest = [a for a in layers if a not in together and not shard.is_sharded(a.D)]
+        if rest:
+            columns = torch._foreach_mul([a.D for a in rest], [a.scale for a in rest])
+            torch._foreach_add_(columns, [a.origin for a in rest])
+            for layer, sums in zip(rest, columns, strict=True):
                 layer.write(sums)
-        written = set(map(id, layers))
+        written = {*together, *rest}
         for adapter in adapters:
-            if id(adapter) not in written:
+            if adapter not in written:
                 adapter.enter()
 
 
