@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -181,6 +184,38 @@ def test_bf16_keeps_a_small_update():
     for order in ({"forward": "f2"}, {"backward": "b5"}):
         with pytest.raises(rs.errors.ConfigError, match=r"loses most of a small update"):
             lora_linear(x, A, B, 1.0, None, Plain(), (W,), **order)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_rounded_first_is_the_change(bias: bool):
+    """y and dX in bf16 are no further from float64 than with the large product rounded first."""
+    x, W, dy = (seeded(*s, seed=i, dtype=torch.bfloat16) for i, s in enumerate([(64, 96), (80, 96), (64, 80)], 1))
+    A, B = seeded(8, 96, seed=4, dtype=torch.float32), 0.02 * seeded(80, 8, seed=5, dtype=torch.float32)
+    b = seeded(80, seed=6, dtype=torch.bfloat16) if bias else None
+    x.requires_grad_()
+    y = lora_linear(x, A, B, 0.7, b, Plain(), (W,))
+    y.backward(dy)
+    exact = by_hand(*(t.detach().double() for t in (x, W, A, B)), 0.7, None if b is None else b.double(), dy.double())
+    with torch.no_grad():
+        Ac, Bc = A.bfloat16(), (0.7 * B).bfloat16()
+        large = torch.addmm(nn.functional.linear(x, W, b), x @ Ac.t(), Bc.t()), torch.addmm(dy @ W, dy @ Bc, Ac)
+    for got, before, name in ((y, large[0], "y"), (x.grad, large[1], "x")):
+        error, other = ((t.double() - exact[name]).norm() / exact[name].norm() for t in (got.detach(), before))
+        assert error < 0.85 * other, (name, error / other)
+
+
+def test_gradients_by_narrow_products(monkeypatch: pytest.MonkeyPatch):
+    """The way they go in 16 bits on an NVIDIA GPU."""
+    monkeypatch.setattr("rankshift.ops.lora_linear.op.runs_on", lambda device: True)
+    x, W = seeded(2, 6, 16, dtype=torch.bfloat16, grad=True), seeded(8, 16, seed=1, dtype=torch.bfloat16)
+    A, B = (seeded(*s, seed=i, dtype=torch.float32, grad=True) for i, s in ((2, (4, 16)), (3, (8, 4))))
+    dy = seeded(2, 6, 8, seed=4, dtype=torch.bfloat16)
+    y = lora_linear(x, A, B, 0.7, None, Plain(), (W,))
+    y.backward(dy)
+    want = by_hand(*(t.detach().double() for t in (x, W, A, B)), 0.7, None, dy.double())
+    for got, name in ((y, "y"), (x.grad, "x"), (A.grad, "A"), (B.grad, "B")):
+        assert (got.detach().double() - want[name]).norm() / want[name].norm() < 2**-6, name
+    assert (A.grad.dtype, B.grad.dtype, x.grad.dtype) == (torch.float32, torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("how", ["autocast", "bf16 base", "fp16 base"])
@@ -360,6 +395,42 @@ def test_compiles_whole(fields: dict):
     torch.testing.assert_close(y, plain)
     want = torch.autograd.grad(plain.square().sum(), leaves)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), leaves), want)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_products_are_one_operation_each_way(bias: bool):
+    """Factors are narrowed once, by one kernel; nothing is copied, and nothing is added by itself."""
+    torch._dynamo.reset()
+    graphs: list[list[str]] = []
+
+    def keep(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    model = nn.Sequential(nn.Linear(N, M, bias=bias, dtype=torch.bfloat16))
+    rs.attach(model, rs.LoRA(rank=R, targets="0"))
+    compiled = torch.compile(
+        model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    )
+    compiled(torch.randn(2, B_, N, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    there, back = graphs
+    assert [name.split(".")[1] for name in there if "rankshift" in name or "cat" in name] == ["cat", "lora_times"]
+    assert [name for name in back if "rankshift" in name] == ["rankshift.lora_back.default"]
+    kernels = {"cat", "clone", "copy", "copy_", "_to_copy", "add", "mm", "addmm"}
+    assert kernels.isdisjoint(name.split(".")[1] for name in back if name.startswith("aten"))
+    assert (kernels - {"cat", "_to_copy"}).isdisjoint(name.split(".")[1] for name in there if name.startswith("aten"))
+
+
+def test_operations_are_what_the_compiler_is_told():
+    x, z, W, dy = seeded(6, 5), seeded(6, 2, seed=6), seeded(3, 5, seed=1), seeded(6, 3, seed=2)
+    A, B, bias = seeded(2, 5, seed=3), seeded(3, 2, seed=4), seeded(3, seed=5)
+    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
+    for b in (None, bias):
+        check(torch.ops.rankshift.lora_times.default, (x, A, B, b, W))
+    f64, f32 = torch.float64, torch.float32
+    for w, *wanted in ((W, True, f64, f32), (None, True, f64, f64), (W, True, None, f32), (W, False, f32, None)):
+        check(torch.ops.rankshift.lora_back.default, (dy, x, z, A, B, 0.7, w, *wanted))
+        check(torch.ops.rankshift.lora_back.default, (dy, x, None, A, B, 0.7, w, *wanted))
 
 
 def test_compiles_for_any_number_of_tokens():

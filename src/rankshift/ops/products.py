@@ -16,12 +16,12 @@ def compute_dtype(
 ) -> tuple[torch.dtype, contextlib.AbstractContextManager[Any]]:
     """What a layer computes in here, and a ``with`` block in which nothing is cast again."""
     kind = x.device.type
-    castable = kind != "meta"  # it has no autocast; asking torch which devices have breaks the graph on torch 2.11
     own = x.dtype
     if format is not None and format.computes is not None and x.dtype.itemsize >= format.computes.itemsize:
         own = format.computes  # but for an input that was made narrower: FSDP2's mixed precision does that
-    dtype = torch.get_autocast_dtype(kind) if _autocast(kind) else own
-    return dtype, torch.autocast(kind, enabled=False) if castable else contextlib.nullcontext()
+    if _autocast(kind):
+        return torch.get_autocast_dtype(kind), torch.autocast(kind, enabled=False)
+    return own, contextlib.nullcontext()
 
 
 def delivered(y: Tensor, x: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def delivered(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _autocast(kind: str) -> bool:
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # which has none
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -76,14 +76,14 @@ def choose(
         ConfigError: an order that was fixed would lose the update in this dtype.
     """
     narrow = dtype in LOW_PRECISION
+    if narrow and forward is None and backward is None:
+        return "f1", "b1s"
     for order in (forward, backward):
         if narrow and order in MERGED:
             raise ConfigError(
                 f"order {order!r} rounds W + BA to {str(dtype).removeprefix('torch.')} and loses most of a small "
                 'update. Use "f1" with "b1" or "b1s", leave the order open, or compute in float32.'
             )
-    if narrow and forward is None and backward is None:
-        return "f1", "b1s"
     forwards: tuple[Forward, ...] = (forward,) if forward else ("f1",) if narrow else get_args(Forward)
     backwards: tuple[Backward, ...] = (backward,) if backward else ("b1s",) if narrow else get_args(Backward)
     if not A and backward is None:
