@@ -15,7 +15,7 @@ import rankshift as rs
 from rankshift.core.adapter import Columns, LowRank
 from rankshift.core.base import Dense, Plain
 from rankshift.core.form import Form
-from rankshift.lower import nodes
+from rankshift.lower import nodes, siblings
 from rankshift.lower.nodes import Norm, entry, exit_, normed
 from rankshift.lower.siblings import Group, join, packed
 from rankshift.ops.rms_norm import norm_back
@@ -64,7 +64,7 @@ RANKS = (1, 5, 3, 2, 4, 6, 7)
 TERMS = {
     "nothing": lambda: {},
     "equal": lambda: {name: low(name, 3) for name in SHAPES},
-    "room below": lambda: {n: low(n, 4 if n in ("o", "down") else 8) for n in SHAPES},
+    "room below": lambda: {n: low(n, r) for n, r in zip(SHAPES, (16, 16, 16, 12, 4, 4, 12), strict=True)},
     "unequal": lambda: {name: low(name, r, 0.3 * r) for name, r in zip(SHAPES, RANKS, strict=True)},
     "unequal, one scale": lambda: {name: low(name, r) for name, r in zip(SHAPES, RANKS, strict=True)},
     "some": lambda: {"q": low("q", 3), "v": low("v", 2, 2.0), "up": low("up", 4), "down": low("down", 5)},
@@ -307,6 +307,18 @@ def test_a_backward_that_multiplies_again_has_the_a_of_its_forward():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_term_comes_first_where_adding_onto_a_product_would_pass_over_memory(together, monkeypatch):
+    members = list(layers("room below", ("gate", "up"), False).values())
+    one = group(members, together)
+    dY, low = seeded(T, 2 * HIDDEN), (seeded(T, 3, seed=1), seeded(3, WIDTH, seed=2))
+    want = dY @ torch.cat([member.linear.weight for member in members]) + low[0] @ low[1]
+    for near in (siblings.NEAR, 0):
+        monkeypatch.setattr(siblings, "NEAR", near)
+        (found,) = one.back(dY, one.weights, low)
+        torch.testing.assert_close(found, want)
+
+
 @pytest.mark.parametrize("how", ["moved", "wider", "narrower", "not ours"])
 def test_memory_below_weights_that_is_no_room_for_a_is_not_written(how):
     members = list(layers("room below", ("gate", "up"), False).values())
@@ -324,8 +336,8 @@ def test_memory_below_weights_that_is_no_room_for_a_is_not_written(how):
         if how == "moved":
             bases[1].weight.data = bases[1].weight.data.clone()
         else:
-            rank = 16 if how == "wider" else 3
-            terms = [t._replace(A=t.A.repeat(2, 1)[:rank], B=t.B.repeat(1, 2)[:, :rank]) for t in terms]
+            rank = 12 if how == "wider" else 3
+            terms = [t._replace(A=t.A.repeat(3, 1)[:rank], B=t.B.repeat(1, 3)[:, :rank]) for t in terms]
     found = Group(bases, terms, slot)
     assert found.deep is None
     x = seeded(T, into)

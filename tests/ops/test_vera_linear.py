@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rankshift as rs
 from rankshift.core.base import Plain
 from rankshift.ops.vera_linear import reference, vera_linear
+from rankshift.ops.vera_linear.op import fused_factor
 
 SHAPES = [(0, 5), (1, 5), (7, 5), (2, 3, 5), (2, 1, 4, 5), (5,)]
 F64 = torch.float64
@@ -261,6 +262,25 @@ def test_nothing_is_kept_without_gradients():
 
 
 # ---- precision
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+def test_the_factor_by_itself(dtype: torch.dtype):
+    """diag(b) B diag(d) for a block that multiplies by it: its gradients, and nothing kept but B and the vectors."""
+    wide = torch.promote_types(dtype, torch.float32)
+    B, dC = seeded(7, 5, seed=1, dtype=wide), seeded(7, 5, seed=2, dtype=wide)
+    d, b = seeded(5, seed=3, dtype=dtype, grad=True), seeded(7, seed=4, dtype=dtype, grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        C = fused_factor(B, d, b)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (B, d, b)}
+    close = {"rtol": 1e-12 if dtype is F64 else 1e-2, "atol": 1e-12 if dtype is F64 else 1e-2}
+    torch.testing.assert_close(C.to(F64), torch.einsum("o,or,r->or", b.to(F64), B.to(F64), d.to(F64)), **close)
+    dd, db = torch.autograd.grad(C, (d, b), dC)
+    assert dd.dtype == db.dtype == dtype
+    torch.testing.assert_close(dd.to(F64), torch.einsum("o,or,or->r", b.to(F64), B.to(F64), dC.to(F64)), **close)
+    torch.testing.assert_close(db.to(F64), torch.einsum("or,r,or->o", B.to(F64), d.to(F64), dC.to(F64)), **close)
+    assert torch.autograd.grad(fused_factor(B, d.detach(), b), b, dC)[0].dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -30,7 +30,6 @@ from rankshift.ops.swiglu import swiglu, swiglu_back
 
 ACROSS = 64  # columns of S up to which norm_back adds S A; a GEMM is faster from there on
 SUMMED = 64  # rank up to which swiglu_back sums over tokens in its own pass
-DOWN = 16  # rank up to which swiglu's passes multiply what they make: h by A of down, dg and du by B of gate and up
 
 
 @dataclass(frozen=True)
@@ -176,13 +175,12 @@ class _Exit(torch.autograd.Function):
         del y
         (g, u), (low_g, low_u), of_gu = gate_up.forward(n, for_gu)
         del n
-        Z = x2.new_empty(len(x2), down.rank) if for_h and down.rank <= DOWN else None
-        h = swiglu(g, u, low_g, low_u, activation, down=None if Z is None else (for_h[0], Z))
+        h = swiglu(g, u, low_g, low_u, activation)
         if wanted:
-            (y,), (low,), of_h = down.forward(h, for_h, Z=Z)
+            (y,), (low,), of_h = down.forward(h, for_h)
             x3 = add(x2, y, low)
         else:
-            of_h = (*for_h, h @ for_h[0].t() if Z is None else Z) if for_h else ()
+            of_h = (*for_h, h @ for_h[0].t()) if for_h else ()
             x3 = x2.new_empty(()).expand_as(x2)
         channels = down.channels
         picked = () if channels is None else (pick(h, channels, scale=down.scale),)
@@ -228,12 +226,9 @@ class _Exit(torch.autograd.Function):
         if dY is None:
             dY = x2.new_empty(x2.shape[0], sum(gate_up.widths))
         dg, du = torch.split_with_sizes(dY, gate_up.widths, 1)
-        normed = (rstd, x2.new_empty(of_gu[2].shape)) if of_gu and any(needs[1][::2]) else None
-        at_once = summed and gate_up.rank <= DOWN and not gate_up.shared
-        S = x2.new_empty(of_gu[2].shape) if at_once else None
         passed = swiglu_back(
             dh, g, u, low_g, low_u, low_h, activation, out=(dg, du), want_h=need_A and not within, grads=wanted,
-            scale=gate_up.scale, down=S, normed=normed if at_once else None,
+            scale=gate_up.scale,
         )  # fmt: skip
         del dh
         found_h: list[Tensor | None] = []
@@ -248,9 +243,8 @@ class _Exit(torch.autograd.Function):
         low = Z = None
         if of_gu:
             A, B, Z = of_gu
-            dB = None
-            if S is None:
-                S, dB = gate_up.down(dY, B, Z if any(needs[1][1::2]) and not summed else None, normed)
+            normed = (rstd, torch.empty_like(Z)) if any(needs[1][::2]) else None
+            S, dB = gate_up.down(dY, B, Z if any(needs[1][1::2]) and not summed else None, normed)
             dA = None if normed is None else before.gradient(normed[1], x2)
             found_gu = gate_up.gradients(dA, (passed.db_g, passed.db_u) if summed else dB)
             low = (S, A)

@@ -25,6 +25,7 @@ Low = tuple[Tensor, Tensor]
 """(Z, B) for Z Bᵀ, or (S, A) for S A."""
 
 WIDEST = 128  # rank up to which a term is added by whoever reads the product next; wider ones have a GEMM of their own
+NEAR = 40 << 20  # bytes that a GPU's cache still has when the next kernel comes: adding onto more costs a pass over it
 DEEPEST = 192  # rows of A up to which they stand below the weights; more would cost as much as by themselves
 
 
@@ -148,7 +149,7 @@ class Group:
 
     def _aligned(self, rank: int) -> bool:
         """Whether products with A below the weights have rows that are read at full speed, and few more columns."""
-        return 0 < rank <= DEEPEST and (sum(self.widths) + rank) % 8 == 0
+        return 0 < rank <= DEEPEST and (sum(self.widths) + rank) % 16 == 0
 
     def back(self, dY: Tensor, weights: Sequence[Tensor], low: Low | None = None) -> list[Tensor]:
         """What sums to Σ dYᵢ Wᵢ + S A, (T, K) each, of the layers' gradients side by side, (T, ΣN): one tensor, but for
@@ -161,7 +162,8 @@ class Group:
         one = self._as_one(weights, backward=True)
         if one is not None and isinstance(one[0], Plain):
             (W,) = one[1]
-            return [dY @ W if low is None else accumulate(low[0] @ low[1], dY, W)]
+            if low is not None and dY.element_size() * len(dY) * W.shape[1] > NEAR:
+                return [accumulate(low[0] @ low[1], dY, W)]
         if one is not None:
             dX = one[0].back(dY, *one[1])
             return [dX if low is None else accumulate(dX, *low)]
@@ -248,7 +250,7 @@ class Group:
         return found
 
     def forward(
-        self, x: Tensor, factors: tuple[Tensor, ...], again: bool = False, Z: Tensor | None = None
+        self, x: Tensor, factors: tuple[Tensor, ...], again: bool = False
     ) -> tuple[list[Tensor], list[Low | None], tuple[Tensor, ...]]:
         """The products, what is still to be added to each, and what the backward wants kept: (A, B, Z) or nothing.
 
@@ -256,7 +258,6 @@ class Group:
             x: (T, K).
             factors: of this group, by :func:`packed`.
             again: they are those of an earlier forward.
-            Z: x Aᵀ, where it is known.
         """
         if not factors:
             ys = self.times(x)
@@ -265,10 +266,7 @@ class Group:
         one = self._as_one(self.weights) if self.rank > WIDEST else None
         if one is not None and isinstance(one[0], Plain) and all(base.bias is None for base in self.bases):
             return self._wide(x, A, B, one[1][0])
-        if Z is not None:
-            ys = self.times(x)
-        else:
-            *ys, Z = self.times(x, A, there=not again)
+        *ys, Z = self.times(x, A, there=not again)
         if len(ys) == 1:
             Z = Z.contiguous()  # kept, when the product is not
         lows = self.lows(Z, B)

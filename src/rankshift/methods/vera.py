@@ -34,7 +34,7 @@ from rankshift.core.method import Method
 from rankshift.core.random import Key
 from rankshift.core.site import Spec, matches, prefixes
 from rankshift.ops.vera_linear import vera_linear
-from rankshift.ops.vera_linear.op import factor
+from rankshift.ops.vera_linear.op import factor, fused_factor
 
 GENERATOR = "torch.Generator(cpu), float32, A then B, uniform ±sqrt(6/columns)"
 
@@ -204,7 +204,7 @@ class VeRALayer(Adapter):
     def term(self) -> LowRank | None:
         if self.config.dropout and self.training:
             return None
-        return LowRank(self.A, factor(self.B, self.lambda_d, self.lambda_b), 1.0)
+        return LowRank(self.A, fused_factor(self.B, self.lambda_d, self.lambda_b), 1.0)
 
     def branch(self) -> tuple[Tensor, Tensor]:
         C = factor(self.B, self.lambda_d, self.lambda_b)

@@ -22,19 +22,12 @@ from rankshift.ops.swiglu import reference
 from rankshift.ops.swiglu.reference import ACTIVATIONS, Back, Low
 
 _WIDEST = 128  # the largest rank of a term that the kernels take
-_SUMMED = 64  # the largest rank of which a program holds the sums over rows; with more, they are products of their own
-_DOWN = 16  # and of which it makes products over columns
+_SUMMED = 64  # the largest rank of which a program holds the sums; with more, they are products of their own
 
 
 @unrecorded
 def swiglu(
-    g: Tensor,
-    u: Tensor,
-    low_g: Low | None = None,
-    low_u: Low | None = None,
-    activation: str = "silu",
-    *,
-    down: tuple[Tensor, Tensor] | None = None,
+    g: Tensor, u: Tensor, low_g: Low | None = None, low_u: Low | None = None, activation: str = "silu"
 ) -> Tensor:
     """h (T, F), rounded once.
 
@@ -44,19 +37,13 @@ def swiglu(
         low_g: Zg (T, r) and Bg (F, r); None where nothing is to be added.
         low_u: Zu and Bu, likewise.
         activation: "silu" or "gelu_tanh".
-        down: A (r, F), and where h Aᵀ goes, (T, r) in one piece.
     """
     _known(activation)
-    if not _launches((g, u), low_g, low_u, None if down is None else (down[1], down[0])):
-        return reference.swiglu(g, u, low_g, low_u, activation, down=down)
+    if not _launches((g, u), low_g, low_u):
+        return reference.swiglu(g, u, low_g, low_u, activation)
     from rankshift.ops.swiglu.triton import forward
 
-    ranks = [low[0].shape[1] for low in (low_g, low_u) if low is not None]
-    within = down is not None and max(len(down[0]), *ranks, 0) <= _DOWN
-    h = forward(g, u, low_g, low_u, activation, down if within else None)
-    if down is not None and not within:
-        torch.mm(h, down[0].t(), out=down[1])
-    return h
+    return forward(g, u, low_g, low_u, activation)
 
 
 @unrecorded
@@ -73,8 +60,6 @@ def swiglu_back(
     want_h: bool = False,
     grads: Collection[str] = (),
     scale: float = 1.0,
-    down: Tensor | None = None,
-    normed: tuple[Tensor, Tensor] | None = None,
 ) -> Back:
     """From dh + S A, g + Zg Bgᵀ and u + Zu Buᵀ: the gradients of g and u, and what else is asked for.
 
@@ -91,16 +76,12 @@ def swiglu_back(
         grads: of "g", "u" and "h", those for whose low-rank pair a gradient is wanted: db_g = scale · dgᵀ Zg (F, r),
             db_u = scale · duᵀ Zu (F, r), da_h = Sᵀ h (r, F). None where there is no pair.
         scale: what db_g and db_u are multiplied by.
-        down: where S = (dg Bg | du Bu) goes, (T, 2r) in one piece, of two pairs of one rank.
-        normed: ρ (T,) in fp32, and where ρ S goes, likewise.
     """
     _known(activation)
     dg, du = out if out is not None else (torch.empty_like(g), torch.empty_like(u))
     lows = low_g, low_u, low_h
     if not _launches((dh, g, u, dg, du), *lows):
-        return reference.swiglu_back(
-            dh, g, u, *lows, activation, out=(dg, du), want_h=want_h, grads=grads, scale=scale, down=down, normed=normed
-        )
+        return reference.swiglu_back(dh, g, u, *lows, activation, out=(dg, du), want_h=want_h, grads=grads, scale=scale)
     from rankshift.ops.swiglu.triton import backward
 
     fused: list[str] = []
@@ -109,16 +90,11 @@ def swiglu_back(
         if low is not None and name in grads:
             (fused if low[0].shape[1] <= _SUMMED else apart).append(name)
     h = torch.empty_like(dh) if want_h or "h" in apart else None
-    within = down is not None and max(low[0].shape[1] for low in lows if low is not None) <= _DOWN
-    sums: Sequence[Tensor | None] = backward(
-        dh, g, u, *lows, activation, dg, du, h, fused, scale, down if within else None, normed
-    )
+    sums: Sequence[Tensor | None] = backward(dh, g, u, *lows, activation, dg, du, h, fused, scale)
     increment_version([dg, du])  # the kernel writes past autograd
     if apart:
         rest = reference.sums(dg, du, h, *lows, apart, scale)
         sums = [one if one is not None else other for one, other in zip(sums, rest, strict=True)]
-    if down is not None and not within:
-        reference.downs(dg, du, low_g, low_u, down, normed)
     return Back(dg, du, h if want_h else None, *sums)
 
 

@@ -33,20 +33,11 @@ class Back(NamedTuple):
 
 
 def swiglu(
-    g: Tensor,
-    u: Tensor,
-    low_g: Low | None = None,
-    low_u: Low | None = None,
-    activation: str = "silu",
-    *,
-    down: tuple[Tensor, Tensor] | None = None,
+    g: Tensor, u: Tensor, low_g: Low | None = None, low_u: Low | None = None, activation: str = "silu"
 ) -> Tensor:
     """act(g + Zg Bgᵀ) · (u + Zu Buᵀ), in fp32 or wider and rounded once."""
     act, _ = _activated(_whole(g, low_g), activation)
-    h = (act * _whole(u, low_u)).to(g.dtype)
-    if down is not None:
-        torch.mm(h, down[0].t(), out=down[1])
-    return h
+    return (act * _whole(u, low_u)).to(g.dtype)
 
 
 def swiglu_back(
@@ -62,8 +53,6 @@ def swiglu_back(
     want_h: bool = False,
     grads: Collection[str] = (),
     scale: float = 1.0,
-    down: Tensor | None = None,
-    normed: tuple[Tensor, Tensor] | None = None,
 ) -> Back:
     """See op.py. The sums over T are of dg, du and h as they are handed over, rounded."""
     G, U = _whole(g, low_g), _whole(u, low_u)
@@ -73,8 +62,6 @@ def swiglu_back(
     h = (act * U).to(g.dtype)
     dg.copy_(dH * U * slope)
     du.copy_(dH * act)
-    if down is not None:
-        downs(dg, du, low_g, low_u, down, normed)
     return Back(dg, du, h if want_h else None, *sums(dg, du, h, low_g, low_u, low_h, grads, scale))
 
 
@@ -94,17 +81,6 @@ def sums(
     db_u = into(du.t(), low_u[0], dtype) * scale if low_u is not None and "u" in grads else None
     da_h = into(low_h[0].t(), h, dtype) if low_h is not None and h is not None and "h" in grads else None
     return db_g, db_u, da_h
-
-
-def downs(
-    dg: Tensor, du: Tensor, low_g: Low | None, low_u: Low | None, S: Tensor, normed: tuple[Tensor, Tensor] | None
-) -> None:
-    """S, and ρ S where ``normed`` says."""
-    assert low_g is not None
-    assert low_u is not None
-    torch.cat([dg @ low_g[1], du @ low_u[1]], 1, out=S)
-    if normed is not None:
-        torch.mul(S, normed[0][:, None], out=normed[1])
 
 
 def _whole(y: Tensor, low: Low | None) -> Tensor:

@@ -3,6 +3,9 @@
 With low-rank terms each warp has columns of its own, and tiles are (WARPS, ROWS, COLUMNS). Which column stands where in
 a tile is chosen so that what a thread reads or writes at once, 16 bytes, is what the tensor cores have it hold of a
 product: nothing goes through shared memory but factors. Without terms a tile is (ROWS, WARPS · COLUMNS) as it lies.
+
+What a program of the backward sums of large ranks takes its registers. There tiles are (COLUMNS, ROWS), and factors
+wait in shared memory.
 """
 # mypy: ignore-errors
 
@@ -17,64 +20,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankshift.ops.arrivals.triton import total
 from rankshift.ops.launch import Launcher
 from rankshift.ops.swiglu import reference
 from rankshift.ops.swiglu.reference import Low
 
-# By the padded rank, 0 without terms: the tile, loads on their way, and programs that run at once on a multiprocessor.
+# By the padded rank, 0 without terms: the tile, and programs that run at once on a multiprocessor.
+_NARROW = {"ROWS": 16, "WARPS": 4, "COLUMNS": 64}
 _FORWARD = {
-    0: {"ROWS": 4, "WARPS": 4, "COLUMNS": 64, "STAGES": 1},
-    16: {"ROWS": 16, "WARPS": 8, "COLUMNS": 32, "STAGES": 1},
-    32: {"ROWS": 16, "WARPS": 8, "COLUMNS": 32, "STAGES": 1},
-    64: {"ROWS": 16, "WARPS": 8, "COLUMNS": 32, "STAGES": 1},
-    128: {"ROWS": 16, "WARPS": 8, "COLUMNS": 16, "STAGES": 1},
+    0: ({"ROWS": 8, "WARPS": 4, "COLUMNS": 64}, 1),
+    16: (_NARROW, 4),
+    32: (_NARROW, 3),
+    64: (_NARROW, 3),
+    128: ({"ROWS": 16, "WARPS": 8, "COLUMNS": 16}, 2),
 }
-_BACKWARD = {
-    0: {"ROWS": 4, "WARPS": 4, "COLUMNS": 64, "STAGES": 1},
-    16: {"ROWS": 16, "WARPS": 8, "COLUMNS": 32, "STAGES": 2},
-    32: {"ROWS": 16, "WARPS": 4, "COLUMNS": 32, "STAGES": 2},
-    64: {"ROWS": 16, "WARPS": 4, "COLUMNS": 16, "STAGES": 2},
-    128: {"ROWS": 16, "WARPS": 4, "COLUMNS": 16, "STAGES": 2},
-}
-_AT_ONCE = {"forward": {16: 3, 32: 3, 64: 2, 128: 2}, "backward": {16: 1, 32: 2, 64: 2, 128: 2}}
+_BACKWARD = {0: ({"ROWS": 4, "WARPS": 4, "COLUMNS": 64}, 1), 16: ({"ROWS": 16, "WARPS": 4, "COLUMNS": 32}, 3)}
+_REGISTERS = {16: 168}  # of a thread of the backward at most, so that as many programs fit
+_WIDE = {"ROWS": 32, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}  # the backward's tile with larger ranks
+_AT_ONCE_WIDE = {32: 3, 64: 2, 128: 2}
 _MULTIPROCESSORS = 132
-_SUM = {"AT_ONCE": 16, "SIZE": 512, "num_warps": 8}
 TWICE, CUBE = tl.constexpr(reference.TWICE), tl.constexpr(reference.CUBE)
 MINUS_LOG2E = tl.constexpr(-math.log2(math.e))
 
 
-def forward(
-    g: Tensor, u: Tensor, low_g: Low | None, low_u: Low | None, activation: str, down: tuple[Tensor, Tensor] | None
-) -> Tensor:
+def forward(g: Tensor, u: Tensor, low_g: Low | None, low_u: Low | None, activation: str) -> Tensor:
     """See op.swiglu."""
     T, F = g.shape
     h = torch.empty(T, F, dtype=g.dtype, device=g.device)
-    (zg, bg), (zu, bu), (a, z) = low_g or (g, g), low_u or (g, g), down or (g, g)
-    ranks = _rank(low_g), _rank(low_u), 0 if down is None else len(a)
-    tile, across, length, even = _plan("forward", T, F, ranks)
-    size = T * ranks[2]
-    parts = torch.empty(across, size, dtype=torch.float32, device=g.device)
-    tensors = (g, u, h, zg, bg, zu, bu, a)
+    (zg, bg), (zu, bu) = low_g or (g, g), low_u or (g, g)
+    ranks = _rank(low_g), _rank(low_u), 0
+    padded = _padded(max(ranks))
+    tile, at_once = _FORWARD[padded]
+    rows, columns = tile["ROWS"], tile["WARPS"] * tile["COLUMNS"]
+    across, length = triton.cdiv(F, columns), _share(T, triton.cdiv(F, columns), ranks, rows, at_once)
+    tensors = (g, u, h, zg, bg, zu, bu)
     _launch_forward(
-        (across, triton.cdiv(T, length), 1), (*tensors, parts), (T, F, length, *[t.stride(0) for t in tensors]),
-        GELU=activation == "gelu_tanh", RG=ranks[0], RU=ranks[1], RZ=ranks[2], EVEN=even, **tile,
+        (across, triton.cdiv(T, length), 1), tensors, (T, F, length, *[t.stride(0) for t in tensors]),
+        GELU=activation == "gelu_tanh", RG=ranks[0], RU=ranks[1], EVEN=T % rows == 0 and F % columns == 0,
+        **tile, num_warps=tile["WARPS"],
     )  # fmt: skip
-    if down is not None:
-        blocks = triton.cdiv(size, _SUM["SIZE"])
-        _launch_sum(
-            (blocks, 1, 1), (parts, parts, z, parts, parts, z), (across, size, blocks, 0, 0, ranks[2]),
-            NORMED=False, **_SUM,
-        )  # fmt: skip
     return h
 
 
 def backward(
     dh: Tensor, g: Tensor, u: Tensor, low_g: Low | None, low_u: Low | None, low_h: Low | None, activation: str,
     dg: Tensor, du: Tensor, h: Tensor | None, grads: Collection[str], scale: float,
-    down: Tensor | None, normed: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """See op.swiglu_back: writes dg, du and h, where there is one, and S and ρ S.
+    """See op.swiglu_back: writes dg, du and h, where there is one.
 
     Args:
         grads: which of db_g, db_u and da_h are wanted, by "g", "u" and "h"; their ranks are 64 at most.
@@ -83,27 +74,26 @@ def backward(
     (zg, bg), (zu, bu), (s, a) = low_g or (g, g), low_u or (g, g), low_h or (g, g)
     ranks = _rank(low_g), _rank(low_u), _rank(low_h)
     summed = [r * (name in grads) for name, r in zip("guh", ranks, strict=True)]
-    tile, across, length, even = _plan("backward", T, F, ranks)
+    padded = _padded(max(ranks))
+    if padded in _BACKWARD:
+        tile, at_once = _BACKWARD[padded]
+        launch, columns = _launch_backward, tile["WARPS"] * tile["COLUMNS"]
+        tile = {**tile, "num_warps": tile["WARPS"]}
+        if padded in _REGISTERS:
+            tile["maxnreg"] = _REGISTERS[padded]
+    else:
+        tile, at_once, launch, columns = _WIDE, _AT_ONCE_WIDE[padded], _launch_backward_wide, _WIDE["COLUMNS"]
+    across, rows = triton.cdiv(F, columns), tile["ROWS"]
+    length = _share(T, across, ranks, rows, at_once)
     slabs = triton.cdiv(T, length)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=g.device)
-    width = 0 if down is None else 2 * ranks[0]
-    size_s, size = T * width, F * sum(summed)
-    parts_s, parts = new(across, size_s), new(slabs, size)
-    tensors = (dh, g, u, dg, du, dh if h is None else h, s, a, zg, bg, zu, bu)
-    _launch_backward(
-        (across, slabs, 1), (*tensors, parts, parts_s), (T, F, length, *[t.stride(0) for t in tensors], size), (scale,),
+    parts = torch.empty(slabs, F * sum(summed), dtype=torch.float32, device=g.device)
+    tensors = (dh, g, u, dg, du, dh if h is None else h, parts, s, a, zg, bg, zu, bu)
+    launch(
+        (across, slabs, 1), tensors, (T, F, length, *[t.stride(0) for t in tensors]), (scale,),
         GELU=activation == "gelu_tanh", H=h is not None, RG=ranks[0], RU=ranks[1], RH=ranks[2],
-        SG=summed[0] > 0, SU=summed[1] > 0, SH=summed[2] > 0, DOWN=down is not None, EVEN=even, **tile,
+        SG=summed[0] > 0, SU=summed[1] > 0, SH=summed[2] > 0, EVEN=T % rows == 0 and F % columns == 0, **tile,
     )  # fmt: skip
-    sums = parts[0] if slabs == 1 else new(size)
-    blocks, rest = triton.cdiv(size_s, _SUM["SIZE"]), triton.cdiv(size, _SUM["SIZE"]) * (slabs > 1)
-    if blocks + rest:
-        S = sums if down is None else down
-        _launch_sum(
-            (blocks + rest, 1, 1), (parts_s, parts, S, sums, *(normed or (sums, S))),
-            (across, size_s, blocks, slabs, size, width), NORMED=normed is not None, **_SUM,
-        )  # fmt: skip
-    db_g, db_u, da_h = sums.split([F * r for r in summed])
+    db_g, db_u, da_h = (parts[0] if slabs == 1 else parts.sum(0)).split([F * r for r in summed])
     return (
         db_g.view(F, -1) if summed[0] else None,
         db_u.view(F, -1) if summed[1] else None,
@@ -115,46 +105,42 @@ def _rank(low: Low | None) -> int:
     return 0 if low is None else low[0].shape[1]
 
 
-@functools.lru_cache(256)
-def _plan(which: str, T: int, F: int, ranks: tuple[int, int, int]) -> tuple[dict[str, int], int, int, bool]:
-    """The tile, how many programs stand side by side, how many rows each takes, and whether all tiles are full.
+def _padded(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank)) if rank else 0
 
-    So many rows that the last round of programs is full, and not so few that what they write for others to sum, and
-    the factors that each begins with, are much beside the tiles.
+
+@functools.cache
+def _share(T: int, across: int, ranks: tuple[int, int, int], rows: int, at_once: int) -> int:
+    """Rows of a program, of which ``across`` stand side by side: a tile without terms; with them so many that the last
+    round of programs is full, and not so few that what they write for others to sum, and the factors that each begins
+    with, are much beside the tiles.
     """
-    widest = max(ranks)
-    padded = max(16, triton.next_power_of_2(widest)) if widest else 0
-    tile = (_FORWARD if which == "forward" else _BACKWARD)[padded]
-    rows, columns = tile["ROWS"], tile["WARPS"] * tile["COLUMNS"]
-    across, length = triton.cdiv(F, columns), rows
-    if widest:
-        slots = _MULTIPROCESSORS * _AT_ONCE[which][padded]
+    if not any(ranks):
+        return rows
+    slots = _MULTIPROCESSORS * at_once
 
-        def cost(slabs: int) -> float:
-            programs = slabs * across
-            return math.ceil(programs / slots) * slots / programs + slabs * 8 * sum(ranks) / (10 * T)
+    def cost(slabs: int) -> float:
+        programs = slabs * across
+        return math.ceil(programs / slots) * slots / programs + slabs * 8 * sum(ranks) / (10 * T)
 
-        slabs = min(range(1, min(64, triton.cdiv(T, rows)) + 1), key=cost)
-        length = triton.cdiv(triton.cdiv(T, slabs), rows) * rows
-    return {**tile, "num_warps": tile["WARPS"]}, across, length, T % rows == 0 and F % columns == 0
+    slabs = min(range(1, min(64, triton.cdiv(T, rows)) + 1), key=cost)
+    return triton.cdiv(triton.cdiv(T, slabs), rows) * rows
 
 
 @triton.jit
 def _forward(
-    g, u, h, zg, bg, zu, bu, a, parts, T, F, length, g_row, u_row, h_row, zg_row, bg_row, zu_row, bu_row, a_row,
-    GELU: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RZ: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    g, u, h, zg, bg, zu, bu, T, F, length, g_row, u_row, h_row, zg_row, bg_row, zu_row, bu_row,
+    GELU: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    TERMS: tl.constexpr = RG + RU + RZ > 0
+    TERMS: tl.constexpr = RG + RU > 0
     first = tl.program_id(0) * (WARPS * COLUMNS)
     start = tl.program_id(1) * length
     if RG > 0:
         bg_tile = _up(bg, first, F, bg_row, RG, WARPS, COLUMNS)
     if RU > 0:
         bu_tile = _up(bu, first, F, bu_row, RU, WARPS, COLUMNS)
-    if RZ > 0:
-        a_tile = _down(a, first, F, a_row, RZ, WARPS, COLUMNS)
-    for t in tl.range(start, tl.minimum(start + length, T), ROWS, num_stages=STAGES):
+    for t in tl.range(start, tl.minimum(start + length, T), ROWS, num_stages=1):
         x = _read(g, t, first, T, F, g_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
         y = _read(u, t, first, T, F, u_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
         if RG > 0:
@@ -164,19 +150,15 @@ def _forward(
         gate, _ = _gate(x, GELU)
         out = (x * gate * y).to(h.dtype.element_ty)
         _put(h, out, t, first, T, F, h_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
-        if RZ > 0:
-            part = parts + tl.cast(tl.program_id(0), tl.int64) * T * RZ
-            z = tl.dot(out, tl.trans(a_tile, 0, 2, 1))[:, :, :, None]
-            _write_rows(part, z, t, T, RZ, 1, ROWS)
 
 
 @triton.jit
 def _backward(
-    dh, g, u, dg, du, h, s, a, zg, bg, zu, bu, parts, downs, T, F, length,
-    dh_row, g_row, u_row, dg_row, du_row, h_row, s_row, a_row, zg_row, bg_row, zu_row, bu_row, size, scale,
+    dh, g, u, dg, du, h, parts, s, a, zg, bg, zu, bu, T, F, length,
+    dh_row, g_row, u_row, dg_row, du_row, h_row, total, s_row, a_row, zg_row, bg_row, zu_row, bu_row, scale,
     GELU: tl.constexpr, H: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RH: tl.constexpr,
-    SG: tl.constexpr, SU: tl.constexpr, SH: tl.constexpr, DOWN: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    SG: tl.constexpr, SU: tl.constexpr, SH: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     TERMS: tl.constexpr = RG + RU + RH > 0
     first = tl.program_id(0) * (WARPS * COLUMNS)
@@ -194,7 +176,7 @@ def _backward(
     if SU:
         sum_u = _zeros(WARPS, COLUMNS, RU)
     half = dg.dtype.element_ty
-    for t in tl.range(start, tl.minimum(start + length, T), ROWS, num_stages=STAGES):
+    for t in tl.range(start, tl.minimum(start + length, T), ROWS, num_stages=1):
         d = _read(dh, t, first, T, F, dh_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
         x = _read(g, t, first, T, F, g_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
         y = _read(u, t, first, T, F, u_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
@@ -222,10 +204,7 @@ def _backward(
             sum_u = tl.dot(tl.trans(out_u, 0, 2, 1), zu_tile, sum_u)
         if SH:
             sum_h = tl.dot(tl.trans(out_h, 0, 2, 1), s_tile, sum_h)
-        if DOWN:
-            down = downs + tl.cast(tl.program_id(0), tl.int64) * T * (RG + RU)
-            _write_rows(down, tl.join(tl.dot(out_g, bg_tile), tl.dot(out_u, bu_tile)), t, T, RG, 2, ROWS)
-    part = parts + tl.program_id(1).to(tl.int64) * size
+    part = parts + tl.program_id(1).to(tl.int64) * total
     if SG:
         _write_columns(part, sum_g * scale, first, F, RG, 1, RG, WARPS, COLUMNS)
         part += F * RG
@@ -234,6 +213,68 @@ def _backward(
         part += F * RU
     if SH:
         _write_columns(part, sum_h, first, F, 1, F, RH, WARPS, COLUMNS)
+
+
+@triton.jit
+def _backward_wide(
+    dh, g, u, dg, du, h, parts, s, a, zg, bg, zu, bu, T, F, length,
+    dh_row, g_row, u_row, dg_row, du_row, h_row, total, s_row, a_row, zg_row, bg_row, zu_row, bu_row, scale,
+    GELU: tl.constexpr, H: tl.constexpr, RH: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr,
+    SH: tl.constexpr, SG: tl.constexpr, SU: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(1) * length
+    if RH > 0:
+        a_tile = _wide_factor(a, columns, F, 1, a_row, RH, EVEN)
+    if RG > 0:
+        bg_tile = _wide_factor(bg, columns, F, bg_row, 1, RG, EVEN)
+    if RU > 0:
+        bu_tile = _wide_factor(bu, columns, F, bu_row, 1, RU, EVEN)
+    if SH:
+        sum_h = _wide_zeros(COLUMNS, RH)
+    if SG:
+        sum_g = _wide_zeros(COLUMNS, RG)
+    if SU:
+        sum_u = _wide_zeros(COLUMNS, RU)
+    for t in tl.range(first, tl.minimum(first + length, T), ROWS, num_stages=STAGES):
+        d = _wide_tile(dh, t, columns, T, F, dh_row, EVEN, ROWS)
+        x = _wide_tile(g, t, columns, T, F, g_row, EVEN, ROWS)
+        y = _wide_tile(u, t, columns, T, F, u_row, EVEN, ROWS)
+        if RH > 0:
+            s_tile = _wide_narrow(s, t, T, s_row, RH, EVEN, ROWS)
+            d = tl.dot(a_tile, tl.trans(s_tile), d)
+        if RG > 0:
+            zg_tile = _wide_narrow(zg, t, T, zg_row, RG, EVEN, ROWS)
+            x = tl.dot(bg_tile, tl.trans(zg_tile), x)
+        if RU > 0:
+            zu_tile = _wide_narrow(zu, t, T, zu_row, RU, EVEN, ROWS)
+            y = tl.dot(bu_tile, tl.trans(zu_tile), y)
+        gate, slope = _gate(x, GELU)
+        act = x * gate
+        half = dg.dtype.element_ty
+        out_g = (d * y * slope).to(half)
+        out_u = (d * act).to(half)
+        out_h = (act * y).to(half)
+        _wide_put(dg, out_g, t, columns, T, F, dg_row, EVEN, ROWS)
+        _wide_put(du, out_u, t, columns, T, F, du_row, EVEN, ROWS)
+        if H:
+            _wide_put(h, out_h, t, columns, T, F, h_row, EVEN, ROWS)
+        if SG:
+            sum_g = tl.dot(out_g, zg_tile, sum_g)
+        if SU:
+            sum_u = tl.dot(out_u, zu_tile, sum_u)
+        if SH:
+            sum_h = tl.dot(out_h, s_tile, sum_h)
+    part = parts + tl.program_id(1).to(tl.int64) * total
+    if SG:
+        _wide_part(part, sum_g * scale, columns, F, RG, 1, RG)
+        part += F * RG
+    if SU:
+        _wide_part(part, sum_u * scale, columns, F, RU, 1, RU)
+        part += F * RU
+    if SH:
+        _wide_part(part, sum_h, columns, F, 1, F, RH)
 
 
 @triton.jit
@@ -330,17 +371,6 @@ def _zeros(WARPS: tl.constexpr, COLUMNS: tl.constexpr, r: tl.constexpr):
 
 
 @triton.jit
-def _write_rows(part, value, t, T, r: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr):
-    """Rows of what these columns have of MANY products over all columns, out of each warp's (WARPS, ROWS, R, MANY)."""
-    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
-    rows, ranks = tl.arange(0, ROWS)[:, None, None, None], tl.arange(0, R)[None, :, None, None]
-    many = tl.arange(0, MANY)[None, None, :, None]
-    at = part + tl.cast(t, tl.int64) * (MANY * r) + (rows * (MANY * r) + many * r + ranks)
-    found = tl.sum(value[:, :, :, :, None], 0)  # one more axis, and the compiler gives a thread all that it sums
-    tl.store(at, found, mask=(t + rows < T) & (ranks < r))
-
-
-@triton.jit
 def _write_columns(part, value, first, F, row, rank, r: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
     """What these rows have of sums over all rows, (WARPS, COLUMNS, R)."""
     R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
@@ -364,23 +394,57 @@ def _gate(x, GELU: tl.constexpr):
 
 
 @triton.jit
-def _sum(
-    parts_s, parts, S, sums, rstd, scaled, across, size_s, blocks, slabs, size, width,
-    NORMED: tl.constexpr, AT_ONCE: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """S and ρ S out of what the programs side by side have, sums over rows out of what those below one another have."""
-    block = tl.program_id(0)
-    if block < blocks:
-        at = block * SIZE + tl.arange(0, SIZE)
-        inside = at < size_s
-        value = total(parts_s, across, size_s, at, inside, AT_ONCE)
-        tl.store(S + at, value.to(S.dtype.element_ty), mask=inside)
-        if NORMED:
-            value *= tl.load(rstd + at // width, mask=inside, other=0.0)
-            tl.store(scaled + at, value.to(scaled.dtype.element_ty), mask=inside)
+def _wide_zeros(COLUMNS: tl.constexpr, r: tl.constexpr):
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    return tl.zeros((COLUMNS, R), dtype=tl.float32)
+
+
+@triton.jit
+def _wide_factor(B, columns, F, b_row, b_rank, r: tl.constexpr, EVEN: tl.constexpr):
+    """Rows of B (COLUMNS, R): its columns past r are zero."""
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    ranks = tl.arange(0, R)
+    at = B + columns[:, None] * b_row + ranks[None, :] * b_rank
+    inside = (columns < F)[:, None] & (ranks < r)[None, :]
+    return tl.load(at) if EVEN and r == R else tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _wide_narrow(Z, t, T, z_row, r: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr):
+    """Rows of Z (ROWS, R)."""
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    rows, ranks = tl.arange(0, ROWS), tl.arange(0, R)
+    at = Z + tl.cast(t, tl.int64) * z_row + rows[:, None] * z_row + ranks[None, :]
+    inside = (t + rows < T)[:, None] & (ranks < r)[None, :]
+    return tl.load(at) if EVEN and r == R else tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _wide_tile(x, t, columns, T, F, row, EVEN: tl.constexpr, ROWS: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    at = x + tl.cast(t, tl.int64) * row + columns[:, None] + rows[None, :] * row
+    inside = (columns < F)[:, None] & (t + rows < T)[None, :]
+    tile = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def _wide_put(x, value, t, columns, T, F, row, EVEN: tl.constexpr, ROWS: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    at = x + tl.cast(t, tl.int64) * row + columns[:, None] + rows[None, :] * row
+    if EVEN:
+        tl.store(at, value.to(x.dtype.element_ty))
     else:
-        at = (block - blocks) * SIZE + tl.arange(0, SIZE)
-        tl.store(sums + at, total(parts, slabs, size, at, at < size, AT_ONCE).to(sums.dtype.element_ty), mask=at < size)
+        tl.store(at, value.to(x.dtype.element_ty), mask=(columns < F)[:, None] & (t + rows < T)[None, :])
 
 
-_launch_forward, _launch_backward, _launch_sum = Launcher(_forward), Launcher(_backward), Launcher(_sum)
+@triton.jit
+def _wide_part(part, value, columns, F, row, rank, r: tl.constexpr):
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    ranks = tl.arange(0, R)
+    at = part + columns[:, None] * row + ranks[None, :] * rank
+    tl.store(at, value, mask=(columns < F)[:, None] & (ranks < r)[None, :])
+
+
+_launch_forward, _launch_backward = Launcher(_forward), Launcher(_backward)
+_launch_backward_wide = Launcher(_backward_wide)

@@ -51,6 +51,28 @@ def factor(B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     return b[..., :, None] * B * d[..., None, :]
 
 
+def fused_factor(B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """:func:`factor`, (out, r), of which autograd keeps no product on the way."""
+    return _Factor.apply(B, d, b)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Factor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, B: Tensor, d: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(B, d, b)
+        return (b[:, None] * B).mul_(d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dC: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        B, d, b = ctx.saved_tensors
+        _, need_d, need_b = ctx.needs_input_grad
+        G = B * dC  # (out, r); FSDP2's mixed precision narrows the vectors
+        dd = (b.to(G.dtype) @ G).to(d.dtype) if need_d else None
+        db = (G @ d.to(G.dtype)).to(b.dtype) if need_b else None
+        return None, dd, db
+
+
 class _VeRALinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
