@@ -90,12 +90,15 @@ def test_every_tile_is_used() -> None:
         assert max(table) == most
 
 
-@pytest.mark.parametrize("k", [1, 5, 64, 65])
+@pytest.mark.parametrize("ranks", [(1,), (5,), (64,), (65,), (64, 64, 64), (3, 16, 66)], ids=str)
 @pytest.mark.parametrize("rows", [1, 32, 37])
-def test_picked(rows: int, k: int) -> None:
+def test_picked(rows: int, ranks: tuple[int, ...]) -> None:
     x, weight = drawn(rows, 70, seed=1, pad=3), drawn(1, 70, seed=2)[0]
     rstd = torch.rand(rows, generator=torch.Generator().manual_seed(3)) + 0.5
-    channels = torch.randperm(70, generator=torch.Generator().manual_seed(4))[:k]
+    channels = [torch.randperm(70, generator=torch.Generator().manual_seed(4 + k))[:k] for k in ranks]
+    every = torch.cat(channels)
     got = pick(x, channels, rstd, weight, 0.5, 0.3)
-    near(got, reference.pick(*wide(x)[:1], channels, *wide(rstd, weight), 0.5, 0.3))
-    assert torch.equal(pick(x, channels), x[:, channels])
+    near(got, reference.pick(*wide(x)[:1], every, *wide(rstd, weight), 0.5, 0.3))
+    assert torch.equal(pick(x, channels), x[:, every])
+    if len(ranks) == 1:
+        assert torch.equal(pick(x, every), x[:, every])

@@ -95,6 +95,8 @@ def test_picked(dtype: torch.dtype) -> None:
     torch.testing.assert_close(pick(x, channels, rstd, w, 1.0, 0.3), 0.3 * n[:, channels], **close)
     torch.testing.assert_close(pick(x, channels, scale=0.3), 0.3 * x[:, channels], **close)
     assert torch.equal(pick(x, channels), x[:, channels])
+    more = torch.tensor([1, 4])
+    assert torch.equal(pick(x, (channels, more)), x[:, [4, 0, 9, 1, 4]])
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
@@ -131,9 +133,20 @@ for r, (M, N, warps, deep) in _BACK.items():
                  PAST=True, MORE=more, EVEN=True, M=M, N=N, DEEP=deep)
 for r, (M, N, warps) in _ADD.items():
     compiled(_add, P * 5 + ["i32"] * 5, warps, K=2048, R=r, EVEN=True, M=M, N=N)
-M, N, warps = _PICK
-pick = P + ["*i64", "*fp32"] + P * 2 + ["i32"] * 3 + ["fp32"] * 2
-compiled(_pick, pick, warps, NORMED=True, M=M, N=N)
+size, N, warps = _PICK
+for ranks in ((64,), (64, 64, 64), (64, 16, 5)):
+    last = {"RANKS": ranks, "NORMED": True, "EVEN": True, "M": size // N, "N": N}
+    kinds = dict.fromkeys(last, "constexpr")
+    types = ["*bf16", ("*i64",) * len(ranks), "*fp32", "*bf16", "*bf16", "i32", "i32", "i32", "fp32", "fp32"]
+    signature = {**dict(zip(_pick.arg_names, types)), **kinds}
+    even = [(0,), *[(1, i) for i in range(len(ranks))], (2,), (3,), (4,), (5,), (7,)]
+    places = {at: [["tt.divisibility", 16]] for at in even}
+    constants = {(_pick.arg_names.index(name),): value for name, value in last.items()}
+    source = ASTSource(fn=_pick, signature=signature, constexprs=constants, attrs=places)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    each = size * len(ranks) // (32 * warps)
+    assert made.asm["ptx"].count("st.global.b16") == each, "threads do not stand side by side"
+    assert "shared" not in made.asm["ptx"].replace(".shared .align", "")
 """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rankshift.ops.launch import unrecorded
@@ -92,20 +93,22 @@ def add(x: Tensor, y: Tensor, low: Low | None = None) -> Tensor:
 
 @unrecorded
 def pick(
-    x: Tensor, channels: Tensor, rstd: Tensor | None = None, weight: Tensor | None = None, offset: float = 0.0,
-    scale: float = 1.0,
+    x: Tensor, channels: Tensor | Sequence[Tensor], rstd: Tensor | None = None, weight: Tensor | None = None,
+    offset: float = 0.0, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Some columns of scale · x, or of scale · n for the norm n of x: (T, k).
 
     Args:
         x: (T, K).
-        channels: (k,), which columns.
+        channels: (k,) int64, which columns; or several such: the columns of all of them behind one another.
         rstd: (T,), ρ of the norm; None for x itself.
         weight: (K,), the norm's; with rstd.
         scale: what they are multiplied by, before they are rounded, once.
     """
+    channels = (channels,) if isinstance(channels, Tensor) else tuple(channels)
     if not _kernel(x):
-        return reference.pick(x, channels, rstd, weight, offset, scale)
+        every = channels[0] if len(channels) == 1 else torch.cat(channels)
+        return reference.pick(x, every, rstd, weight, offset, scale)
     from rankshift.ops.rms_norm.triton import pick as launch
 
     return launch(x, channels, rstd, weight, offset, scale)

@@ -20,7 +20,7 @@ from rankshift.ops.rms_norm.reference import Low
 # up to which rank: rows, columns, warps, and how many blocks of columns are in work or on their way
 _NORM = {16: (16, 512, 8, 3), 64: (16, 256, 8, 3), 128: (16, 128, 4, 3)}
 _BACK = {64: (32, 128, 8, 3), 192: (32, 128, 8, 2), 384: (32, 64, 8, 2)}
-_PICK = (32, 64, 4)  # rows, columns, warps
+_PICK = (1024, 64, 4)  # numbers at once, columns of them at most, warps
 _ADD = {32: (32, 256, 8), 128: (32, 128, 8)}
 
 
@@ -78,16 +78,20 @@ def add(x: Tensor, y: Tensor, low: Low | None) -> Tensor:
 
 
 def pick(
-    x: Tensor, channels: Tensor, rstd: Tensor | None, weight: Tensor | None, offset: float, scale: float
+    x: Tensor, channels: Sequence[Tensor], rstd: Tensor | None, weight: Tensor | None, offset: float, scale: float
 ) -> Tensor:
     """Some channels, as :func:`.op.pick`."""
-    T, k = len(x), len(channels)
+    ranks = tuple([len(some) for some in channels])
+    T, k = len(x), sum(ranks)
     picked = x.new_empty(T, k)
-    M, N, warps = _PICK
+    size, N, warps = _PICK
+    N = min(N, triton.next_power_of_2(max(ranks)))
+    M = size // N
+    rest = x if rstd is None else rstd, x if weight is None else weight, picked
     _launch_pick(
-        (triton.cdiv(k, N), triton.cdiv(T, M), 1),
-        (x, channels, x if rstd is None else rstd, x if weight is None else weight, picked), (T, k, x.stride(0)),
-        (offset, scale), NORMED=rstd is not None, M=M, N=N, num_warps=warps,
+        (triton.cdiv(T, M), 1, 1), (x, *channels, *rest), (T, k, x.stride(0)), (offset, scale),
+        args=(x, tuple(channels), *rest, T, k, x.stride(0), float(offset), float(scale)),
+        RANKS=ranks, NORMED=rstd is not None, EVEN=T % M == 0, M=M, N=N, num_warps=warps,
     )  # fmt: skip
     return picked
 
@@ -198,21 +202,45 @@ def _add(
     put(total + at * K + columns[None, :], value, there, inside, EVEN, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _pick(
     x, channels, rstd, weight, picked, T, k, x_row, offset, scale,
-    NORMED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    RANKS: tl.constexpr, NORMED: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(1) * M + tl.arange(0, M)
-    columns = tl.program_id(0) * N + tl.arange(0, N)
-    there, inside = rows < T, columns < k
+    """Threads stand side by side along columns, so that they read the same 32 bytes together: hence k as it comes,
+    lest the compiler give each thread eight to write at once."""
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    there = rows < T
     at = rows.to(tl.int64)[:, None]
-    channel = tl.load(channels + columns, mask=inside, other=0)
-    value = take(x + at * x_row + channel[None, :], there, inside, False, False)
-    if NORMED:
-        w = offset + _vector(weight + channel, inside, False)
-        value *= tl.load(rstd + rows, mask=there, other=0.0)[:, None] * w[None, :]
-    put(picked + at * k + columns[None, :], value * scale, there, inside, False, False)
+    rho = tl.load(rstd + rows, mask=there, other=0.0)[:, None] if NORMED else 1.0
+    x += at * x_row
+    picked += at * k
+    for i in tl.static_range(len(RANKS)):
+        _pick_some(x, channels[i], rho, weight, picked, there, offset, scale, RANKS[i], NORMED, EVEN, N)
+        picked += RANKS[i]
+
+
+@triton.jit
+def _pick_some(
+    x, channels, rho, weight, picked, there, offset, scale,
+    R: tl.constexpr, NORMED: tl.constexpr, EVEN: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """R columns; ``x`` and ``picked`` are where rows begin, (M, 1)."""
+    WHOLE: tl.constexpr = R % N == 0
+    for first in tl.static_range(0, R, N):
+        columns = first + tl.arange(0, N)
+        inside = columns < R
+        channel = _channels(channels + columns, inside, WHOLE)
+        value = take(x + channel[None, :], there, inside, EVEN, WHOLE)
+        if NORMED:
+            value *= rho * (offset + _vector(weight + channel, inside, WHOLE))[None, :]
+        put(picked + columns[None, :], value * scale, there, inside, EVEN, WHOLE)
+
+
+@triton.jit
+def _channels(at, inside, WHOLE: tl.constexpr):
+    channel = tl.load(at) if WHOLE else tl.load(at, mask=inside, other=0)
+    return channel.to(tl.int32)
 
 
 @triton.jit
