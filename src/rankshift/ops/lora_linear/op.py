@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -89,7 +90,7 @@ class _LoRALinear(torch.autograd.Function):
         else:
             z = x @ Ac.t() if keep_z else None
             bias = None if bias is None else bias.to(dtype)
-            y = torch.nn.functional.linear(x, _merged(format.dense(*packed), Ac, Bc), bias)
+            y = F.linear(x, _merged(format.dense(*packed), Ac, Bc), bias)
         keep_x = train_a or (train_b and not keep_z)
         ctx.save_for_backward(x if keep_x else None, z if keep_z else None, A, B, *packed)
         # a view that a node returns could not be changed in place, and models do
@@ -147,8 +148,8 @@ def _merged(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 def _times(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, W: Tensor) -> tuple[Tensor, Tensor]:
     """y and Z, for A, s B and W in the dtype of x."""
-    z, Bt = x @ A.t(), B.t()
-    y = z @ Bt if bias is None else torch.addmm(bias.to(x.dtype), z, Bt)
+    z = F.linear(x, A)
+    y = F.linear(z, B, None if bias is None else bias.to(x.dtype))
     return accumulate(y, x, W.t()), z
 
 
