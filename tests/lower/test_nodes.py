@@ -80,6 +80,7 @@ TERMS = {
     "rank 130, A frozen": lambda: {name: low(name, 130, A=False) for name in SHAPES},
     "columns": lambda: {name: columns(name, r, 0.3 * r) for name, r in zip(SHAPES, RANKS, strict=True)},
     "some columns": lambda: {name: columns(name, 3) for name in ("q", "v", "gate", "down")},
+    "columns of one rank": lambda: {name: columns(name, 3, 0.2 + i) for i, name in enumerate(SHAPES)},
     "columns and ranks": lambda: {n: (columns if n in ("q", "k", "v", "down") else low)(n, 3) for n in SHAPES},
 }
 

@@ -19,7 +19,7 @@ from elsewhere import run
 from torch import Tensor
 
 from rankshift.ops import arrivals
-from rankshift.ops.skinny import down_back, op, pack, reference, weight_gradient
+from rankshift.ops.skinny import down_back, op, pack, reference, up_gradient, weight_gradient
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,6 +79,7 @@ def test_both_are_gradients_of_the_plain_equation(widths: tuple[int, ...]) -> No
     only, none = down_back(dY, B, widths=widths)
     assert torch.equal(only, S)
     assert none is None
+    torch.testing.assert_close(up_gradient(dY, Z, widths), want[1])
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -225,6 +226,10 @@ def test_it_does_what_the_reference_does(r: int, T: int, widths: tuple[int, ...]
     near(only, want[0])
     near(normed, want[0] * rows[:, None].double())
     assert same((only, normed), (down_back(dY, B, None, widths, 1.0, (rows, again))[0], again))
+    alone = up_gradient(dY, Z, widths)
+    assert alone.dtype == FP32
+    torch.testing.assert_close(alone.double(), 2 * want[1], rtol=1e-4, atol=1e-3)
+    assert torch.equal(alone, up_gradient(dY, Z, widths))
     assert all_zero()
 
 

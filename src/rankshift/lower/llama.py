@@ -404,7 +404,7 @@ def _terms(layer: Any, bases: list[Base]) -> Groups | str:
         terms.append(term)
     groups = [Group(bases[span], terms[span], slot) for span, slot in zip(_GROUPS, block.slots, strict=True)]
     groups[-1].apart = block.memory is not None  # a block that runs again for its backward leaves out the last product
-    if any(group.low and group.channels is not None for group in groups):
+    if any(group.low and group.channels for group in groups):
         return "its layers have adapters of several kinds"
     return groups[0], groups[1], groups[2], groups[3]
 

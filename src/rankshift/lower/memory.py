@@ -182,7 +182,7 @@ def sizes(
         weighed=attention == "eager", low=(low[0], low[1], low[2], low[3]),
         apart=isinstance(gate_up.bases[0].format, Plain)
         and joined([base.format for base in gate_up.bases], gate_up.packed) is None,
-        picked=0 if down.channels is None else len(down.channels), unpacked=max(packed, default=0) * x.element_size(),
+        picked=sum(map(len, down.channels)), unpacked=max(packed, default=0) * x.element_size(),
         head=words, lazy=lazy,
     )  # fmt: skip
 

@@ -183,7 +183,7 @@ class _Exit(torch.autograd.Function):
             of_h = (*for_h, h @ for_h[0].t()) if for_h else ()
             x3 = x2.new_empty(()).expand_as(x2)
         channels = down.channels
-        picked = () if channels is None else (pick(h, channels, scale=down.scale),)
+        picked = (pick(h, channels, scale=down.scale),) if channels else ()
         del h
         gu, of_gu = ((g, u), of_gu) if keep else ((), for_gu)
         _keep(

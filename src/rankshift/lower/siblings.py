@@ -19,7 +19,7 @@ from rankshift.core.base import Base, Dense, Format, Plain, storage_of
 from rankshift.core.form import Form
 from rankshift.core.site import Site, form_of
 from rankshift.ops.products import accumulate, into
-from rankshift.ops.skinny import down_back, pack
+from rankshift.ops.skinny import down_back, pack, up_gradient
 
 Low = tuple[Tensor, Tensor]
 """(Z, B) for Z Bᵀ, or (S, A) for S A."""
@@ -324,22 +324,22 @@ class Group:
     # ---- columns of the weights
 
     @property
-    def channels(self) -> Tensor | None:
-        """Those of all layers behind one another, where weights have columns that train."""
-        found = [term.channels for term in self.terms if isinstance(term, Columns)]
-        return None if not found else found[0] if len(found) == 1 else torch.cat(found)
+    def channels(self) -> tuple[Tensor, ...]:
+        """Those of each layer whose weight has columns that train."""
+        return tuple([term.channels for term in self.terms if isinstance(term, Columns)])
 
     def column_gradients(self, dY: Tensor, x: Tensor) -> list[Tensor | None]:
         """s · dYᵢᵀ x of each D, (out, r), where ``x`` (T, Σr) are the inputs in these channels times :attr:`scale`."""
-        found: list[Tensor | None] = []
-        at = 0
-        for term, part in zip(self.terms, dY.split_with_sizes(self.widths, 1), strict=True):
-            if isinstance(term, Columns):
-                r = len(term.channels)
-                dD = into(part.t(), x[:, at : at + r], term.D.dtype)
-                found.append(_in(dD, term.D.dtype, self._left(term)))
-                at += r
-        return found
+        terms = [term for term in self.terms if isinstance(term, Columns)]
+        ranks = [len(term.channels) for term in terms]
+        if len(terms) == len(self.terms) and len(set(ranks)) == 1:
+            parts: Sequence[Tensor] = up_gradient(dY, x, self.widths).split_with_sizes(self.widths)
+        else:
+            dYs = zip(self.terms, dY.split_with_sizes(self.widths, 1), strict=True)
+            of = [part for term, part in dYs if isinstance(term, Columns)]
+            xs = x.split_with_sizes(ranks, 1)
+            parts = [into(d.t(), z, term.D.dtype) for d, z, term in zip(of, xs, terms, strict=True)]
+        return [_in(dD, term.D.dtype, self._left(term)) for dD, term in zip(parts, terms, strict=True)]
 
 
 def packed(groups: Sequence[Group], like: Tensor) -> list[tuple[Tensor, ...]]:

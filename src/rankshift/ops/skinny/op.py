@@ -55,6 +55,23 @@ def down_back(
 
 
 @unrecorded
+def up_gradient(dY: Tensor, Z: Tensor, widths: Sequence[int]) -> Tensor:
+    """dB = dYᵀ Z (N, r), as :func:`down_back` has it, by itself.
+
+    Args:
+        dY: (T, N) with rows in one piece and any row stride: of layers side by side, of ``widths``.
+        Z: (T, layers · r), likewise, in the dtype of dY.
+    """
+    r = Z.shape[1] // len(widths)
+    fits = Z.dtype == dY.dtype and dY.dtype in _HALF and dY.stride(1) == Z.stride(1) == 1
+    if not (fits and r <= _WIDEST and dY.numel() and runs_on(dY.device)):
+        return reference.up_gradient(dY, Z, widths)
+    from rankshift.ops.skinny.triton import up_gradient as launch
+
+    return launch(dY, Z, tuple(widths))
+
+
+@unrecorded
 def weight_gradient(S: Tensor, x: Tensor, gain: Tensor | None = None, offset: float = 0.0) -> Tensor:
     """dA = Sᵀ x · (offset + gain), (R, K), in fp32, of float64 in float64: the gradient of A for Z = x Aᵀ.
 

@@ -24,11 +24,14 @@ def down_back(
     S = torch.cat([part @ factor for part, factor in zip(parts, factors, strict=True)], 1)
     if normed is not None:
         normed[1].copy_(S * normed[0][:, None])
-    if Z is None:
-        return S, None
+    return S, None if Z is None else up_gradient(dY, Z, widths) * scale
+
+
+def up_gradient(dY: Tensor, Z: Tensor, widths: Sequence[int]) -> Tensor:
+    """See op.py."""
     dtype = torch.promote_types(dY.dtype, torch.float32)
-    zs = torch.split(Z, B.shape[1], 1)
-    return S, torch.cat([into(part.t(), z, dtype) for part, z in zip(parts, zs, strict=True)]) * scale
+    parts, zs = torch.split(dY, list(widths), 1), Z.chunk(len(widths), 1)
+    return torch.cat([into(part.t(), z, dtype) for part, z in zip(parts, zs, strict=True)])
 
 
 def weight_gradient(S: Tensor, x: Tensor, gain: Tensor | None = None, offset: float = 0.0) -> Tensor:

@@ -48,6 +48,11 @@ def down_back(
     padded = _padded(r)
     if Z is None or padded not in _BOTH:
         _along(dY, B, S, widths, normed)
+def up_gradient(dY: Tensor, Z: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """See op.up_gradient."""
+    return _across(dY, Z, widths, Z.shape[1] // len(widths), (1.0, 0.0))
+
+
         return S, None if Z is None else _across(dY, Z, widths, r, (scale, 0.0))
     return S, _across(dY, Z, widths, r, (scale, 0.0), S=S, B=B, normed=normed)
 
