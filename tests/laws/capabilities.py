@@ -30,6 +30,8 @@ COLUMNS = {
     "quantised base": 'a base in 4 or 8 bits, `attach(base="nf4")`',
     "multi-adapter": "a second adapter of the same method: added, switched, summed, deleted; each keeps its bits",
     "compile": "`torch.compile(fullgraph=True)`: one graph for all steps, the same training",
+    "fused blocks": "a Llama's blocks after `run.lower()`: the same training to rounding; raised, or saved and loaded, "
+    "the same state",
     "DDP": "two ranks are one process with all the data; exact resume; all laws that engines touch",
     "FSDP2": "the same under `fully_shard`",
     "accumulation": "exact resume where several backward passes make an update",
@@ -79,10 +81,10 @@ def settings(method: Method) -> dict[str, str]:
     """Field → ``field=value`` where a configuration is not the default."""
     default = type(method)()
     names = [f.name for f in dataclasses.fields(method) if getattr(method, f.name) != getattr(default, f.name)]
-    return {name: f"{name}={_written(getattr(method, name))}" for name in names}
+    return {name: f"{name}={written(getattr(method, name))}" for name in names}
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     if isinstance(value, Method):
         return f"{type(value).__name__}({', '.join(settings(value).values())})"
     return repr(value).replace("'", '"')
@@ -91,8 +93,9 @@ def _written(value: Any) -> str:
 def _about(settings: Mapping[str, str], why: str) -> str:
     """Those of the settings that a refusal speaks of, by name or by value; all but sizes if it speaks of none."""
 
-    def words(text: str) -> set[str]:
-        return set(re.findall(r"[^\W\d]\w*", text.lower())) - {"true", "false", "none"}
+    def words(text: str) -> set[str]:  # norm2 is one of the norms; low-rank is no rank
+        found = (word.rstrip("s0123456789") for word in re.findall(r"[^\W\d][\w-]*", text.lower()))
+        return set(found) - {"true", "false", "none"}
 
     named = [text for text in settings.values() if words(text) & words(why)]
     return ", ".join(named or [text for name, text in settings.items() if name not in SIZES])
@@ -139,9 +142,9 @@ def _cell(found: Found, notes: dict[str, int]) -> str:
     for why, about in found.refused.items():
         if not found.shown and first and "" not in about:
             continue  # of another configuration, that is refused for another reason
-        odd = " or ".join(f"`{text}`" for text in sorted(about) if text)
+        odd = "" if "" in about or not found.shown else " or ".join(f"`{text}`" for text in sorted(about))
         text = re.sub(r"([*_<])", r"\\\1", why)  # no markup in a refusal
-        numbers.add(notes.setdefault(f"With {odd}: {text}" if odd and found.shown else text, len(notes) + 1))
+        numbers.add(notes.setdefault(f"With {odd}: {text}" if odd else text, len(notes) + 1))
     return (YES if default else NO) + (f"<sup>{','.join(map(str, sorted(numbers)))}</sup>" if numbers else "")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from laws.capabilities import COLUMNS, Record, Recorder, read, render, settings, stamp
 from laws.cases import CASES, Case
+from laws.test_fused import hindrance
 from rankshift import capability
 from rankshift.core.method import methods
 from rankshift.methods import Full, LoRA
@@ -30,6 +31,7 @@ def truth(name: str) -> dict[str, bool]:
     return {
         **{layer: not why for layer, why in can.layers.items()},
         "exact LoRA export": not can.lora,
+        "fused blocks": not hindrance(CASES[name][0].method),
         "merge": not can.merge,
         "multi-adapter": not can.second,
         "quantised base": not can.quantised or "lossy=True" in can.quantised,  # asked for, it may lose
@@ -61,7 +63,7 @@ def test_a_stale_page_is_found() -> None:
     assert stale(page.replace(row, row.replace("lora", "lara", 1))) == ["lora has no row", "lara is no method"]
     cells = row.split(" | ")
     at = {name: i for i, name in enumerate(["method", *COLUMNS])}
-    for column in ("merge", "exact LoRA export", "Conv", "Embedding", "experts", "multi-adapter", "quantised base"):
+    for column in truth("lora"):
         flipped = cells.copy()
         flipped[at[column]] = "–"
         if column == list(COLUMNS)[-1]:
@@ -104,11 +106,15 @@ def test_a_configuration_that_is_refused_is_a_footnote_at_a_tick() -> None:
         record.add("lora", settings(method), ["merge"], {"merge": "no DoRA, and no pissa either"})
     record.add("lora", settings(LoRA(targets=("embed", "up"))), ["Conv"], {"Conv": "not at embed"})
     record.add("lora", settings(LoRA(bias="all", dropout=0.5)), ["Conv"], {"Conv": "no reason"})
+    record.add("lora", settings(LoRA(modules_to_save=("norm2",), bias="all")), ["merge"], {"merge": "norms train"})
+    record.add("lora", settings(LoRA(rank=2, dora=True)), ["merge"], {"merge": "no low-rank term"})
     page = render(record, KINDS)
     assert read(page)["lora"] == dict.fromkeys(COLUMNS, True)
     assert '\n1. With `dora=True` or `init="pissa"`: no DoRA, and no pissa either\n' in page
-    assert '\n2. With `targets=("embed", "up")`: not at embed\n' in page
-    assert '\n3. With `dropout=0.5, bias="all"`: no reason\n' in page
+    assert '\n2. With `modules_to_save=("norm2",)`: norms train\n' in page
+    assert "\n3. With `dora=True`: no low-rank term\n" in page
+    assert '\n4. With `targets=("embed", "up")`: not at embed\n' in page
+    assert '\n5. With `dropout=0.5, bias="all"`: no reason\n' in page
     assert page.count("<sup>") == 2
 
 
@@ -118,6 +124,8 @@ def test_a_default_that_is_refused_is_a_dash_although_a_setting_serves() -> None
     record.add("lora", settings(LoRA(dora=True)), ["Conv"], {})
     record.add("lora", {}, ["Conv"], {"Conv": "only with dora"})
     assert not read(render(record, KINDS))["lora"]["Conv"]
+    record.add("lora", settings(LoRA(dropout=0.5)), ["Conv"], {"Conv": "only with dora"})
+    assert "\n1. only with dora\n" in render(record, KINDS)
     record.cells["lora", "Conv"].shown.clear()
     record.add("lora", settings(LoRA(dora=True)), ["Conv"], {"Conv": "for another reason"})
     page = render(record, KINDS)

@@ -127,6 +127,7 @@ class Session:
     policy: MixedPrecisionPolicy | None = None
     noisy: bool = False  # forwards draw from the global generator: make what they draw a function of the step
     check: bool = True  # look at the first gradients
+    objective: Callable[[rs.Run, nn.Module, Tensor], Tensor] = objective
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -146,7 +147,7 @@ class Session:
         total = 0.0
         for i, part in enumerate(parts):
             with self._sync(i == len(parts) - 1):
-                loss = objective(self.run, self.wrapped, part) / len(parts)
+                loss = self.objective(self.run, self.wrapped, part) / len(parts)
                 loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_([p for _, p in self.run.trainable()], 1.0)
