@@ -212,6 +212,10 @@ def test_float64_is_not_rounded_on_the_way():
     """transformers rounds its norms to fp32; between lowered and not there is that, and no more."""
     model, run = begun(dtype=torch.float64)
     assert fused(check(model, run, 1e-6))
+    model = llama(dtype=torch.float64)
+    run = rs.attach(model, rs.LoRA(rank=4), base="nf4", total_steps=8)
+    stir(run)
+    assert fused(check(model, run, 1e-6))
 
 
 def test_bfloat16_is_as_near_the_truth_as_the_model_itself():

@@ -236,7 +236,7 @@ def test_it_does_what_the_reference_does(r: int, T: int, widths: tuple[int, ...]
 @kernels
 @pytest.mark.usefixtures("_on_the_cpu")
 @pytest.mark.parametrize(("T", "K"), [(33, 77), (256, 64), (1, 1), (700, 130), (512, 256)], ids=str)
-@pytest.mark.parametrize("r", [1, 5, 16, 48, 192])
+@pytest.mark.parametrize("r", [1, 5, 16, 48, 64])
 def test_gradients_of_weights_are_those_of_the_reference(r: int, T: int, K: int) -> None:
     S, x = (sliced(randn(T, n, seed=n, dtype=HALF)) for n in (r, K))
     gain = randn(K, seed=3, dtype=HALF)
@@ -280,7 +280,7 @@ def test_whoever_comes_last(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @kernels
 @pytest.mark.usefixtures("_on_the_cpu")
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU does not say who writes where")
-@pytest.mark.parametrize("r", [1, 20])
+@pytest.mark.parametrize("r", [1, 16])
 def test_no_number_is_written_twice(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that wrote what others sum would do so too early or too late, or in time: nobody would notice."""
     from triton.runtime.interpreter import interpreter_builder as builder
@@ -325,8 +325,8 @@ def test_as_many_parts_as_there_may_be(r: int, plan: tuple[int, int], monkeypatc
         near(S, want[0])
         if dB is not None:
             torch.testing.assert_close(dB.double(), want[1], rtol=1e-4, atol=1e-3)
-    found = weight_gradient(Z, dY)
-    torch.testing.assert_close(found.double(), Z.double().t() @ dY.double(), rtol=1e-4, atol=1e-3)
+    found = weight_gradient(Z[:, :r], dY)
+    torch.testing.assert_close(found.double(), Z[:, :r].double().t() @ dY.double(), rtol=1e-4, atol=1e-3)
     assert all_zero()
 
 

@@ -40,7 +40,10 @@ class FourBitLayout(Layout):
         return self._unpacked(packed, dtype).to(self.dtype)
 
     def fill(self, out: Tensor, *packed: Tensor) -> None:
-        self._unpacked(packed, out.dtype, out)
+        if out.dtype is torch.float64:  # which bitsandbytes does not unpack to
+            super().fill(out, *packed)
+        else:
+            self._unpacked(packed, out.dtype, out)
 
     def _unpacked(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         codes, absmax, *scales = packed

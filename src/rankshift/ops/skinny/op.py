@@ -17,7 +17,7 @@ from rankshift.ops.stochastic_rounding.op import runs_on
 
 _HALF = (torch.bfloat16, torch.float16)
 _WIDEST = 128  # the largest rank that down_back's kernels take
-_WIDEST_GRADIENT = 256  # and weight_gradient's: a GEMM is faster from there on
+_WIDEST_GRADIENT = 64  # and weight_gradient's: a GEMM is faster from there on
 _TOGETHER = 16  # matrices in a launch
 
 
@@ -75,7 +75,7 @@ def up_gradient(dY: Tensor, Z: Tensor, widths: Sequence[int]) -> Tensor:
 def weight_gradient(S: Tensor, x: Tensor, gain: Tensor | None = None, offset: float = 0.0) -> Tensor:
     """dA = Sᵀ x · (offset + gain), (R, K), in fp32, of float64 in float64: the gradient of A for Z = x Aᵀ.
 
-    Sums are in fp32, in an order that depends on the shapes only. Up to R = 256 x is read once.
+    Sums are in fp32, in an order that depends on the shapes only. Up to R = 64 x is read once.
 
     Args:
         S: (T, R) with rows in one piece and any row stride: dZ.

@@ -22,12 +22,8 @@ from rankshift.ops.launch import Launcher
 
 # by the padded rank: rows, columns, tiles on their way, warps, programs on a multiprocessor
 _ALONG = {16: (64, 128, 4, 4, 2), 32: (64, 128, 4, 4, 2), 64: (64, 128, 3, 4, 2), 128: (128, 64, 3, 8, 1)}
-_BOTH = {
-    16: (64, 256, 4, 8, 1),
-    32: (64, 256, 4, 8, 1),
-}  # S and dB in one pass: wider ones have more to sum than to read
-_ACROSS = {16: (128, 64, 4, 4, 2), 32: (128, 64, 4, 4, 2), 64: (128, 64, 4, 8, 1), 128: (64, 128, 4, 8, 1),
-           256: (64, 128, 3, 8, 1)}  # fmt: skip
+_BOTH = {16: (64, 256, 4, 8, 1)}  # S and dB in one pass: wider ones have more to sum than to read
+_ACROSS = {16: (128, 64, 4, 4, 2), 32: (128, 64, 4, 4, 2), 64: (128, 64, 4, 8, 1), 128: (64, 128, 4, 8, 1)}
 _MULTIPROCESSORS = 132
 _ALONE = 40  # times slower than all multiprocessors is one
 _ROUND = 64  # numbers that a thread sums at once
@@ -48,13 +44,13 @@ def down_back(
     padded = _padded(r)
     if Z is None or padded not in _BOTH:
         _along(dY, B, S, widths, normed)
+        return S, None if Z is None else _across(dY, Z, widths, r, (scale, 0.0))
+    return S, _across(dY, Z, widths, r, (scale, 0.0), S=S, B=B, normed=normed)
+
+
 def up_gradient(dY: Tensor, Z: Tensor, widths: tuple[int, ...]) -> Tensor:
     """See op.up_gradient."""
     return _across(dY, Z, widths, Z.shape[1] // len(widths), (1.0, 0.0))
-
-
-        return S, None if Z is None else _across(dY, Z, widths, r, (scale, 0.0))
-    return S, _across(dY, Z, widths, r, (scale, 0.0), S=S, B=B, normed=normed)
 
 
 def weight_gradient(S: Tensor, x: Tensor, gain: Tensor | None, offset: float) -> Tensor:
