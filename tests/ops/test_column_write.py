@@ -24,15 +24,17 @@ from triton.compiler import ASTSource
 
 from rankshift.ops.column_write.triton import _TILE, _write
 
-M, N, warps = _TILE
+M, most, warps = _TILE
 for kind, rank in ((tl.bfloat16, 64), (tl.float16, 64), (tl.bfloat16, 5), (tl.bfloat16, 128)):
-    constants = {"R": rank, "KIND": kind, "M": M, "N": min(N, triton.next_power_of_2(rank))}
+    constants = {"R": rank, "KIND": kind, "M": M, "N": triton.next_power_of_2(rank)}
     signature = {"table": "*i64", "count": "i32", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=_write, signature=signature, constexprs=constants, attrs={(0,): [["tt.divisibility", 16]]})
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    options = {"num_warps": max(1, min(warps, constants["N"] // 32)), "enable_fp_fusion": False}
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     assert "fma.rn" not in ptx, "a product and a sum are rounded once"
     assert ("cvt.rn.bf16.f32" if kind == tl.bfloat16 else "cvt.rn.f16.f32") in ptx
+    assert ptx.count("st.global.b16") == M, "a thread does not have a column"
+    assert ptx.rindex("ld.global") < ptx.index("st.global"), "it waits for what it reads more than once"
     with open(sys.argv[1], "w") as file:
         file.write(ptx)
     command = [knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", sys.argv[1], "-o", os.devnull]

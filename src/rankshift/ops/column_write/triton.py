@@ -1,6 +1,7 @@
 """The kernel. Programs find their layer in a table (fields, layers) of int64: addresses, then numbers.
 
-A program has all columns of some rows, sorted: columns of one row that stand in the same 32 bytes are written together.
+A program has all columns of some rows, and a thread one column of each: columns are sorted, and those of a row that
+stand in the same 32 bytes are written together.
 """
 # mypy: ignore-errors
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from rankshift.ops.launch import Launcher
 
-_TILE = (16, 64, 4)  # rows, columns at a time, warps
+_TILE = (8, 1024, 4)  # rows, numbers of them at most, warps at most
 _KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -25,10 +26,12 @@ def launch(table: Tensor, rank: int, dtype: torch.dtype, rows: int) -> None:
         rank: of all of them; ``dtype`` likewise.
         rows: the largest out.
     """
-    M, N, warps = _TILE
+    most, size, warps = _TILE
+    N = triton.next_power_of_2(rank)
+    M = max(1, min(most, size // N))
     _launch_write(
-        (triton.cdiv(rows, M), table.shape[1], 1), (table,), (table.shape[1],), R=rank, KIND=_KINDS[dtype], M=M,
-        N=min(N, triton.next_power_of_2(rank)), num_warps=warps, enable_fp_fusion=False,
+        (triton.cdiv(rows, M), table.shape[1], 1), (table,), (table.shape[1],), R=rank, KIND=_KINDS[dtype], M=M, N=N,
+        num_warps=max(1, min(warps, N // 32)), enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -42,16 +45,19 @@ def _write(table, count, R: tl.constexpr, KIND: tl.constexpr, M: tl.constexpr, N
         D, channels = _pointer(here, 1, count, tl.float32), _pointer(here, 3, count, tl.int64)
         into = tl.load(here + 5 * count)
         scale = tl.load(here + 6 * count).to(tl.float64, bitcast=True).to(tl.float32)
-        rows = first + tl.arange(0, M)
-        at = rows.to(tl.int64)[:, None]
-        for begin in tl.static_range(0, R, N):
-            columns = begin + tl.arange(0, N)
-            inside = (rows < out)[:, None] & (columns < R)[None, :]
-            place = at * R + columns[None, :]
-            channel = tl.load(channels + columns, mask=columns < R, other=0)
+        columns = tl.arange(0, N)
+        channel = tl.load(channels + columns, mask=columns < R, other=0)
+        values = ()
+        for m in tl.static_range(M):
+            row = first + m
+            inside = (columns < R) & (row < out)
+            place = tl.cast(row, tl.int64) * R + columns
             change = scale * tl.load(D + place, mask=inside, other=0.0)  # not fused with the sum: each is rounded
-            value = tl.load(origin + place, mask=inside, other=0.0).to(tl.float32) + change
-            tl.store(W + at * into + channel[None, :], value.to(KIND), mask=inside)
+            values += (tl.load(origin + place, mask=inside, other=0.0).to(tl.float32) + change,)
+        for m in tl.static_range(M):  # all has been read: what is written may be D, for all the compiler knows
+            row = first + m
+            inside = (columns < R) & (row < out)
+            tl.store(W + tl.cast(row, tl.int64) * into + channel, values[m].to(KIND), mask=inside)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from rankshift.ops.rms_norm.reference import Low
 # up to which rank: rows, columns, warps, and how many blocks of columns are in work or on their way
 _NORM = {16: (16, 512, 8, 3), 64: (16, 256, 8, 3), 128: (16, 128, 4, 3)}
 _BACK = {64: (32, 128, 8, 3), 192: (32, 128, 8, 2), 384: (32, 64, 8, 2)}
-_PICK = (1024, 64, 4)  # numbers at once, columns of them at most, warps
+_PICK = (8, 1024, 4)  # rows, numbers of them at most, warps at most
 _ADD = {32: (32, 256, 8), 128: (32, 128, 8)}
 
 
@@ -84,14 +84,14 @@ def pick(
     ranks = tuple([len(some) for some in channels])
     T, k = len(x), sum(ranks)
     picked = x.new_empty(T, k)
-    size, N, warps = _PICK
-    N = min(N, triton.next_power_of_2(max(ranks)))
-    M = size // N
+    rows, most, warps = _PICK
+    N = triton.next_power_of_2(max(ranks))
+    M = max(1, min(rows, most // N))
     rest = x if rstd is None else rstd, x if weight is None else weight, picked
     _launch_pick(
         (triton.cdiv(T, M), 1, 1), (x, *channels, *rest), (T, k, x.stride(0)), (offset, scale),
         args=(x, tuple(channels), *rest, T, k, x.stride(0), float(offset), float(scale)),
-        RANKS=ranks, NORMED=rstd is not None, EVEN=T % M == 0, M=M, N=N, num_warps=warps,
+        RANKS=ranks, NORMED=rstd is not None, M=M, N=N, num_warps=max(1, min(warps, N // 32)),
     )  # fmt: skip
     return picked
 
@@ -205,42 +205,35 @@ def _add(
 @triton.jit(do_not_specialize=["k"])
 def _pick(
     x, channels, rstd, weight, picked, T, k, x_row, offset, scale,
-    RANKS: tl.constexpr, NORMED: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    RANKS: tl.constexpr, NORMED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Threads stand side by side along columns, so that they read the same 32 bytes together: hence k as it comes,
-    lest the compiler give each thread eight to write at once."""
-    rows = tl.program_id(0) * M + tl.arange(0, M)
-    there = rows < T
-    at = rows.to(tl.int64)[:, None]
-    rho = tl.load(rstd + rows, mask=there, other=0.0)[:, None] if NORMED else 1.0
-    x += at * x_row
-    picked += at * k
+    """Row by row, so that threads stand side by side along channels and read the same 32 bytes together; k as it comes,
+    lest each be given several to write at once. What is written may be x, for all the compiler knows: so all is read
+    first."""
+    first = tl.program_id(0) * M
+    columns = tl.arange(0, N)
+    values = ()
+    gains = ()
+    rhos = ()
+    for m in tl.static_range(M if NORMED else 0):
+        rhos += (tl.load(rstd + first + m, mask=first + m < T, other=0.0),)
     for i in tl.static_range(len(RANKS)):
-        _pick_some(x, channels[i], rho, weight, picked, there, offset, scale, RANKS[i], NORMED, EVEN, N)
-        picked += RANKS[i]
-
-
-@triton.jit
-def _pick_some(
-    x, channels, rho, weight, picked, there, offset, scale,
-    R: tl.constexpr, NORMED: tl.constexpr, EVEN: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """R columns; ``x`` and ``picked`` are where rows begin, (M, 1)."""
-    WHOLE: tl.constexpr = R % N == 0
-    for first in tl.static_range(0, R, N):
-        columns = first + tl.arange(0, N)
-        inside = columns < R
-        channel = _channels(channels + columns, inside, WHOLE)
-        value = take(x + channel[None, :], there, inside, EVEN, WHOLE)
+        channel = tl.load(channels[i] + columns, mask=columns < RANKS[i], other=0).to(tl.int32)
+        for m in tl.static_range(M):
+            row = first + m
+            inside = (columns < RANKS[i]) & (row < T)
+            values += (tl.load(x + tl.cast(row, tl.int64) * x_row + channel, mask=inside, other=0.0),)
         if NORMED:
-            value *= rho * (offset + _vector(weight + channel, inside, WHOLE))[None, :]
-        put(picked + columns[None, :], value * scale, there, inside, EVEN, WHOLE)
-
-
-@triton.jit
-def _channels(at, inside, WHOLE: tl.constexpr):
-    channel = tl.load(at) if WHOLE else tl.load(at, mask=inside, other=0)
-    return channel.to(tl.int32)
+            gains += (offset + tl.load(weight + channel, mask=columns < RANKS[i], other=0.0).to(tl.float32),)
+    for m in tl.static_range(M):
+        row = first + m
+        at = picked + tl.cast(row, tl.int64) * k
+        for i in tl.static_range(len(RANKS)):
+            value = values[i * M + m].to(tl.float32)
+            if NORMED:
+                value *= rhos[m] * gains[i]
+            tl.store(at + columns, (value * scale).to(picked.dtype.element_ty), mask=(columns < RANKS[i]) & (row < T))
+            at += RANKS[i]
 
 
 @triton.jit
