@@ -91,7 +91,9 @@ def test_training_is_that_without_the_kernel(every: int | None, monkeypatch: pyt
             layers = [nn.Linear(10, 12), nn.Linear(12, 12), nn.Linear(12, 12)]
             model = nn.Sequential(*layers, nn.Unflatten(1, (2, 6)), nn.Conv1d(2, 4, 3)).half()
         base = [p.detach().clone() for p in model.parameters()]
-        run = rs.attach(model, rs.PaCA(rank=4, rank_pattern={"2": 3, "4": 1}, redraw_every=every))
+        run = rs.attach(
+            model, rs.PaCA(rank=4, rank_pattern={"2": 3, "4": 1}, targets=("0", "1", "2", "4"), redraw_every=every)
+        )
         optimizer = run.optimizer(lr=1e-2)
         x = torch.randn(5, 10, generator=torch.Generator().manual_seed(1)).half()
         seen = []
