@@ -399,7 +399,7 @@ def test_compiles_whole(fields: dict):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_compiled_products_are_one_operation_each_way(bias: bool):
-    """Factors are narrowed once, by one kernel; nothing is copied, and nothing is added by itself."""
+    """Factors are narrowed once, in the forward; nothing is copied, and nothing is added by itself."""
     torch._dynamo.reset()
     graphs: list[list[str]] = []
 
@@ -414,11 +414,11 @@ def test_compiled_products_are_one_operation_each_way(bias: bool):
     )
     compiled(torch.randn(2, B_, N, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
     there, back = graphs
-    assert [name.split(".")[1] for name in there if "rankshift" in name or "cat" in name] == ["cat", "lora_times"]
+    assert [name for name in there if "rankshift" in name] == ["rankshift.lora_times.default"]
     assert [name for name in back if "rankshift" in name] == ["rankshift.lora_back.default"]
-    kernels = {"cat", "clone", "copy", "copy_", "_to_copy", "add", "mm", "addmm"}
-    assert kernels.isdisjoint(name.split(".")[1] for name in back if name.startswith("aten"))
-    assert (kernels - {"cat", "_to_copy"}).isdisjoint(name.split(".")[1] for name in there if name.startswith("aten"))
+    kernels = {"clone", "copy", "copy_", "add", "mm", "addmm", "cat"}
+    assert kernels.isdisjoint(name.split(".")[1] for name in there if name.startswith("aten"))
+    assert (kernels | {"_to_copy", "mul"}).isdisjoint(name.split(".")[1] for name in back if name.startswith("aten"))
 
 
 def test_operations_are_what_the_compiler_is_told():
@@ -427,10 +427,10 @@ def test_operations_are_what_the_compiler_is_told():
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
     for b in (None, bias):
         check(torch.ops.rankshift.lora_times.default, (x, A, B, b, W))
-    f64, f32 = torch.float64, torch.float32
-    for w, *wanted in ((W, True, f64, f32), (None, True, f64, f64), (W, True, None, f32), (W, False, f32, None)):
+    for w, *wanted in ((None, True, True, False), (W, True, False, True), (W, False, True, True)):
         check(torch.ops.rankshift.lora_back.default, (dy, x, z, A, B, 0.7, w, *wanted))
-        check(torch.ops.rankshift.lora_back.default, (dy, x, None, A, B, 0.7, w, *wanted))
+        narrow = [t if t is None else t.bfloat16() for t in (dy, x, None, A, B, w)]
+        check(torch.ops.rankshift.lora_back.default, (*narrow[:5], 0.7, narrow[5], *wanted))
 
 
 def test_compiles_for_any_number_of_tokens():

@@ -114,9 +114,10 @@ class _LoRALinear(torch.autograd.Function):
         else:
             W = format.dense(*packed).to(dY.dtype) if low and not format.multiplies else None
             back = _OPS.lora_back if torch.compiler.is_compiling() else _back
-            wide = A.dtype if need_A else None, B.dtype if need_B else None
-            found = iter(back(dY, x, z, Ac, Bc, scale, W, low, *wide))
-            dX, dA, dB = (next(found) if need else None for need in (low, need_A, need_B))
+            found = back(dY, x, z, Ac, Bc, scale, W, low, need_A, need_B)
+            dX = found[0] if low else None
+            dA = found[int(low)].to(A.dtype) if need_A else None
+            dB = found[-1].to(B.dtype) if need_B else None
         if low and format.multiplies:
             assert dX is not None  # S
             dX = accumulate(format.back(dY, *packed), dX, Ac)
@@ -128,17 +129,12 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _narrowed(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A and s B in the dtype that is computed in, where it can be by one kernel."""
-    compiling, size = torch.compiler.is_compiling(), A.numel()
-    if A.dtype != dtype and not compiling and runs_on(A.device):
-        Ac, Bc = torch.empty_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
-        pack((A, B), (1.0, scale), (Ac, Bc))
-        return Ac, Bc
-    Ac, Bc = A.to(dtype), (scale * B).to(dtype)
-    if A.dtype == dtype or size % 8 or not compiling:  # B would not begin where 16 bytes do
-        return Ac, Bc
-    both = torch.cat([Ac.reshape(-1), Bc.reshape(-1)])
-    return both[:size].view(A.shape), both[size:].view(B.shape)
+    """A and s B in the dtype that is computed in."""
+    if A.dtype == dtype or torch.compiler.is_compiling() or not runs_on(A.device):
+        return A.to(dtype), (scale * B).to(dtype)
+    Ac, Bc = torch.empty_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
+    pack((A, B), (1.0, scale), (Ac, Bc))  # one launch
+    return Ac, Bc
 
 
 def _merged(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -155,29 +151,25 @@ def _times(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, W: Tensor) -> t
 
 def _back(
     dY: Tensor, x: Tensor | None, z: Tensor | None, A: Tensor, B: Tensor, scale: float, W: Tensor | None, need_x: bool,
-    dtype_A: torch.dtype | None, dtype_B: torch.dtype | None,
+    need_A: bool, need_B: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Of dX, dA and dB those that are needed, for A, s B and W in the dtype of dY. Without W there is S in the place
-    of dX. dA and dB come in the dtypes that are named."""
-    narrow = dY.dtype in LOW_PRECISION and runs_on(dY.device)
+    """Of dX, dA and dB those that are needed, for A, s B and W in the dtype of dY; dA and dB are in fp32 or wider.
+    Without W there is S in the place of dX."""
+    wide = torch.float32 if dY.dtype in LOW_PRECISION else dY.dtype
     S: Any = None
+    dA: Any = None
     dB: Any = None
-    found = []
-    if dtype_B is not None and z is None:
-        z = _given(x) @ A.t()
-    if narrow and (need_x or dtype_A is not None):
-        S, dB = down_back(dY, B, None if dtype_B is None else z, scale=scale)
-    elif need_x or dtype_A is not None:
-        S = dY @ B
-    if need_x:
-        found.append(S if W is None else accumulate(S @ A, dY, W))
-    if dtype_A is not None:
-        dA = weight_gradient(S, _given(x)) if narrow else into(S.t(), _given(x), dtype_A)
-        found.append(dA.to(dtype_A))
-    if dtype_B is not None:
-        dB = into(dY.t(), _given(z), dtype_B).mul_(scale) if dB is None else dB
-        found.append(dB.to(dtype_B))
-    return found
+    if need_B and z is None:
+        z = F.linear(_given(x), A)
+    if dY.dtype in LOW_PRECISION and runs_on(dY.device):
+        S, dB = down_back(dY, B, z if need_B else None, scale=scale)
+        dA = weight_gradient(S, _given(x)) if need_A else None
+    else:
+        S = dY @ B if need_x or need_A else None
+        dA = into(S.t(), _given(x), wide) if need_A else None
+        dB = into(dY.t(), _given(z), wide).mul_(scale) if need_B else None
+    dX = S if W is None or not need_x else accumulate(S @ A, dY, W)
+    return [found for found, need in ((dX, need_x), (dA, need_A), (dB, need_B)) if need]
 
 
 def _given(tensor: Tensor | None) -> Tensor:
@@ -194,11 +186,11 @@ def _times_fake(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, W: Tensor)
 
 def _back_fake(
     dY: Tensor, x: Tensor | None, z: Tensor | None, A: Tensor, B: Tensor, scale: float, W: Tensor | None, need_x: bool,
-    dtype_A: torch.dtype | None, dtype_B: torch.dtype | None,
+    need_A: bool, need_B: bool,
 ) -> list[Tensor]:  # fmt: skip
     found = [dY.new_empty(dY.shape[0], (B if W is None else A).shape[1])] if need_x else []
-    wanted = ((A, dtype_A), (B, dtype_B))
-    return found + [factor.new_empty(factor.shape, dtype=dtype) for factor, dtype in wanted if dtype is not None]
+    wide = torch.float32 if dY.dtype in LOW_PRECISION else dY.dtype
+    return found + [t.new_empty(t.shape, dtype=wide) for t, need in ((A, need_A), (B, need_B)) if need]
 
 
 def _define(name: str, schema: str, runs: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -215,8 +207,8 @@ _define(
 )  # fmt: skip
 _define(
     "lora_back",
-    "(Tensor dY, Tensor? x, Tensor? z, Tensor A, Tensor B, float scale, Tensor? W, bool need_x, ScalarType? dtype_A, "
-    "ScalarType? dtype_B) -> Tensor[]",
+    "(Tensor dY, Tensor? x, Tensor? z, Tensor A, Tensor B, float scale, Tensor? W, bool need_x, bool need_A, "
+    "bool need_B) -> Tensor[]",
     _back, _back_fake,
 )  # fmt: skip
 _OPS = torch.ops.rankshift
