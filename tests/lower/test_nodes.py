@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rankshift as rs
@@ -19,6 +20,8 @@ from rankshift.lower import nodes, siblings
 from rankshift.lower.nodes import Norm, entry, exit_, normed
 from rankshift.lower.siblings import Group, join, packed
 from rankshift.ops.rms_norm import norm_back
+from rankshift.storage.fp8 import FP8
+from rankshift.storage.int8 import Int8
 
 BATCH, LENGTH, HEAD, QUERIES, KEYS, WIDTH, HIDDEN, EPS = 2, 5, 6, 4, 2, 20, 28, 1e-5
 T, O = BATCH * LENGTH, QUERIES * HEAD  # noqa: E741
@@ -126,7 +129,7 @@ def layers(case: str, names: tuple[str, ...], bias: bool) -> dict[str, Layer]:
 
 def group(members: list[Layer], together: bool) -> Group:
     bases, terms = [Dense(member.linear, Form()) for member in members], [member.term for member in members]
-    slot = None
+    slot = 0
     if together:
         slot = join(bases, terms)
         assert len({base.weight.untyped_storage().data_ptr() for base in bases}) == 1
@@ -329,10 +332,11 @@ def test_memory_below_weights_that_is_no_room_for_a_is_not_written(how):
         whole = seeded(height + 16, into)
         for base, rows in zip(bases, whole.split([HIDDEN, HIDDEN, 16]), strict=False):
             base.weight.data = rows
-        before, slot = whole.clone(), None
+        before, slot = whole.clone(), 8
     else:
         slot = join(bases, terms)
-        whole = slot._base
+        whole = bases[0].weight.data.as_strided((height + slot, into), (into, 1))
+        whole[height:] = 0
         before = whole.clone()
         if how == "moved":
             bases[1].weight.data = bases[1].weight.data.clone()
@@ -347,6 +351,51 @@ def test_memory_below_weights_that_is_no_room_for_a_is_not_written(how):
     torch.testing.assert_close(Z, x @ A.t())
     for y, base in zip(ys, bases, strict=True):
         torch.testing.assert_close(y, x @ base.weight.t())
+
+
+def test_forwards_before_a_backward_write_no_weight_of_it():
+    """To write A below weights that autograd keeps must not count as a change of them."""
+    parts, w, (cos, sin) = layers("room below", ATTENTION, False), 1 + 0.3 * seeded(WIDTH, seed=8), angles(LENGTH)
+    one, A = group(list(parts.values()), True), parts["q"].term.A
+    assert one.deep is not None
+    grads = []
+    for more in (0, 1):
+        x = seeded(T, WIDTH, seed=7).requires_grad_()
+        outs = [entry(x, Norm(w, EPS), one, cos, sin, HEAD, BATCH) for _ in range(1 + more)]
+        grads.append(torch.autograd.grad([y.sum() for y in outs[0]], [x, A]))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("names", [("gate", "up"), ("down",)], ids="-".join)
+def test_nothing_but_the_weights_holds_their_memory(names):
+    members = list(layers("room below", names, False).values())
+    one = group(members, True)
+    assert one.slot > 0
+    memory = StorageWeakRef(one.weights[0].untyped_storage())
+    slot, bases, terms = one.slot, one.bases, one.terms
+    del one
+    for member in members:
+        member.linear.float()
+    assert memory.expired()
+    assert Group(bases, terms, slot).deep is None
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "dense"])
+def test_a_wide_term_is_no_part_more_than_a_norms_gradient_takes(kind):
+    """Also of formats that multiply by themselves: norm_back's kernel reads three."""
+    linears = [nn.Linear(32, 16, False, dtype=torch.bfloat16) for _ in range(3)]
+    bases: list[Any] = [Dense(each, Form()) for each in linears]
+    if kind != "dense":
+        storage = {"fp8": FP8, "int8": Int8}[kind]
+        bases = [storage.of(base, kind) for base in bases]
+    one = Group(bases, [None] * 3)
+    dY, low = seeded(T, 48).bfloat16(), (seeded(T, 70, seed=1).bfloat16(), seeded(70, 32, seed=2).bfloat16())
+    parts = one.back(dY, one.weights, low)
+    assert len(parts) == (1 if kind == "dense" else 3)
+    want = sum(base.format.back(d, *base.packed).double() for base, d in zip(bases, dY.split(16, 1), strict=True))
+    want += low[0].double() @ low[1].double()
+    torch.testing.assert_close(sum(p.double() for p in parts), want, rtol=0.02, atol=0.2)
 
 
 def test_weights_that_are_joined_again_are_the_same():

@@ -66,7 +66,7 @@ class Block:
     bases: dict[str, tuple[nn.Module, int, Base]]  # layers that stood there last, where their weights were, their bases
     told: Callable[[Any], dict[str, Any]]
     activation: str
-    slots: list[Tensor | None] = field(default_factory=lambda: [None] * 4)  # memory below the weights of each group
+    slots: list[int] = field(default_factory=lambda: [0] * 4)  # rows of room below the weights of each group
     tape: Tape | None = None  # of CUDA graphs, where it may run by one
     memory: Memory | None = None  # what it keeps for its backward; None: everything
     index: int = 0  # which block of the model

@@ -58,12 +58,12 @@ class Group:
         self,
         bases: Sequence[Base],
         terms: Sequence[LowRank | Columns | None],
-        slot: Tensor | None = None,
+        slot: int = 0,
         apart: bool = False,
     ):
         """
         Args:
-            slot: the room below the weights that :func:`join` made.
+            slot: how many rows of room :func:`join` made below the weights.
             apart: take x Aᵀ by itself, as a backward must that has x again but not the product.
         """
         self.bases, self.terms, self.slot, self.apart = bases, terms, slot, apart
@@ -110,9 +110,7 @@ class Group:
         else:
             widths = self.widths if deep is None else [*self.widths, len(deep) - sum(self.widths)]
             if A is not None and deep is not None and not (there and deep is self.deep):
-                room = self.slot if deep is self.deep else deep[sum(self.widths) :]
-                assert room is not None
-                room[: len(A)] = A
+                deep[sum(self.widths) :] = A
             ys = list(one[0].times(x, self._bias(x, widths), *one[1]).split_with_sizes(widths, 1))
         if A is not None and deep is None:
             ys.append(x @ A.t())
@@ -129,16 +127,20 @@ class Group:
     @cached_property
     def deep(self) -> Tensor | None:
         """The weights as they stand and the rows below them that A goes to, (ΣN + R, K); None where there is no such
-        room: they do not lie in one piece any more, or are of other ranks than when they were joined."""
+        room: their memory is no longer these rows and the room; or they are of other ranks than when joined."""
         rank = self.rank * len(self.steps)
-        if self.slot is None or self.apart or self.filled or not self._aligned(rank) or rank > len(self.slot):
+        if self.apart or self.filled or not self._aligned(rank) or rank > self.slot:
             return None
         formats = [base.format for base in self.bases]
         found = self._as_they_lie(formats, self.weights) if isinstance(formats[0], Plain) else None
-        if found is None or found[0].data_ptr() + found[0].nbytes != self.slot.data_ptr():
+        if found is None:
             return None
-        W = found[0].detach()
-        return W.as_strided((len(W) + rank, W.shape[1]), W.stride(), W.storage_offset())
+        (W,) = found
+        room = self.slot * W.shape[1] * W.element_size()
+        if W.storage_offset() or W.untyped_storage().nbytes() != W.nbytes + room:
+            return None
+        # a version of its own: to write A is no change of the weights that autograd keeps
+        return W.data.as_strided((len(W) + rank, W.shape[1]), W.stride())
 
     def _with_room(self, rank: int) -> Tensor | None:
         """:attr:`deep`; of weights that are unpacked for each product, memory with room for A below them."""
@@ -153,7 +155,7 @@ class Group:
 
     def back(self, dY: Tensor, weights: Sequence[Tensor], low: Low | None = None) -> list[Tensor]:
         """What sums to Σ dYᵢ Wᵢ + S A, (T, K) each, of the layers' gradients side by side, (T, ΣN): one tensor, but for
-        formats that multiply by themselves and do not lie in one piece.
+        formats that multiply by themselves and do not lie in one piece, and then one for a layer at most.
 
         Args:
             weights: as they were kept.
@@ -167,13 +169,17 @@ class Group:
         if one is not None:
             dX = one[0].back(dY, *one[1])
             return [dX if low is None else accumulate(dX, *low)]
-        found: list[Tensor] = [] if low is None else [low[0] @ low[1]]
+        found: list[Tensor] = []
+        if low is not None and isinstance(self.bases[0], Dense):
+            found, low = [low[0] @ low[1]], None
         parts = zip(self.bases, self._apart(weights), dY.split_with_sizes(self.widths, 1), strict=True)
         for base, packed, part in parts:
             if found and isinstance(base, Dense):
                 found[-1].addmm_(part, packed[0])
             else:
                 found.append(base.format.back(part, *packed))
+        if low is not None:
+            accumulate(found[0], *low)
         return found
 
     def _apart(self, weights: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -225,8 +231,7 @@ class Group:
         downs, ups = A.split_with_sizes([r] * len(self.steps)), B.split_with_sizes(self.widths)
         places = [downs]
         if self.deep is not None:  # for this forward alone: backwards read the A that is kept
-            assert self.slot is not None
-            places.append(self.slot[: len(A)].split_with_sizes([r] * len(self.steps)))
+            places.append(self.deep[sum(self.widths) :].split_with_sizes([r] * len(self.steps)))
         for i, term in self.low:
             own = term.A.shape[0]
             for rows in () if self.shared and i else places:
@@ -390,15 +395,15 @@ def _behind(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 @torch.no_grad()
-def join(bases: Sequence[Base], terms: Sequence[LowRank | Columns | str | None] = ()) -> Tensor | None:
+def join(bases: Sequence[Base], terms: Sequence[LowRank | Columns | str | None] = ()) -> int:
     """Move tensors that can lie so into one piece of memory, bit for bit; below dense weights with room for the A's of
-    the terms that stand on them, which is returned: (R, K), of values that mean nothing."""
+    the terms that stand on them. Returns how many rows that is: nobody but the weights holds that memory."""
     formats, apart = [base.format for base in bases], [base.packed for base in bases]
     ranks = [len(term.A) for term in terms if isinstance(term, LowRank)]
     room = sum(ranks) if isinstance(formats[0], Plain) and sum(ranks) <= DEEPEST else 0
     if (len(bases) == 1 and not room) or not _alike(formats):
-        return None
-    slot = None
+        return 0
+    made = 0
     for i in range(formats[0].stacks):
         tensors = [packed[i] for packed in apart]
         kinds = {(t.dtype, t.device, t.shape[1:]) for t in tensors}
@@ -406,11 +411,11 @@ def join(bases: Sequence[Base], terms: Sequence[LowRank | Columns | str | None] 
             continue
         heights = [t.shape[0] for t in tensors]
         whole = tensors[0].new_empty(sum(heights) + room, *tensors[0].shape[1:], requires_grad=False)
-        *parts, slot = whole.split_with_sizes([*heights, room])
-        for t, rows in zip(tensors, parts, strict=True):
+        for t, rows in zip(tensors, whole[: sum(heights)].split_with_sizes(heights), strict=True):
             rows.copy_(t.detach())
             t.data = rows
-    return slot if room else None
+        made = room
+    return made
 
 
 @torch.no_grad()
