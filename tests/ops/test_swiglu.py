@@ -188,6 +188,20 @@ def test_sums_over_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @kernels
 @pytest.mark.usefixtures("_on_the_cpu")
+def test_no_grid_is_deeper_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankshift.ops.swiglu import triton
+
+    for T in (8, 1 << 18, (1 << 20) + 3):
+        for ranks in ((0, 0, 0), (16, 16, 16)):
+            assert -(-T // triton._share(T, 32, ranks, 4, 1)) <= 65535
+    monkeypatch.setattr(triton, "_DEEPEST", 3)
+    triton._share.cache_clear()
+    check(problem(35, 70, (0, 0, 0), HALF))
+    triton._share.cache_clear()
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
 def test_gelu() -> None:
     check(problem(35, 70, (3, 3, 3), HALF), "gelu_tanh")
 

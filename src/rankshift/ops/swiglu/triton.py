@@ -38,6 +38,7 @@ _REGISTERS = {16: 168}  # of a thread of the backward at most, so that as many p
 _WIDE = {"ROWS": 32, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}  # the backward's tile with larger ranks
 _AT_ONCE_WIDE = {32: 3, 64: 2, 128: 2}
 _MULTIPROCESSORS = 132
+_DEEPEST = 65535  # programs below one another in a grid
 TWICE, CUBE = tl.constexpr(reference.TWICE), tl.constexpr(reference.CUBE)
 MINUS_LOG2E = tl.constexpr(-math.log2(math.e))
 
@@ -111,12 +112,12 @@ def _padded(rank: int) -> int:
 
 @functools.cache
 def _share(T: int, across: int, ranks: tuple[int, int, int], rows: int, at_once: int) -> int:
-    """Rows of a program, of which ``across`` stand side by side: a tile without terms; with them so many that the last
-    round of programs is full, and not so few that what they write for others to sum, and the factors that each begins
-    with, are much beside the tiles.
+    """Rows of a program, of which ``across`` stand side by side: a tile without terms, or more if the grid would be too
+    deep; with them so many that the last round of programs is full, and not so few that what they write for others to
+    sum, and the factors that each begins with, are much beside the tiles.
     """
     if not any(ranks):
-        return rows
+        return rows * triton.cdiv(T, rows * _DEEPEST)
     slots = _MULTIPROCESSORS * at_once
 
     def cost(slabs: int) -> float:
