@@ -194,3 +194,16 @@ def test_a_recipe(tmp_path, tiny_llama):
     result = recipe.train(wanted, Console(file=io.StringIO()))
     assert result.final["loss"] < result.base["loss"]
     assert "optim: adamw_8bit" in (result.directory / "config.yaml").read_text()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pages move between a GPU and its host")
+@pytest.mark.parametrize(("paged", "plain"), [("paged_adamw_8bit", "adamw_8bit"), ("paged_adamw_32bit", "adamw")])
+def test_pages_on_a_gpu(paged, plain, tmp_path, tiny_llama):
+    """Where its moments lie changes nothing that an optimizer does."""
+    (tmp_path / "a.txt").write_text("hello how are you ? fine thanks . " * 50)
+    losses = []
+    for name in (paged, plain):
+        pairs = [f"model={tiny_llama}", f"data={tmp_path / 'a.txt'}", "data.max_length=16", "train.steps=6"]
+        wanted = config.read(None, [*pairs, f"train.optim={name}", f"output={tmp_path / name}", "train.lr=1e-2"])
+        losses.append(recipe.train(wanted, Console(file=io.StringIO())).final["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
