@@ -27,6 +27,7 @@ METHODS = {
     "lora": rs.LoRA(rank=4, alpha=8),
     "lora-patterns": rs.LoRA(rank=2, rank_pattern={"k_proj": 5}, targets=("k_proj", "v_proj", "up_proj", "down_proj")),
     "lora-fa": rs.LoRA(rank=4, train="B"),
+    "lora-room": rs.LoRA(rank=16),  # A stands below the weights
     "vera": rs.VeRA(rank=8),
     "paca": rs.PaCA(rank=3),
     "sora": rs.SoRA(rank=4, gate_init="normal"),
@@ -104,6 +105,32 @@ def test_autocast(policy):
         loss = model(input_ids=ids(), labels=ids()).loss
     loss.backward()
     bits({name: p.grad for name, p in run.trainable()}, grads)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_backward_after_the_forward_of_another_adapter(policy):
+    """Whose A then stands below the weights."""
+
+    def found(model, run):
+        losses = []
+        for i, name in enumerate(("default", "other")):
+            run.use(name)
+            losses.append(model(input_ids=ids(i), labels=ids(i)).loss)
+        (losses[0] + 2 * losses[1]).backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return grads
+
+    model, run = begun(METHODS["lora-room"])
+    run.add("other", METHODS["lora-room"])
+    run.use("other")
+    stir(run)
+    with torch.no_grad():
+        for _, p in run.trainable():
+            p.mul_(-1.5)  # else it is the first
+    plain = found(model, run)
+    force(run.lower(memory_budget="auto"), COUNTS[policy])
+    close(found(model, run), plain)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
