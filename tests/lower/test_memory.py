@@ -116,6 +116,8 @@ def test_a_backward_after_the_forward_of_another_adapter(policy):
         for i, name in enumerate(("default", "other")):
             run.use(name)
             losses.append(model(input_ids=ids(i), labels=ids(i)).loss)
+        for site in run.sites.values():
+            site.adapters.requires_grad_(True)  # use() froze those of the first forward
         (losses[0] + 2 * losses[1]).backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
