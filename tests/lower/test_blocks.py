@@ -23,6 +23,7 @@ from rankshift.core.adapter import Adapter, Columns
 from rankshift.core.form import Form
 from rankshift.core.method import methods
 from rankshift.core.site import Site
+from rankshift.lower.llama import block_of
 from rankshift.lower.stand_in import stands_in
 from rankshift.methods.lora import LoRALayer
 
@@ -489,6 +490,42 @@ def test_lowered_before_attach():
     assert fused(report)
     run.raise_()
     close(outcome(model, run), plain)
+
+
+def test_weights_lie_as_suits_what_stands_on_them_now():
+    """rs.Trainer lowers before it attaches, and again; so does whoever shifts to another rank."""
+    model = llama()
+    lowering.lower(model)
+
+    def rows_below() -> list[int]:
+        first, second = (block_of(layer).slots for layer in model.model.layers)
+        assert first == second
+        return list(first)
+
+    assert rows_below() == [0] * 4
+    run = rs.attach(model, rs.LoRA(rank=16), total_steps=8)
+    stir(run)
+    before = outcome(model, run)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    for _ in range(2):
+        report = run.lower()
+        assert fused(report)
+        assert rows_below() == [48, 16, 32, 16]
+        places = {name: p.data_ptr() for name, p in model.named_parameters()}
+        close(outcome(model, run), before)
+        assert bits(dict(model.named_parameters())) == bits(weights)
+    run.lower()
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == places  # nothing was moved again
+    run = run.shift(rs.LoRA(rank=8))
+    report = run.lower()
+    assert rows_below() == [0, 0, 16, 0]  # only with gate and up are rows a multiple of 16
+    run = run.shift(rs.PaCA(rank=4))
+    stir(run)
+    run.raise_()
+    plain = outcome(model, run)
+    report = run.lower()
+    close(outcome(model, run), plain)
+    assert fused(report)
 
 
 def test_lowered_before_the_base_is_rounded():

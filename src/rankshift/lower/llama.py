@@ -113,12 +113,23 @@ def lowered(layer: nn.Module) -> nn.Module | str:
     bases = _bases(block, _layers(layer))
     if isinstance(bases, str):
         return bases
-    if not any(map(_looked_at, _layers(layer), bases)):
-        terms = [term_of(module) for module in _layers(layer)]
-        block.slots = [join(bases[span], terms[span]) for span in _GROUPS]
     new = stand_in(layer, _forward)
     new.__dict__["lowered"] = block
     return new
+
+
+def settle(layer: nn.Module) -> None:
+    """Have the weights of a lowered block lie as suits what now stands on them; where they do, nothing moves."""
+    block, modules = block_of(layer), _layers(layer)
+    bases = _bases(block, modules)
+    if isinstance(bases, str) or any(map(_looked_at, modules, bases)) or any(map(shard.is_sharded, layer.parameters())):
+        return
+    terms = [term_of(module) for module in modules]
+    for i, span in enumerate(_GROUPS):
+        known = [term for term in terms[span] if not isinstance(term, str)]
+        one = Group(bases[span], known, block.slots[i]) if len(known) == len(bases[span]) else None
+        if one is None or one.deep is None:
+            block.slots[i] = join(bases[span], terms[span])
 
 
 def _bases(block: Block, modules: list[nn.Module]) -> list[Base] | str:

@@ -96,6 +96,7 @@ def lower(model: nn.Module, graphs: bool = False, memory_budget: str | None = No
                 done.refused[name] = new
             else:
                 _put(model, name, new)
+                llama.settle(new)
                 done.blocks.append(name)
         elif llama.is_norm(layer) and not stands_in(layer) and not _within(name, [*done.blocks, *done.refused]):
             _put(model, name, llama.lowered_norm(layer))

@@ -25,6 +25,7 @@ Low = tuple[Tensor, Tensor]
 """(Z, B) for Z Bᵀ, or (S, A) for S A."""
 
 WIDEST = 128  # rank up to which a term is added by whoever reads the product next; wider ones have a GEMM of their own
+ROUND = 16  # numbers in a row come in multiples of this where kernels read them several at once
 NEAR = 40 << 20  # bytes that a GPU's cache still has when the next kernel comes: adding onto more costs a pass over it
 DEEPEST = 192  # rows of A up to which they stand below the weights; more would cost as much as by themselves
 
@@ -151,7 +152,7 @@ class Group:
 
     def _aligned(self, rank: int) -> bool:
         """Whether products with A below the weights have rows that are read at full speed, and few more columns."""
-        return 0 < rank <= DEEPEST and (sum(self.widths) + rank) % 16 == 0
+        return 0 < rank <= DEEPEST and (sum(self.widths) + rank) % ROUND == 0
 
     def back(self, dY: Tensor, weights: Sequence[Tensor], low: Low | None = None) -> list[Tensor]:
         """What sums to Σ dYᵢ Wᵢ + S A, (T, K) each, of the layers' gradients side by side, (T, ΣN): one tensor, but for
@@ -400,7 +401,8 @@ def join(bases: Sequence[Base], terms: Sequence[LowRank | Columns | str | None] 
     the terms that stand on them. Returns how many rows that is: nobody but the weights holds that memory."""
     formats, apart = [base.format for base in bases], [base.packed for base in bases]
     ranks = [len(term.A) for term in terms if isinstance(term, LowRank)]
-    room = sum(ranks) if isinstance(formats[0], Plain) and sum(ranks) <= DEEPEST else 0
+    even = ranks == ranks[:1] * len(bases) and (sum(ranks) + sum(base.out_features for base in bases)) % ROUND == 0
+    room = sum(ranks) if even and isinstance(formats[0], Plain) and sum(ranks) <= DEEPEST else 0
     if (len(bases) == 1 and not room) or not _alike(formats):
         return 0
     made = 0
