@@ -463,14 +463,14 @@ def table(files: list[Path]) -> str:
             if not rows:
                 continue
             out.append("")
-            out.append(f"| {title or 'arm'} | ms | p10–p90 | × best floor | GiB | host ms | launches |")
-            out.append("|---|--:|--:|--:|--:|--:|--:|")
+            out.append(f"| {title or 'arm'} | ms | p10–p90 | × best floor | GiB | host ms | kernels, ms | a block |")
+            out.append("|---|--:|--:|--:|--:|--:|--:|--:|")
             for name, row in rows.items():
                 bold = "**" if name == result["best"] else ""
                 out.append(
                     f"| {bold}{name}{bold} | {row['ms']:.1f} | {row['p10']:.1f}–{row['p90']:.1f} "
                     f"| {shown(row['x_floor'])} | {shown(row.get('gib'), '.2f')} | {row['host_ms']:.1f} "
-                    f"| {shown(row.get('launches'), '.0f')} |"
+                    f"| {shown(row.get('kernel_ms'), '.1f')} | {shown(row.get('kernels_a_block'), '.0f')} |"
                 )
         for key, title in (("left_out", "Left out"), ("failed", "Failed")):
             if result[key]:

@@ -529,10 +529,11 @@ class Served:
 
     def kernels(self, listed: int = 45) -> dict[str, Any]:
         """Launches of a step and what they take, from torch's profiler."""
-        return profile(self.step, listed)
+        return profile(self.step, listed, self.job.layers or self.job.shape.layers)
 
 
-def profile(step: Step, listed: int) -> dict[str, Any]:
+def profile(step: Step, listed: int, layers: int = 1) -> dict[str, Any]:
+    """Launches and times of a step; kernels that come for every block are counted by block, copies and memsets not."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     step()
     torch.cuda.synchronize()
@@ -549,6 +550,7 @@ def profile(step: Step, listed: int) -> dict[str, Any]:
         "launches": sum(e.count for e in rows) / 2,
         "kernel_ms": sum(e.self_device_time_total for e in rows) / 2e3,
         "idle_ms": idle / 2e3,
+        "kernels_a_block": sum(e.count // 2 // layers for e in rows if not e.key.lower().startswith("mem")),
         "text": "\n".join([*lines, *widest]),
     }
 

@@ -130,7 +130,7 @@ class Group:
         """The weights as they stand and the rows below them that A goes to, (ΣN + R, K); None where there is no such
         room: their memory is no longer these rows and the room; or they are of other ranks than when joined."""
         rank = self.rank * len(self.steps)
-        if self.apart or self.filled or not self._aligned(rank) or rank > self.slot:
+        if self.apart or self.filled or not _goes_below(sum(self.widths), rank) or rank > self.slot:
             return None
         formats = [base.format for base in self.bases]
         found = self._as_they_lie(formats, self.weights) if isinstance(formats[0], Plain) else None
@@ -146,13 +146,10 @@ class Group:
     def _with_room(self, rank: int) -> Tensor | None:
         """:attr:`deep`; of weights that are unpacked for each product, memory with room for A below them."""
         formats = [base.format for base in self.bases]
-        if self.deep is not None or not self._aligned(rank) or any(type(f).fill is Format.fill for f in formats):
+        below = _goes_below(sum(self.widths), rank)
+        if self.deep is not None or not below or any(type(f).fill is Format.fill for f in formats):
             return self.deep
         return self._unpacked(self.weights, rank)
-
-    def _aligned(self, rank: int) -> bool:
-        """Whether products with A below the weights have rows that are read at full speed, and few more columns."""
-        return 0 < rank <= DEEPEST and (sum(self.widths) + rank) % ROUND == 0
 
     def back(self, dY: Tensor, weights: Sequence[Tensor], low: Low | None = None) -> list[Tensor]:
         """What sums to Σ dYᵢ Wᵢ + S A, (T, K) each, of the layers' gradients side by side, (T, ΣN): one tensor, but for
@@ -376,6 +373,12 @@ def joined(formats: Sequence[Format], apart: Sequence[Sequence[Tensor]]) -> list
     return None if any(t is None for t in found) else [t for t in found if t is not None]
 
 
+def _goes_below(out: int, rank: int) -> bool:
+    """Whether products with A (rank, K) below weights (out, K) have rows that are read at full speed, and few more
+    columns."""
+    return 0 < rank <= DEEPEST and (out + rank) % ROUND == 0
+
+
 def _alike(formats: Sequence[Format]) -> bool:
     """Whether tensors of these formats may stand one below the other."""
     return formats[0].stacks > 0 and all(format.grown(0) == formats[0].grown(0) for format in formats)
@@ -401,8 +404,8 @@ def join(bases: Sequence[Base], terms: Sequence[LowRank | Columns | str | None] 
     the terms that stand on them. Returns how many rows that is: nobody but the weights holds that memory."""
     formats, apart = [base.format for base in bases], [base.packed for base in bases]
     ranks = [len(term.A) for term in terms if isinstance(term, LowRank)]
-    even = ranks == ranks[:1] * len(bases) and (sum(ranks) + sum(base.out_features for base in bases)) % ROUND == 0
-    room = sum(ranks) if even and isinstance(formats[0], Plain) and sum(ranks) <= DEEPEST else 0
+    below = ranks == ranks[:1] * len(bases) and _goes_below(sum(base.out_features for base in bases), sum(ranks))
+    room = sum(ranks) if below and isinstance(formats[0], Plain) else 0
     if (len(bases) == 1 and not room) or not _alike(formats):
         return 0
     made = 0

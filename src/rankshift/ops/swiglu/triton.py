@@ -110,7 +110,7 @@ def _padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank)) if rank else 0
 
 
-@functools.cache
+@functools.lru_cache(256)
 def _share(T: int, across: int, ranks: tuple[int, int, int], rows: int, at_once: int) -> int:
     """Rows of a program, of which ``across`` stand side by side: a tile without terms, or more if the grid would be too
     deep; with them so many that the last round of programs is full, and not so few that what they write for others to
