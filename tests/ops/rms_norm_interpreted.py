@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankshift.ops.rms_norm import add, norm, norm_back, op, pick, reference, triton
+from rankshift.ops import arrivals
+from rankshift.ops.rms_norm import add, add_back, norm, norm_back, op, pick, reference, triton
 
 FP16 = torch.float16
 SHAPES = [(1, 7, 1), (37, 70, 5), (33, 600, 16), (40, 1024, 64), (3, 130, 128)]  # T, K, r
@@ -84,8 +85,32 @@ def test_a_weight_of_another_dtype() -> None:
     near(norm(x, weight, 1e-5)[1], reference.norm(*wide(x, weight), 1e-5, 0.0, None, None)[1])
 
 
+@pytest.mark.parametrize("programs", [1, 9, 396])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_gain(shape: tuple[int, int, int], biased: bool, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_PROGRAMS", programs)
+    T, K, r = shape
+    x, y, Z, B = (drawn(*s, seed=i, pad=3) for i, s in enumerate([(T, K), (T, K), (T, r), (K, r)]))
+    weight = drawn(1, K, seed=9)[0]
+    gain = torch.randn(2 + biased, K + 5, generator=torch.Generator().manual_seed(8))[:, :K]
+    for low in ((Z, B), None):
+        exact = low and wide(*low)
+        near(add(x, y, low, gain), reference.add(*wide(x, y), exact, gain.double()))
+        x2, n, _ = norm(x, weight, 1e-5, 0.5, y, low, gain)
+        near(x2, reference.add(*wide(x, y), exact, gain.double()))
+        near(n, reference.norm(*wide(x2, weight), 1e-5, 0.5, None, None)[1])
+        dy, sums = add_back(x, y, low, gain)
+        want = reference.add_back(*wide(x, y), exact, gain.double())
+        near(dy, want[0])
+        assert sums.dtype == torch.float32
+        torch.testing.assert_close(sums.double(), want[1], rtol=1e-4, atol=1e-4)
+        assert torch.equal(sums, add_back(x, y, low, gain)[1])
+    assert not any(counts.any() for counts in arrivals._kept.values())
+
+
 def test_every_tile_is_used() -> None:
-    for table, most in ((triton._NORM, 128), (triton._BACK, 384), (triton._ADD, 128)):
+    for table, most in ((triton._NORM, 128), (triton._BACK, 384), (triton._ADD, 128), (triton._ADD_BACK, 128)):
         assert list(table) == sorted(table)
         assert max(table) == most
 

@@ -9,7 +9,7 @@ import torch
 from elsewhere import run
 from torch import Tensor
 
-from rankshift.ops.rms_norm import add, norm, norm_back, pick
+from rankshift.ops.rms_norm import add, add_back, norm, norm_back, pick
 
 T, K, R, EPS = 5, 12, 3, 1e-3
 
@@ -54,6 +54,23 @@ def test_forward_and_back_are_the_plain_equation(offset: float) -> None:
     torch.testing.assert_close(norm_back(dn, got[0], got[2], weight, offset), bare)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("term", [False, True])
+def test_a_gain_of_what_is_added(term: bool, biased: bool) -> None:
+    """x + μ ρ (y + Z Bᵀ) + b; the gradient of μ, ρ being a constant."""
+    x, y, Z, B, weight, dx = drawn(T, K), drawn(K, T).t(), drawn(T, R), drawn(K, R), drawn(K), drawn(T, K).flip(0)
+    mu, rho, b = drawn(3, K).unbind()
+    low = (Z, B) if term else None
+    gain = torch.stack((mu * rho, b, rho) if biased else (mu * rho, rho))
+    base = (y + Z @ B.t() if term else y.clone()).requires_grad_()
+    total = x + mu.requires_grad_() * rho * base + (b if biased else 0)
+    torch.testing.assert_close(add(x, y, low, gain), total.detach())
+    x2, n, _ = norm(x, weight, EPS, 0.0, y, low, gain)
+    torch.testing.assert_close(x2, total.detach())
+    torch.testing.assert_close(n, plain(total, weight, 0.0).detach())
+    torch.testing.assert_close(add_back(dx, y, low, gain), torch.autograd.grad(total, (base, mu), dx))
+
+
 def test_it_is_the_norm_of_transformers() -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -85,6 +102,8 @@ def test_sums_are_rounded_once(dtype: torch.dtype) -> None:
 def test_a_term_without_what_it_is_added_to_is_refused() -> None:
     with pytest.raises(ValueError, match="give y"):
         norm(drawn(T, K), drawn(K), EPS, low=(drawn(T, R), drawn(K, R)))
+    with pytest.raises(ValueError, match="give y"):
+        norm(drawn(T, K), drawn(K), EPS, gain=drawn(2, K))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -102,37 +121,60 @@ def test_picked(dtype: torch.dtype) -> None:
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
 COMPILED = """
+import os
+import subprocess
+import sys
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankshift.ops.rms_norm.triton import _ADD, _BACK, _NORM, _PICK, _add, _norm, _norm_back, _pick
+from triton import knobs
+
+from rankshift.ops.rms_norm.triton import (
+    _ADD, _ADD_BACK, _BACK, _NORM, _PICK, _add, _add_back, _norm, _norm_back, _pick
+)
 
 def compiled(kernel, types, warps, **constants):
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
-    even = [kernel.arg_names.index(name) for name in names if signature[name] in ("i32", "*bf16")]
+    even = [kernel.arg_names.index(name) for name in names if signature[name] in ("i32", "*bf16", "*fp32")]
     places = {(i,): [["tt.divisibility", 16]] for i in even}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=places)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     wide = made.asm["ptx"].count("st.global.v4.b32")
-    assert made.asm["ptx"].count("st.global") == wide + (kernel is _norm), "it does not store 16 bytes at once"
+    singly = {_norm: 1, _add_back: 3}.get(kernel, 0)  # vectors, and a counter
+    assert made.asm["ptx"].count("st.global") <= wide + singly, "it does not store 16 bytes at once"
     assert made.metadata.shared < 160_000
     return made
 
+def unspilled(made):
+    with open(sys.argv[1], "w") as file:
+        file.write(made.asm["ptx"])
+    command = [knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", sys.argv[1], "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert " 0 bytes spill stores" in said.stderr, said.stderr
+
 P = ["*bf16"]
-norm = P * 7 + ["*fp32"] + ["i32"] * 5 + ["fp32"] * 2
+norm = P * 4 + ["*fp32"] + P * 3 + ["*fp32"] + ["i32"] * 6 + ["fp32"] * 2
 for r, (M, N, warps, deep) in _NORM.items():
-    made = compiled(_norm, norm, warps, K=2048, R=r, SUM=True, EVEN=True, M=M, N=N, DEEP=deep)
-    assert "mma.sync" in made.asm["ptx"]
-    assert "cp.async.cg.shared.global" in made.asm["ptx"], "nothing is on its way while it computes"
-compiled(_norm, norm, 8, K=520, R=0, SUM=False, EVEN=False, M=16, N=512, DEEP=3)
+    for gains in (0, 2, 3):
+        made = compiled(_norm, norm, warps, K=2048, R=r, GAINS=gains, SUM=True, EVEN=True, M=M, N=N, DEEP=deep)
+        assert "mma.sync" in made.asm["ptx"]
+        assert "cp.async.cg.shared.global" in made.asm["ptx"], "nothing is on its way while it computes"
+        unspilled(made)
+compiled(_norm, norm, 8, K=520, R=0, GAINS=0, SUM=False, EVEN=False, M=16, N=512, DEEP=3)
 for r, (M, N, warps, deep) in _BACK.items():
     for known, more in ((True, 0), (False, 0), (True, 2)):
         compiled(_norm_back, P * 4 + ["*fp32"] + P * 6 + ["i32"] * 9 + ["fp32"], warps, K=2048, R=r, KNOWN=known,
                  PAST=True, MORE=more, EVEN=True, M=M, N=N, DEEP=deep)
 for r, (M, N, warps) in _ADD.items():
-    compiled(_add, P * 5 + ["i32"] * 5, warps, K=2048, R=r, EVEN=True, M=M, N=N)
+    for gains in (0, 3):
+        unspilled(compiled(_add, P * 4 + ["*fp32"] + P + ["i32"] * 6, warps, K=2048, R=r, GAINS=gains, EVEN=True,
+                           M=M, N=N))
+for r, (M, N, warps) in _ADD_BACK.items():
+    types = P * 4 + ["*fp32"] + P + ["*fp32"] * 2 + ["*i32"] + ["i32"] * 7
+    unspilled(compiled(_add_back, types, warps, K=2048, R=r, GAINS=2, EVEN=True, M=M, N=N))
 M = _PICK[0]
 for ranks in ((64,), (64, 64, 64), (64, 16, 5)):
     last = {"RANKS": ranks, "NORMED": True, "M": M, "N": 64}
@@ -163,4 +205,4 @@ def test_the_kernels_compile(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is there on Linux only")
     script = tmp_path / "compiled.py"
     script.write_text(COMPILED)
-    run(script, TRITON_CACHE_DIR=str(tmp_path))
+    run(script, tmp_path / "kernel.ptx", TRITON_CACHE_DIR=str(tmp_path))

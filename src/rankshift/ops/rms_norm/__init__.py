@@ -1,5 +1,5 @@
 """RMSNorm with the residual sum before it, either way: op.py runs, reference.py says what it means."""
 
-from rankshift.ops.rms_norm.op import add, norm, norm_back, pick
+from rankshift.ops.rms_norm.op import add, add_back, norm, norm_back, pick
 
-__all__ = ["add", "norm", "norm_back", "pick"]
+__all__ = ["add", "add_back", "norm", "norm_back", "pick"]

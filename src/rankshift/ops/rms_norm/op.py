@@ -3,6 +3,9 @@
 No autograd: a fused block's node calls these. Activations are (T, K) with unit stride along K and any stride between
 rows; Z, B, S and A likewise. On an NVIDIA GPU that Triton knows, tensors of 16 bits, all of one dtype but for the
 weight, take one launch, with ranks r up to 128 and R up to 384; all others the reference.
+
+What is added to x may have a gain, rows of (G, K) in fp32, as :func:`rankshift.ops.skinny.gains` makes them: c, then a
+bias b if there is one, then ρ. It is c (y + Z Bᵀ) + b then, as DoRA has it.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from rankshift.ops.stochastic_rounding.op import runs_on
 
 @unrecorded
 def norm(
-    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, y: Tensor | None = None, low: Low | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, y: Tensor | None = None, low: Low | None = None,
+    gain: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x₂ = x + y + Z Bᵀ and its norm n = x₂ ρ (offset + w), where ρ = (mean(x₂²) + ε)^-½.
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv:1910.07467); an offset of 1 is Gemma's.
@@ -31,20 +35,21 @@ def norm(
         weight: (K,), w.
         y: (T, K), added to x.
         low: Z (T, r) and B (K, r), whose product is added to y.
+        gain: (G, K), of y and that product.
 
     Returns:
         x₂ (T, K), which is x itself without y; n (T, K); ρ (T,) in fp32, of x₂ as it was rounded.
 
     Raises:
-        ValueError: low without y.
+        ValueError: low or gain without y.
     """
-    if low is not None and y is None:
-        raise ValueError("low is a term of y: give y as well")
+    if y is None and not (low is None and gain is None):
+        raise ValueError("low is a term of y, gain its factor: give y as well")
     if not _kernel(x):
-        return reference.norm(x, weight, eps, offset, y, low)
+        return reference.norm(x, weight, eps, offset, y, low, gain)
     from rankshift.ops.rms_norm.triton import norm as launch
 
-    return launch(x, weight, eps, offset, y, low)
+    return launch(x, weight, eps, offset, y, low, gain)
 
 
 @unrecorded
@@ -82,13 +87,33 @@ def norm_back(
 
 
 @unrecorded
-def add(x: Tensor, y: Tensor, low: Low | None = None) -> Tensor:
-    """x + y + Z Bᵀ: x, y (T, K); Z (T, r); B (K, r). Summed in fp32, rounded once."""
+def add(x: Tensor, y: Tensor, low: Low | None = None, gain: Tensor | None = None) -> Tensor:
+    """x + y + Z Bᵀ: x, y (T, K); Z (T, r); B (K, r); a gain (G, K). Summed in fp32, rounded once."""
     if not _kernel(x):
-        return reference.add(x, y, low)
+        return reference.add(x, y, low, gain)
     from rankshift.ops.rms_norm.triton import add as launch
 
-    return launch(x, y, low)
+    return launch(x, y, low, gain)
+
+
+@unrecorded
+def add_back(dx: Tensor, y: Tensor, low: Low | None, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of y + Z Bᵀ where c (y + Z Bᵀ) + b was added, and ρ times that of c, which is that of DoRA's μ.
+
+    Args:
+        dx: (T, K), the gradient of the sum.
+        y: (T, K), as it was added.
+        low: Z (T, r) and B (K, r), likewise.
+        gain: (G, K).
+
+    Returns:
+        c dx (T, K), and ρ Σₜ dx (y + Z Bᵀ) (K,) in fp32, in an order that depends on the shapes only.
+    """
+    if not _kernel(dx):
+        return reference.add_back(dx, y, low, gain)
+    from rankshift.ops.rms_norm.triton import add_back as launch
+
+    return launch(dx, y, low, gain)
 
 
 @unrecorded

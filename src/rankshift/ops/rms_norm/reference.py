@@ -14,11 +14,11 @@ Low = tuple[Tensor, Tensor]
 
 
 def norm(
-    x: Tensor, weight: Tensor, eps: float, offset: float, y: Tensor | None, low: Low | None
+    x: Tensor, weight: Tensor, eps: float, offset: float, y: Tensor | None, low: Low | None, gain: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x₂ = x + y + Z Bᵀ; ρ = (mean(x₂²) + ε)^-½; n = x₂ ρ (offset + w). Returns x₂, n, ρ."""
     if y is not None:
-        x = add(x, y, low)
+        x = add(x, y, low, gain)
     value = _wide(x)
     rstd = torch.rsqrt(value.square().mean(1) + eps)
     return x, (value * rstd[:, None] * (offset + weight.to(value.dtype))).to(x.dtype), rstd
@@ -37,12 +37,27 @@ def norm_back(
     return (dx if residual is None else residual + dx).to(dn.dtype)
 
 
-def add(x: Tensor, y: Tensor, low: Low | None) -> Tensor:
-    """x + y + Z Bᵀ."""
-    total = _wide(x) + _wide(y)
-    if low is not None:
-        total = total + _wide(low[0]) @ _wide(low[1]).t()
-    return total.to(x.dtype)
+def add(x: Tensor, y: Tensor, low: Low | None, gain: Tensor | None = None) -> Tensor:
+    """x + y + Z Bᵀ, or x + c (y + Z Bᵀ) + b."""
+    return (_wide(x) + gained(whole(y, low), gain)).to(x.dtype)
+
+
+def add_back(dx: Tensor, y: Tensor, low: Low | None, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """c dx, and ρ Σₜ dx (y + Z Bᵀ)."""
+    value = _wide(dx)
+    return (gain[0] * value).to(dx.dtype), gain[-1] * (value * whole(y, low)).sum(0)
+
+
+def whole(y: Tensor, low: Low | None) -> Tensor:
+    """y + Z Bᵀ, in fp32 or wider."""
+    return _wide(y) if low is None else _wide(y) + _wide(low[0]) @ _wide(low[1]).t()
+
+
+def gained(value: Tensor, gain: Tensor | None) -> Tensor:
+    """c · value + b; the value where there is no gain."""
+    if gain is None:
+        return value
+    return gain[0] * value if len(gain) == 2 else gain[0] * value + gain[1]
 
 
 def pick(

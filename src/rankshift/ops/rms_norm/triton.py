@@ -7,6 +7,7 @@ back to front, so that much of it comes from the cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankshift.ops.arrivals import counters
+from rankshift.ops.arrivals.triton import is_last
+from rankshift.ops.arrivals.triton import total as summed
 from rankshift.ops.launch import Launcher
 from rankshift.ops.rms_norm.reference import Low
 
@@ -22,10 +26,12 @@ _NORM = {16: (16, 512, 8, 3), 64: (16, 256, 8, 3), 128: (16, 128, 4, 3)}
 _BACK = {64: (32, 128, 8, 3), 192: (32, 128, 8, 2), 384: (32, 64, 8, 2)}
 _PICK = (8, 1024, 4)  # rows, numbers of them at most, warps at most
 _ADD = {32: (32, 256, 8), 128: (32, 128, 8)}
+_ADD_BACK = {32: (16, 256, 4), 128: (16, 128, 4)}
+_PROGRAMS = 3 * 132  # of add_back, that share the rows: what runs at once
 
 
 def norm(
-    x: Tensor, weight: Tensor, eps: float, offset: float, y: Tensor | None, low: Low | None
+    x: Tensor, weight: Tensor, eps: float, offset: float, y: Tensor | None, low: Low | None, gain: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x₂, n and ρ, as :func:`.op.norm`."""
     T, K = x.shape
@@ -34,10 +40,11 @@ def norm(
     M, N, warps, deep = _tile(_NORM, low)
     Z, B = (x, x) if low is None else low
     Y = x if y is None else y
+    C, rows = gain_of(gain, x)
     _launch_norm(
-        (triton.cdiv(T, M), 1, 1), (x, Y, Z, B, weight, x2, n, rstd),
-        (T, x.stride(0), Y.stride(0), Z.stride(0), B.stride(0)), (eps, offset),
-        K=K, R=_rank(low), SUM=y is not None, EVEN=T % M == 0, M=M, N=N, DEEP=deep, num_warps=warps,
+        (triton.cdiv(T, M), 1, 1), (x, Y, Z, B, C, weight, x2, n, rstd),
+        (T, x.stride(0), Y.stride(0), Z.stride(0), B.stride(0), C.stride(0)), (eps, offset),
+        K=K, R=_rank(low), GAINS=rows, SUM=y is not None, EVEN=T % M == 0, M=M, N=N, DEEP=deep, num_warps=warps,
     )  # fmt: skip
     return x2, n, rstd
 
@@ -63,18 +70,42 @@ def norm_back(
     return dx
 
 
-def add(x: Tensor, y: Tensor, low: Low | None) -> Tensor:
+def add(x: Tensor, y: Tensor, low: Low | None, gain: Tensor | None = None) -> Tensor:
     """x + y + Z Bᵀ, as :func:`.op.add`."""
     T, K = x.shape
     total = x.new_empty(T, K)
     M, N, warps = _tile(_ADD, low)
     Z, B = (x, x) if low is None else low
+    C, rows = gain_of(gain, x)
     _launch_add(
-        (triton.cdiv(T, M), triton.cdiv(K, N), 1), (x, y, Z, B, total),
-        (T, x.stride(0), y.stride(0), Z.stride(0), B.stride(0)),
-        K=K, R=_rank(low), EVEN=T % M == 0, M=M, N=N, num_warps=warps,
+        (triton.cdiv(T, M), triton.cdiv(K, N), 1), (x, y, Z, B, C, total),
+        (T, x.stride(0), y.stride(0), Z.stride(0), B.stride(0), C.stride(0)),
+        K=K, R=_rank(low), GAINS=rows, EVEN=T % M == 0, M=M, N=N, num_warps=warps,
     )  # fmt: skip
     return total
+
+
+def add_back(dx: Tensor, y: Tensor, low: Low | None, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """c dx and ρ Σ dx (y + Z Bᵀ), as :func:`.op.add_back`."""
+    T, K = dx.shape
+    M, N, warps = _tile(_ADD_BACK, low)
+    across = triton.cdiv(K, N)
+    length = triton.cdiv(triton.cdiv(T, max(1, _PROGRAMS // across)), M) * M
+    down = triton.cdiv(T, length)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=dx.device)
+    dy, parts, sums = dx.new_empty(T, K), new(down, K), new(K)
+    Z, B = (dx, dx) if low is None else low
+    _launch_add_back(
+        (across, down, 1), (dx, y, Z, B, gain, dy, parts, sums, counters(across, dx.device)),
+        (T, length, dx.stride(0), y.stride(0), Z.stride(0), B.stride(0), gain.stride(0)),
+        K=K, R=_rank(low), GAINS=len(gain), EVEN=T % M == 0, M=M, N=N, num_warps=warps,
+    )  # fmt: skip
+    return dy, sums
+
+
+def gain_of(gain: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
+    """A gain as kernels take it, and how many rows it has: 0 where there is none."""
+    return (other, 0) if gain is None else (gain, len(gain))
 
 
 def pick(
@@ -106,9 +137,9 @@ def _rank(low: Low | None) -> int:
 
 @triton.jit
 def _norm(
-    x, y, z, b, weight, x2, n, rstd, T, x_row, y_row, z_row, b_row, eps, offset,
-    K: tl.constexpr, R: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    DEEP: tl.constexpr,
+    x, y, z, b, gain, weight, x2, n, rstd, T, x_row, y_row, z_row, b_row, gain_row, eps, offset,
+    K: tl.constexpr, R: tl.constexpr, GAINS: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * M + tl.arange(0, M)
     there = rows < T
@@ -120,8 +151,13 @@ def _norm(
         inside = columns < K
         value = take(x + at * x_row + columns[None, :], there, inside, EVEN, WHOLE)
         if SUM:
-            value += take(y + at * y_row + columns[None, :], there, inside, EVEN, WHOLE)
-            value += times(z + at * z_row, b + columns[:, None] * b_row, there, inside, R, EVEN, WHOLE, M, N)
+            more = take(y + at * y_row + columns[None, :], there, inside, EVEN, WHOLE)
+            term = times(z + at * z_row, b + columns[:, None] * b_row, there, inside, R, EVEN, WHOLE, M, N)
+            if GAINS > 0:
+                value += gained(more + term, gain + columns, gain_row, inside, GAINS, WHOLE)
+            else:
+                value += more
+                value += term
             value = put(x2 + at * K + columns[None, :], value, there, inside, EVEN, WHOLE)
         squares += tl.sum(value * value, 1)
     scale = tl.rsqrt(squares / K + eps)
@@ -134,7 +170,7 @@ def _norm(
         columns = (K - 1) // N * N - back + tl.arange(0, N)
         inside = columns < K
         value = take(x + at * x_row + columns[None, :], there, inside, EVEN, WHOLE)
-        w = offset + _vector(weight + columns, inside, WHOLE)
+        w = offset + vector(weight + columns, inside, WHOLE)
         put(n + at * K + columns[None, :], value * scale[:, None] * w[None, :], there, inside, EVEN, WHOLE)
 
 
@@ -162,7 +198,7 @@ def _norm_back(
         value = take(x2 + at * x2_row + columns[None, :], there, inside, EVEN, WHOLE)
         if not KNOWN:
             g += _times_across(s + at * s_row, a + columns[None, :], a_row, there, inside, R, EVEN, WHOLE, M, N)
-        w = offset + _vector(weight + columns, inside, WHOLE)
+        w = offset + vector(weight + columns, inside, WHOLE)
         product += tl.sum(g * w[None, :] * value, 1)
     if KNOWN:  # Σ (S A) w x₂ = S Z / ρ, without A
         product += _inner(s + at * s_row, z + at * z_row, there, R, EVEN, M) / scale
@@ -179,7 +215,7 @@ def _norm_back(
         if PAST:
             rest = take(past + at * past_row + columns[None, :], there, inside, EVEN, WHOLE)
         g += _times_across(s + at * s_row, a + columns[None, :], a_row, there, inside, R, EVEN, WHOLE, M, N)
-        w = offset + _vector(weight + columns, inside, WHOLE)
+        w = offset + vector(weight + columns, inside, WHOLE)
         g = (g * w[None, :] - value * along[:, None]) * scale[:, None]
         if PAST:
             g += rest
@@ -188,8 +224,8 @@ def _norm_back(
 
 @triton.jit
 def _add(
-    x, y, z, b, total, T, x_row, y_row, z_row, b_row,
-    K: tl.constexpr, R: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    x, y, z, b, gain, total, T, x_row, y_row, z_row, b_row, gain_row,
+    K: tl.constexpr, R: tl.constexpr, GAINS: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * M + tl.arange(0, M)
     columns = tl.program_id(1) * N + tl.arange(0, N)
@@ -197,9 +233,42 @@ def _add(
     WHOLE: tl.constexpr = K % N == 0
     at = rows.to(tl.int64)[:, None]
     value = take(x + at * x_row + columns[None, :], there, inside, EVEN, WHOLE)
-    value += take(y + at * y_row + columns[None, :], there, inside, EVEN, WHOLE)
-    value += times(z + at * z_row, b + columns[:, None] * b_row, there, inside, R, EVEN, WHOLE, M, N)
+    more = take(y + at * y_row + columns[None, :], there, inside, EVEN, WHOLE)
+    term = times(z + at * z_row, b + columns[:, None] * b_row, there, inside, R, EVEN, WHOLE, M, N)
+    if GAINS > 0:
+        value += gained(more + term, gain + columns, gain_row, inside, GAINS, WHOLE)
+    else:
+        value += more
+        value += term
     put(total + at * K + columns[None, :], value, there, inside, EVEN, WHOLE)
+
+
+@triton.jit
+def _add_back(
+    dx, y, z, b, gain, dy, parts, sums, counts, T, length, dx_row, y_row, z_row, b_row, gain_row,
+    K: tl.constexpr, R: tl.constexpr, GAINS: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Some columns of some rows; the last program of those columns sums what all have."""
+    columns = tl.program_id(0) * N + tl.arange(0, N)
+    inside = columns < K
+    WHOLE: tl.constexpr = K % N == 0
+    start, down = tl.program_id(1) * length, tl.num_programs(1)
+    c = vector(gain + columns, inside, WHOLE)
+    found = tl.zeros((M, N), dtype=tl.float32)
+    for t in tl.range(start, tl.minimum(start + length, T), M, num_stages=2):
+        rows = t + tl.arange(0, M)
+        there = rows < T
+        at = rows.to(tl.int64)[:, None]
+        d = take(dx + at * dx_row + columns[None, :], there, inside, EVEN, WHOLE)
+        value = take(y + at * y_row + columns[None, :], there, inside, EVEN, WHOLE)
+        value += times(z + at * z_row, b + columns[:, None] * b_row, there, inside, R, EVEN, WHOLE, M, N)
+        found += d * value
+        put(dy + at * K + columns[None, :], d * c[None, :], there, inside, EVEN, WHOLE)
+    tl.store(parts + tl.program_id(1) * K + columns, tl.sum(found, 0), mask=inside)
+    if is_last(counts + tl.program_id(0), down):
+        rho = vector(gain + (GAINS - 1) * gain_row + columns, inside, WHOLE)
+        tl.store(sums + columns, rho * summed(parts, down, K, columns, inside, 16), mask=inside)
+        tl.store(counts + tl.program_id(0), 0)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -317,7 +386,17 @@ def _ranks_of(start, ranks, there, R: tl.constexpr, STEP: tl.constexpr, ALL: tl.
 
 
 @triton.jit
-def _vector(at, inside, WHOLE: tl.constexpr):
+def gained(value, gain, row, inside, GAINS: tl.constexpr, WHOLE: tl.constexpr):
+    """c · value + b of (M, N); b is there if the gain has three rows."""
+    value *= vector(gain, inside, WHOLE)[None, :]
+    if GAINS > 2:
+        value += vector(gain + row, inside, WHOLE)[None, :]
+    return value
+
+
+@triton.jit
+def vector(at, inside, WHOLE: tl.constexpr):
+    """(N,) in fp32."""
     value = tl.load(at) if WHOLE else tl.load(at, mask=inside, other=0.0)
     return value.to(tl.float32)
 
@@ -329,4 +408,4 @@ def _step(R):
 
 
 _launch_norm, _launch_norm_back = Launcher(_norm), Launcher(_norm_back)
-_launch_add, _launch_pick = Launcher(_add), Launcher(_pick)
+_launch_add, _launch_add_back, _launch_pick = Launcher(_add), Launcher(_add_back), Launcher(_pick)
