@@ -1,4 +1,4 @@
-"""The kernel of ops/four_bit under Triton's interpreter, on the CPU: see kernels_interpreted.py."""
+"""The kernels of ops/four_bit under Triton's interpreter, on the CPU: see kernels_interpreted.py."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel is taken, in programs of 512 or 256 weights. The interpreter cuts bf16 off where GPUs round."""
-    cut = interpreter._convert_float
+    """The kernel is taken, in programs of 512 or 256 weights. The interpreter cuts bf16 off where GPUs round, and
+    takes its bits for numbers in a product."""
+    cut, product = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounded(number, source, target, mode):  # type: ignore[no-untyped-def]
         if str(target) != "bf16":
             return cut(number, source, target, mode)
         return torch.from_numpy(number).to(BF16).view(torch.int16).numpy()
 
+    def multiplied(self, a, b, *rest):  # type: ignore[no-untyped-def]
+        if str(a.dtype) == "bf16":
+            wide = (torch.from_numpy(x.data.view("int16")).view(BF16).float().numpy() for x in (a, b))
+            a, b = (interpreter.TensorHandle(x, triton.tl.float32) for x in wide)
+        return product(self, a, b, *rest)
+
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", multiplied)
     monkeypatch.setattr(op, "runs_on", lambda device: True)
     monkeypatch.setattr(triton, "_TILE", (64, 4))
 
@@ -75,3 +83,80 @@ def test_a_second_scale_is_found() -> None:
 def test_a_weight_without_numbers() -> None:
     codes, absmax, scales = packed(0, 64, True)
     assert op.dequantised(codes, absmax, scales, (0, 8), 64, "nf4", BF16).shape == (0, 8)
+
+
+# ---- with a product added
+
+
+def factors(shape: tuple[int, int], r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(r)
+    B, A = (torch.randn(*size, generator=draw) for size in ((shape[0], r), (r, shape[1])))
+    return B.to(dtype), (A / 4).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize(
+    ("shape", "block", "r"),
+    [
+        ((48, 256), 64, 16), ((37, 320), 64, 5), ((1, 64), 128, 1), ((33, 64), 4096, 64), ((16, 192), 64, 32),
+        ((50, 320), 128, 100), ((20, 128), 64, 200), ((32, 256), 64, 128),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_product_is_added_before_the_rounding(
+    shape: tuple[int, int], block: int, r: int, nested: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n = shape[0] * shape[1]
+    tensors, (B, A) = packed(n, block, nested), factors(shape, r, dtype)
+    monkeypatch.setattr(op, "_dequantised", None)  # it is not the other path that runs
+    for slots in (132, 2):  # programs of one tile of rows, and of all rows
+        monkeypatch.setattr(triton, "_MULTIPROCESSORS", slots)
+        room = torch.full((n + 32,), 3.0, dtype=dtype)
+        out = room[16:-16].view(shape)
+        version = out._version
+        assert op.merged(*tensors, shape, block, "nf4", B, A, out=out) is out
+        assert out._version > version
+        assert (torch.cat([room[:16], room[-16:]]) == 3).all()
+        exact = reference.dequantised(*tensors, shape, block, "nf4", FP32).double() + B.double() @ A.double()
+        assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5).all()
+        assert (out != reference.merged(*tensors, shape, block, "nf4", B, A)).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("shape", [(48, 256), (37, 320)], ids=str)
+def test_nothing_added_is_the_weight_to_the_bit(shape: tuple[int, int], nested: bool, quant_type: str) -> None:
+    tensors = packed(shape[0] * shape[1], 64, nested)
+    for dtype in (BF16, FP16):
+        B, A = factors(shape, 16, dtype)
+        want = reference.dequantised(*tensors, shape, 64, quant_type, dtype)
+        assert torch.equal(op.merged(*tensors, shape, 64, quant_type, torch.zeros_like(B), A), want)
+
+
+@pytest.mark.parametrize(("shape", "block", "r"), [((9, 40), 64, 4), ((8, 64), 32, 4), ((8, 64), 64, 300)], ids=str)
+def test_other_weights_take_a_product_too(shape: tuple[int, int], block: int, r: int) -> None:
+    """Rows that are no multiple of 64, smaller blocks, larger ranks: by way of fp32."""
+    tensors, (B, A) = packed(shape[0] * shape[1], block, True), factors(shape, r, BF16)
+    assert not triton.adds(shape[1], block, r)
+    found = op.merged(*tensors, shape, block, "nf4", B, A)
+    torch.testing.assert_close(found, reference.merged(*tensors, shape, block, "nf4", B, A), rtol=2**-7, atol=1e-5)
+
+
+def test_a_second_scale_is_found_with_a_product() -> None:
+    shape, block = (130, 320), 64  # rows of five blocks: the first scale ends within a row
+    codes, absmax, _ = packed(130 * 320, block, True)
+    scales = torch.tensor([0.5, 1.0, 100.0, 10000.0]).view(torch.int32)
+    B, A = factors(shape, 8, FP16)
+    want = reference.dequantised(codes, absmax, scales, shape, block, "nf4", FP16)
+    assert torch.equal(op.merged(codes, absmax, scales, shape, block, "nf4", torch.zeros_like(B), A), want)
+
+
+def test_factors_that_are_parts_of_others() -> None:
+    shape = (40, 128)
+    tensors, (B, A) = packed(40 * 128, 64, True), factors(shape, 12, BF16)
+    wide, tall = torch.full((40, 20), 7.0, dtype=BF16), torch.full((12, 300), 7.0, dtype=BF16)
+    wide[:, 4:16], tall[:, 100:228] = B, A
+    want = op.merged(*tensors, shape, 64, "nf4", B, A)
+    assert torch.equal(op.merged(*tensors, shape, 64, "nf4", wide[:, 4:16], tall[:, 100:228]), want)
+    assert torch.equal(op.merged(*tensors, shape, 64, "nf4", B.t().contiguous().t(), A), want)

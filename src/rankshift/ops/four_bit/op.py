@@ -1,5 +1,6 @@
 """One launch for a weight in 4 bits, on a GPU: codes are read once, the absmax values of double quantisation decoded on
-the way, weights written once. Elsewhere bitsandbytes does it. The numbers are the same to the bit."""
+the way, weights written once, with a low-rank product added before they are rounded if one is given. Elsewhere
+bitsandbytes does it. Without a product the numbers are the same to the bit."""
 
 from __future__ import annotations
 
@@ -44,6 +45,56 @@ def dequantised(
         _into(codes, absmax, scales, block, quant_type, out)
         return out
     return _dequantised(codes, absmax, scales, shape, block, quant_type, dtype, out)
+
+
+def merged(
+    codes: Tensor,
+    absmax: Tensor,
+    scales: Tensor | None,
+    shape: Sequence[int],
+    block: int,
+    quant_type: str,
+    B: Tensor,
+    A: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The weight + B A (out, in), summed in fp32 and rounded once, to the dtype of the factors.
+
+    Args:
+        codes, absmax, scales, block, quant_type: as above.
+        B: (out, r), A: (r, in), both bf16 or both fp16; with the scale in one of them.
+        out: where to put it, (out, in) of this dtype, contiguous.
+    """
+    if out is None:
+        out = torch.empty(tuple(shape), dtype=A.dtype, device=codes.device)
+    if torch.compiler.is_compiling():
+        _merged_into(codes, absmax, scales, block, quant_type, B, A, out)
+    else:
+        _merged(codes, absmax, scales, block, quant_type, B, A, out)
+    return out
+
+
+@torch.no_grad()
+def _merged(
+    codes: Tensor, absmax: Tensor, scales: Tensor | None, block: int, quant_type: str, B: Tensor, A: Tensor, out: Tensor
+) -> None:
+    if runs_on(codes.device):
+        from rankshift.ops.four_bit.triton import adds, launch_merged
+
+        if adds(out.shape[1], block, len(A)):
+            table = _table(quant_type, codes.device)
+            torch.autograd.graph.increment_version(out)  # the kernel writes past autograd
+            launch_merged(codes, absmax, scales, table, block, B.contiguous(), A.contiguous(), out)
+            return
+    weight = _dequantised(codes, absmax, scales, out.shape, block, quant_type, torch.float32, None)
+    out.copy_(weight.addmm_(B.float(), A.float()))
+
+
+@torch.library.custom_op("rankshift::merged_into", mutates_args=("out",))
+def _merged_into(
+    codes: Tensor, absmax: Tensor, scales: Tensor | None, block: int, quant_type: str, B: Tensor, A: Tensor, out: Tensor
+) -> None:
+    _merged(codes, absmax, scales, block, quant_type, B, A, out)
 
 
 @torch.no_grad()

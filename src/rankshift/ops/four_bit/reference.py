@@ -3,7 +3,7 @@
     w = level[code] · c      c: absmax of its block along the flattened rows
     c = μ + level₈[ĉ] · s    double quantisation: s is shared by 256 blocks
 
-Every product and sum is rounded to fp32, the weight once more to its dtype.
+Every product and sum is rounded to fp32, the weight once more to its dtype, with B A added before that if there is one.
 """
 
 from __future__ import annotations
@@ -53,6 +53,21 @@ def dequantised(
         shared = numbers[1:].repeat_interleave(NESTED)[: len(absmax)]
         largest = dynamic_levels().to(codes.device)[absmax.long()] * shared + mean
     return (level * largest.repeat_interleave(block)[:n]).to(dtype).view(*shape)
+
+
+def merged(
+    codes: Tensor,
+    absmax: Tensor,
+    scales: Tensor | None,
+    shape: Sequence[int],
+    block: int,
+    quant_type: str,
+    B: Tensor,
+    A: Tensor,
+) -> Tensor:
+    """The same + B A, (out, r) and (r, in), summed in fp32 and rounded once to their dtype."""
+    weight = dequantised(codes, absmax, scales, shape, block, quant_type, torch.float32)
+    return (weight + B.float() @ A.float()).to(A.dtype)
 
 
 def dynamic_levels() -> Tensor:
