@@ -1,10 +1,15 @@
-"""Weights out of 4 bits on one GPU: the kernel against bitsandbytes and the reference, bit by bit, then how fast.
+"""Weights out of 4 bits on one GPU: the kernels against bitsandbytes and the reference, bit by bit, then how fast.
 
     PYTHONPATH=src python benchmarks/four_bit_gpu.py --out benchmarks/results/four_bit_gpu.json
 
 "bits": how many numbers differ. "speed": nf4 in blocks of 64, bf16, microseconds a weight: the median over replays of a
 CUDA graph that goes through so many weights that no cache holds them, and called one by one ("eager"). "copy" moves as
 many bytes, half of them each way; "fill" only writes the weight. "share": copy's time by ours. Tiles are (runs, warps).
+
+"merged bits": with a product B A added. "none": how many numbers differ from the weight's if B is zero; "reference":
+what share of numbers is another than the reference's (their sums are rounded in another order); "units": how far the
+furthest is from the sum in float64, in units of its last place. "merged": the same times with B A of rank 16 and 64
+added. Tiles are (warps, columns of each, programs at once on a multiprocessor).
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +26,18 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from rankshift.ops.four_bit import dequantised, reference, triton
+from rankshift.ops.four_bit import dequantised, merged, reference, triton
 from rankshift.ops.four_bit.op import _table
 from rankshift.ops.stochastic_rounding.op import runs_on
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096), (2048, 8192), (2048, 2048)]
 TILES = [(512, 4), (256, 2), (256, 4), (1024, 4), (1024, 8), (2048, 8)]
+MERGED_SHAPES = [(14336, 4096), (8192, 2048), (2048, 2048)]
+MERGED_TILES = [
+    *((warps, 64, at_once) for warps in (2, 4, 8) for at_once in (2, 4, 8, 16)),
+    *((warps, 32, at_once) for warps in (4, 8) for at_once in (2, 4, 8)),
+]
 CACHES = 256 << 20  # bytes; an H200 has 60 MB
 CHECKED = [  # shape, block, nested, dtype
     *((shape, 64, True, BF16) for shape in SHAPES),
@@ -78,6 +89,35 @@ def bits() -> dict[str, Any]:
         name = f"last row of {shape}, {'nested' if nested else 'plain'}"
         found[name] = {"reference": int((last != reference.dequantised(*row)).sum())}
     torch.cuda.empty_cache()
+    return found
+
+
+def factors(shape: tuple[int, int], r: int, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor]:
+    B, A = (torch.randn(*size, device="cuda") for size in ((shape[0], r), (r, shape[1])))
+    return (0.01 * B).to(dtype), A.to(dtype)
+
+
+def merged_bits() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for shape in [*MERGED_SHAPES, (1001, 320), (300, 70)]:
+        for nested, dtype, r in (
+            (True, BF16, 16),
+            (True, BF16, 64),
+            (False, FP16, 5),
+            (True, BF16, 128),
+            (True, FP16, 200),
+        ):
+            tensors, (B, A) = packed(shape[0] * shape[1], 64, nested), factors(shape, r, dtype)
+            args = (*tensors, shape, 64, "nf4")
+            none = merged(*args, torch.zeros_like(B), A)
+            some, plain = merged(*args, B, A), reference.merged(*args, B, A)
+            exact = reference.dequantised(*args, FP32).double() + B.double() @ A.double()
+            unit = torch.exp2(exact.abs().clamp_min(1e-3).log2().floor()) * torch.finfo(dtype).eps
+            found[f"{shape}, {'nested' if nested else 'plain'}, {str(dtype)[6:]}, rank {r}"] = {
+                "none": int((none != reference.dequantised(*args, dtype)).sum()),
+                "reference": float((some != plain).float().mean()),
+                "units": float(((some.double() - exact).abs() / unit).max()),
+            }
     return found
 
 
@@ -147,21 +187,66 @@ def speed(shape: tuple[int, int], nested: bool, tiles: bool) -> dict[str, Any]:
     return found
 
 
+def merged_speed(shape: tuple[int, int], r: int, tiles: bool) -> dict[str, Any]:
+    n = shape[0] * shape[1]
+    moved = n // 2 + n // 64 + 2 * n
+    weights = [packed(n, 64, True) for _ in range(max(2, -(-CACHES // moved)))]
+    outs = [torch.empty(shape, dtype=BF16, device="cuda") for _ in weights]
+    bytes_ = [torch.empty(2, moved // 2, dtype=torch.uint8, device="cuda") for _ in weights]
+    B, A = factors(shape, r)
+    plain = [
+        lambda w=w, out=out: dequantised(*w, shape, 64, "nf4", BF16, out=out)
+        for w, out in zip(weights, outs, strict=True)
+    ]
+    with_product = [
+        lambda w=w, out=out: merged(*w, shape, 64, "nf4", B, A, out=out) for w, out in zip(weights, outs, strict=True)
+    ]
+    found: dict[str, Any] = {
+        "plain": microseconds(plain),
+        "merged": microseconds(with_product),
+        "copy": microseconds([lambda b=b: b[1].copy_(b[0]) for b in bytes_]),
+    }
+    found["share"] = {name: found["copy"] / found[name] for name in ("plain", "merged")}
+    found["eager"] = {
+        name: clocked(lambda calls=calls: [call() for call in calls], len(calls), 10)
+        for name, calls in (("plain", plain), ("merged", with_product))
+    }
+    chosen = triton._MERGED[r]
+    for tile in MERGED_TILES if tiles else ():
+        triton._MERGED[r] = tile
+        try:
+            found[f"tile {tile}"] = microseconds(with_product)
+        except Exception as error:  # as above
+            found[f"tile {tile}"] = repr(error)[:300]
+    triton._MERGED[r] = chosen
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only-merged", action="store_true", help="leave out the weights alone")
     options = parser.parse_args()
     torch.manual_seed(0)
     assert runs_on(torch.device("cuda", 0)), "there is no GPU that the kernel runs on"
     assert torch.equal(_table("nf4", torch.device("cuda", 0))[:256].cpu(), bnb.create_dynamic_map())
-    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "bits": bits()}
-    print(json.dumps(result, indent=1, ensure_ascii=False), flush=True)
-    result["speed"] = {}
-    for shape in SHAPES:
-        for nested in (True, False):
-            name = f"{shape[0]}×{shape[1]}, {'nested' if nested else 'plain'}"
-            result["speed"][name] = speed(shape, nested, nested)
-            print(name, json.dumps(result["speed"][name], indent=1, ensure_ascii=False), flush=True)
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+
+    def found(name: str, what: Callable[[], Any], part: str | None = None) -> None:
+        value = what()
+        (result if part is None else result.setdefault(part, {}))[name] = value
+        print(part or "", name, json.dumps(value, indent=1, ensure_ascii=False), flush=True)
+
+    found("merged bits", merged_bits)
+    for shape in MERGED_SHAPES:
+        for r in (16, 64):
+            found(f"{shape[0]}×{shape[1]}, rank {r}", partial(merged_speed, shape, r, shape != (8192, 2048)), "merged")
+    if not options.only_merged:
+        found("bits", bits)
+        for shape in SHAPES:
+            for nested in (True, False):
+                name = f"{shape[0]}×{shape[1]}, {'nested' if nested else 'plain'}"
+                found(name, partial(speed, shape, nested, nested), "speed")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
