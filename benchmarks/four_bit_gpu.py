@@ -10,6 +10,10 @@ many bytes, half of them each way; "fill" only writes the weight. "share": copy'
 what share of numbers is another than the reference's (their sums are rounded in another order); "units": how far the
 furthest is from the sum in float64, in units of its last place. "merged": the same times with B A of rank 16 and 64
 added. Tiles are (warps, columns of each, programs at once on a multiprocessor).
+
+"layer": microseconds of a forward and backward of LoRA's linear layer on such a weight, 8192 tokens: as a CUDA graph,
+and called by the host ("eager"). "frozen" has no LoRA; "merged" forms W + B A (orders f2, b5), "unmerged" does not (f1,
+b1s); "dense" is that on a weight in bf16.
 """
 
 from __future__ import annotations
@@ -26,9 +30,13 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from rankshift.core.base import Format, Plain
 from rankshift.ops.four_bit import dequantised, merged, reference, triton
 from rankshift.ops.four_bit.op import _table
+from rankshift.ops.frozen_linear import frozen_linear
+from rankshift.ops.lora_linear import lora_linear
 from rankshift.ops.stochastic_rounding.op import runs_on
+from rankshift.storage.four_bit import FourBitLayout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096), (2048, 8192), (2048, 2048)]
@@ -222,6 +230,29 @@ def merged_speed(shape: tuple[int, int], r: int, tiles: bool) -> dict[str, Any]:
     return found
 
 
+def layer_speed(shape: tuple[int, int], r: int, tokens: int = 8192) -> dict[str, Any]:
+    out, into = shape
+    nf4, W = FourBitLayout(shape, BF16, "nf4", 64, True), packed(out * into, 64, True)
+    x, dy = (torch.randn(tokens, width, device="cuda", dtype=BF16) for width in (into, out))
+    B, A = (factor.requires_grad_() for factor in factors(shape, r, FP32))
+    dense = nf4.dense(*W)
+
+    def layer(*order: Any, format: Format = nf4, weight: tuple[Tensor, ...] = W) -> None:
+        y = lora_linear(x, A, B, 1.0, None, format, weight, *order)
+        torch.autograd.grad(y, (x, A, B), dy)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "frozen": lambda: torch.autograd.grad(frozen_linear(x, None, nf4, W), x, dy),
+        "merged": lambda: layer("f2", "b5"),
+        "unmerged": lambda: layer("f1", "b1s"),
+        "dense": lambda: layer("f1", "b1s", format=Plain(), weight=(dense,)),
+    }
+    x.requires_grad_()
+    found: dict[str, Any] = {name: microseconds([call] * 4) for name, call in calls.items()}
+    found["eager"] = {name: clocked(call, 1, 30) for name, call in calls.items()}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
@@ -241,6 +272,7 @@ def main() -> None:
     for shape in MERGED_SHAPES:
         for r in (16, 64):
             found(f"{shape[0]}×{shape[1]}, rank {r}", partial(merged_speed, shape, r, shape != (8192, 2048)), "merged")
+            found(f"{shape[0]}×{shape[1]}, rank {r}", partial(layer_speed, shape, r), "layer")
     if not options.only_merged:
         found("bits", bits)
         for shape in SHAPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rankshift as rs
 from rankshift.core.base import Plain
+from rankshift.ops.frozen_linear import frozen_linear
 from rankshift.ops.lora_linear import lora_linear
 from rankshift.ops.lora_linear.order import backward_flops, forward_flops
+from rankshift.storage.four_bit import FourBit, FourBitLayout
 
 FORWARDS, BACKWARDS = ("f1", "f2"), ("b1", "b1s", "b4", "b5", "b5s")
 SHAPES = [(0, 5), (1, 5), (7, 5), (2, 3, 5), (2, 1, 4, 5), (5,)]
@@ -201,6 +204,56 @@ def test_what_is_rounded_first_is_the_change(bias: bool):
         assert error < 0.85 * other, (name, error / other)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("forward", "backward"), list(itertools.product(FORWARDS, BACKWARDS)))
+def test_every_order_on_a_base_in_4_bits(forward: str, backward: str, dtype: torch.dtype):
+    """Against float64, and with the numbers that the codes stand for before they are rounded to ``dtype``."""
+    b, n, m, r = 30, 40, 24, 5
+    layout, tensors = FourBit.quantised(seeded(m, n, dtype=torch.float32), "nf4")
+    packed, exact = tuple(tensors), layout.dense(*tensors).double()
+    layout = replace(layout, dtype=dtype)
+    x, dy = seeded(b, n, seed=1, dtype=dtype, grad=True), seeded(b, m, seed=2, dtype=dtype)
+    A, B = seeded(r, n, seed=3, dtype=torch.float32, grad=True), seeded(m, r, seed=4, dtype=torch.float32, grad=True)
+    bias = seeded(m, seed=5, dtype=dtype)
+    y = lora_linear(x, A, B, 0.3, bias, layout, packed, forward, backward)  # type: ignore[arg-type]
+    y.backward(dy)
+    want = by_hand(*(t.detach().double() for t in (x, exact, A, B)), 0.3, bias.double(), dy.double())
+    for got, name in ((y, "y"), (x.grad, "x"), (A.grad, "A"), (B.grad, "B")):
+        error = (got.detach().double() - want[name]).norm() / want[name].norm()
+        assert error < (8 if dtype is torch.float32 else 1) * torch.finfo(dtype).eps, (name, float(error))
+
+
+@pytest.mark.parametrize("forward", [None, *FORWARDS])
+def test_a_base_in_4_bits_is_the_layer_itself_where_nothing_was_learned(forward: str | None):
+    layout, tensors = FourBit.quantised(seeded(24, 64, dtype=torch.bfloat16), "nf4")
+    for b in (1, 3, 200):
+        x, A, B = (seeded(*s, dtype=torch.bfloat16) for s in ((b, 64), (4, 64), (24, 4)))
+        y = lora_linear(x, A, torch.zeros_like(B), 0.3, None, layout, tuple(tensors), forward)  # type: ignore[arg-type]
+        assert torch.equal(y, frozen_linear(x, None, layout, tuple(tensors)))
+
+
+def test_the_order_that_runs_on_a_base_in_4_bits(monkeypatch: pytest.MonkeyPatch):
+    """Merged with many tokens, in forward and backward, and nothing is added onto y or dX; and as asked for."""
+    merges: list[torch.dtype] = []
+    usual = FourBitLayout.merged
+
+    def merged(layout: FourBitLayout, B: Tensor, *rest: Tensor) -> Tensor:
+        merges.append(B.dtype)
+        return usual(layout, B, *rest)
+
+    monkeypatch.setattr(FourBitLayout, "merged", merged)
+    layout, tensors = FourBit.quantised(seeded(24, 64, dtype=torch.bfloat16), "nf4")
+    orders = [(200, (), 2), (1, (), 0), (200, ("f1", "b1s"), 0), (1, ("f2", "b1"), 1), (1, ("f1", "b4"), 1)]
+    for b, order, count in orders:
+        merges.clear()
+        x, A, B = (seeded(*s, dtype=torch.bfloat16, grad=True) for s in ((b, 64), (20, 64), (24, 20)))
+        with Kernels() as kernels:
+            lora_linear(x, A, B, 0.3, None, layout, tuple(tensors), *order).sum().backward()  # type: ignore[arg-type]
+        assert merges == [torch.bfloat16] * count
+        if b == 200 and not order:
+            assert "addmm" not in kernels.names
+
+
 @pytest.mark.parametrize("how", ["autocast", "bf16 base", "fp16 base"])
 def test_wide_factors_of_a_narrow_layer(how: str):
     """Value within a few roundings of the compute dtype; gradients of fp32 factors are fp32 and as close."""
@@ -378,6 +431,26 @@ def test_compiles_whole(fields: dict):
     torch.testing.assert_close(y, plain)
     want = torch.autograd.grad(plain.square().sum(), leaves)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), leaves), want)
+
+
+@pytest.mark.parametrize("order", [(), ("f2", "b5"), ("f2", "b1"), ("f1", "b4")], ids=str)
+def test_compiles_whole_on_a_base_in_4_bits(order: tuple[str, ...]):
+    """One graph; codes are kept, not the weight nor what it is merged to."""
+    torch._dynamo.reset()
+    layout, tensors = FourBit.quantised(seeded(64, 96, dtype=torch.bfloat16), "nf4")
+
+    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return lora_linear(x, A, B, 0.3, None, layout, tuple(tensors), *order)  # type: ignore[arg-type]
+
+    leaves = [seeded(*s, seed=i, dtype=torch.bfloat16, grad=True) for i, s in enumerate([(9, 96), (4, 96), (64, 4)])]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
+    plain, y = layer(*leaves), compiled(*leaves)
+    kept = [t for t in y.grad_fn.saved_tensors if t.numel() > 9 * 96]  # type: ignore[union-attr]
+    assert [(t.shape, t.dtype) for t in kept] == [(tensors[0].shape, torch.uint8)]
+    dy = seeded(9, 64, seed=7, dtype=torch.bfloat16)
+    wanted, found = ([out, *torch.autograd.grad(out, leaves, dy)] for out in (plain, y))
+    for got, want in zip(found, wanted, strict=True):
+        assert (got - want).double().norm() < 2**-7 * want.double().norm()
 
 
 def test_compiles_for_any_number_of_tokens():

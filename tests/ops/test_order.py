@@ -102,3 +102,29 @@ def test_narrow_dtypes_never_merge(dtype: torch.dtype):
         with pytest.raises(rs.errors.ConfigError, match=r"loses most of a small update"):
             choose(4, 8, 8, 2, dtype, **field)
     assert choose(4, 8, 8, 2, dtype, backward="b1") == ("f1", "b1")
+
+
+def test_a_format_that_adds_before_it_rounds_is_merged_in_narrow_dtypes():
+    """With many tokens all three products are; with few the product with W + BA is not worth its operations."""
+    for n, m in ((4096, 14336), (14336, 4096), (2048, 2048)):
+        for r in (16, 64):
+            assert choose(8192, n, m, r, torch.bfloat16, adds=True) == ("f2", "b5")
+            assert choose(8192, n, m, r, torch.bfloat16, A=False, adds=True) == ("f2", "b5s")
+            assert choose(8192, n, m, r, torch.bfloat16, x=False, A=False, B=False, adds=True)[0] == "f2"
+            assert choose(8, n, m, r, torch.bfloat16, adds=True) == ("f1", "b1s")
+            assert choose(8192, n, m, r, torch.bfloat16) == ("f1", "b1s")
+    for b, n, m, r in GRID:
+        assert choose(b, n, m, r, torch.float32, adds=True) == choose(b, n, m, r, torch.float32)
+        for f in ("f1", "f2"):
+            for w in ("b1", "b1s", "b4", "b5", "b5s"):
+                assert choose(b, n, m, r, torch.float16, forward=f, backward=w, adds=True) == (f, w)
+
+
+def test_in_narrow_dtypes_what_is_written_twice_counts():
+    """f2 wins from on where its operations are those of 2br(n+m) and of moving 2bm numbers, b5 over b1s likewise."""
+    n, m, r = 96, 64, 8
+    for b in range(1, 100):
+        alone, _ = choose(b, n, m, r, torch.bfloat16, x=False, A=False, B=False, adds=True)
+        assert alone == ("f2" if b * (2 * r * (n + m) + 2 * 367 * m) > 2 * n * m * r else "f1")
+        _, w = choose(b, n, m, r, torch.bfloat16, forward="f1", adds=True)
+        assert w == ("b5s" if b * (2 * n * r + 2 * 367 * n) > 2 * n * m * r else "b1s")

@@ -44,12 +44,17 @@ class Format:
     """How the tensors that hold an (out, in) weight stand for it, and how it multiplies.
 
     A value without tensors: a fused autograd node keeps it, and saves the tensors it is called with and nothing else.
-    Another storage overrides ``dense``; one that multiplies by itself ``times`` and ``back`` too.
+    Another storage overrides ``dense``; one that multiplies by itself ``times`` and ``back`` too; one that can add
+    before it rounds ``merged``.
     """
 
     stacks: ClassVar[int] = 0
     """How many of the tensors, from the first on, have a row for each output and are all that ``times`` needs: those of
     layers that read one input, one below the other, are those of a layer of all outputs. 0 where that is not so."""
+
+    adds: ClassVar[bool] = False
+    """Whether :meth:`merged` in 16 bits adds to numbers that were not rounded to them yet, at no more cost than
+    :meth:`dense`."""
 
     def grown(self, out: int) -> Format:
         """The format of such a layer, with ``out`` outputs."""
@@ -67,6 +72,11 @@ class Format:
     def fill(self, out: Tensor, *packed: Tensor) -> None:
         """Write :meth:`dense` into memory that is there."""
         out.copy_(self.dense(*packed))
+
+    def merged(self, B: Tensor, A: Tensor, *packed: Tensor, out: Tensor | None = None) -> Tensor:
+        """W + B A, (out, r) and (r, in), in their dtype: (out, in), written to ``out`` if it is given. Where
+        :attr:`adds` is false W is rounded before."""
+        return torch.addmm(self.dense(*packed).to(A.dtype), B, A, out=out)
 
     @property
     def multiplies(self) -> bool:

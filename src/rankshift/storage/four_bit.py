@@ -22,7 +22,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 
 from rankshift.core.errors import UnsupportedLayer
-from rankshift.ops.four_bit import NESTED, dequantised, levels_on
+from rankshift.ops.four_bit import NESTED, dequantised, levels_on, merged
 from rankshift.storage.quantised import Held, Layout, fresh
 
 
@@ -31,6 +31,7 @@ class FourBitLayout(Layout):
     """Tensors: codes (⌈out·in/2⌉, 1) uint8; absmax, uint8 with double quantisation, else bits of fp32; and with it
     scales, bits of fp32: μ, then one for each 256 of them."""
 
+    adds: ClassVar[bool] = True
     quant_type: str
     block: int
     nested: bool
@@ -44,6 +45,14 @@ class FourBitLayout(Layout):
             super().fill(out, *packed)
         else:
             self._unpacked(packed, out.dtype, out)
+
+    def merged(self, B: Tensor, A: Tensor, *packed: Tensor, out: Tensor | None = None) -> Tensor:
+        if A.dtype.itemsize > 2:
+            return super().merged(B, A, *packed, out=out)
+        codes, absmax, *scales = packed
+        return merged(
+            codes, absmax, scales[0] if scales else None, self.shape, self.block, self.quant_type, B, A, out
+        )  # fmt: skip
 
     def _unpacked(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         codes, absmax, *scales = packed

@@ -10,6 +10,9 @@ gradients come back in their own dtype.
 In 16 bits the small product is written first and the large one adds itself onto it, which reads while it computes: the
 other way round y would be read and written once more. What is rounded before the sum is then the change and not the
 whole. The compiler would copy what is added onto; compiled, the sum is left to whatever reads y next.
+
+Orders that merge form W + BA for one product and drop it. In 16 bits that is for formats that add BA to numbers that
+are not rounded yet, which costs them little: they unpack the weight anyhow, and y is written once.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def lora_linear(
     b, n, m, r = x.shape[:-1].numel(), A.shape[1], B.shape[0], A.shape[0]
     graph = torch.is_grad_enabled()
     needs = (graph and x.requires_grad, graph and A.requires_grad, graph and B.requires_grad)
-    forward, backward = choose(b, n, m, r, dtype, *needs, forward, backward)
+    forward, backward = choose(b, n, m, r, dtype, *needs, forward, backward, format.adds)
     with uncast:
         y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, n).to(dtype), A, B, bias, scale, forward, backward, needs[1], needs[2], format, *packed
@@ -82,7 +85,7 @@ class _LoRALinear(torch.autograd.Function):
                 y = accumulate(format.times(x, bias, *packed), z, Bc.t())
         else:
             bias = None if bias is None else bias.to(x.dtype)
-            y = torch.nn.functional.linear(x, torch.addmm(format.dense(*packed).to(x.dtype), Bc, sA), bias)
+            y = torch.nn.functional.linear(x, format.merged(Bc, sA, *packed), bias)
         keep_x = train_a or (train_b and not keep_z)
         ctx.save_for_backward(x if keep_x else None, z if keep_z else None, A, B, *packed)
         ctx.scale, ctx.order, ctx.format = scale, backward, format
@@ -115,7 +118,7 @@ class _LoRALinear(torch.autograd.Function):
                 else:
                     dX = accumulate(ctx.format.back(dY, *packed), S, sA)
             else:
-                dX = dY @ torch.addmm(ctx.format.dense(*packed).to(dY.dtype), Bc, sA)
+                dX = dY @ ctx.format.merged(Bc, sA, *packed)
         dbias = dY.sum(0) if need_bias else None
         return (dX, dA, dB, dbias, *(None,) * (len(ctx.needs_input_grad) - 4))
 

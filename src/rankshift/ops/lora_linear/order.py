@@ -15,8 +15,13 @@ The paper's b2, b3, b6, b7 and b8 never win while r (n + m) < nm and are left ou
 terms. f1 has Z at hand, so saving it costs nothing; f2 would have to form it (2bnr) for a backward that wants it saved.
 Forward and backward are therefore chosen together.
 
-f2, b4 and b5 round W + BA to the compute dtype. In bf16 and fp16 that loses most of a small update (a delta of 7e-4 of
-the weight comes through with 86 % error), so there they are never chosen and, when asked for, refused.
+f2, b4 and b5 round W + BA to the compute dtype. In bf16 and fp16 a weight lies on the grid of that dtype, and most of a
+small update is rounded away (a delta of 7e-4 of the weight comes through with 86 % error): there they are never chosen
+and, when asked for, refused.
+
+A weight in fewer bits to which BA is added before it is rounded (``Format.adds``) lies on no grid: 99 % of an update
+of 1e-4 comes through, and all orders are open. In 16 bits numbers that are written and read again cost more than the
+operations: Z Bᵀ, b·m of them, and S A, b·n, where merged orders write nothing. They are counted as well.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ Backward = Literal["b1", "b1s", "b4", "b5", "b5s"]  # of two that cost the same,
 SAVES_Z = frozenset({"b1s", "b5s"})
 MERGED = frozenset({"f2", "b4", "b5", "b5s"})
 LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
+MOVED = 367
+"""Operations of an H200 in the time that it moves a number of 16 bits (790 TFLOP/s, 4.3 TB/s)."""
 
 
 def forward_flops(forward: Forward, b: int, n: int, m: int, r: int, save_z: bool = False) -> int:
@@ -66,26 +73,29 @@ def choose(
     B: bool = True,
     forward: Forward | None = None,
     backward: Backward | None = None,
+    adds: bool = False,
 ) -> tuple[Forward, Backward]:
-    """The pair of orders with the fewest operations that ``dtype`` can hold; of equals the one that does not save Z.
+    """The cheapest pair of orders that ``dtype`` can hold; of equals the one that does not save Z.
 
     ``x``, ``A`` and ``B`` say what needs a gradient: if nothing does, only the forward counts. A frozen A (LoRA-FA) is
-    there to free X, so with it no order is chosen that keeps X. ``forward`` and ``backward`` fix one or both.
+    there to free X, so with it no order is chosen that keeps X. ``forward`` and ``backward`` fix one or both. ``adds``
+    is the format's: BA is added to a weight that is not rounded yet.
 
     Raises:
         ConfigError: an order that was fixed would lose the update in this dtype.
     """
     narrow = dtype in LOW_PRECISION
-    if narrow and forward is None and backward is None:
+    lossy = narrow and not adds
+    if lossy and forward is None and backward is None:
         return "f1", "b1s"
     for order in (forward, backward):
-        if narrow and order in MERGED:
+        if lossy and order in MERGED:
             raise ConfigError(
                 f"order {order!r} rounds W + BA to {str(dtype).removeprefix('torch.')} and loses most of a small "
                 'update. Use "f1" with "b1" or "b1s", leave the order open, or compute in float32.'
             )
-    forwards: tuple[Forward, ...] = (forward,) if forward else ("f1",) if narrow else get_args(Forward)
-    backwards: tuple[Backward, ...] = (backward,) if backward else ("b1s",) if narrow else get_args(Backward)
+    forwards: tuple[Forward, ...] = (forward,) if forward else ("f1",) if lossy else get_args(Forward)
+    backwards: tuple[Backward, ...] = (backward,) if backward else ("b1s",) if lossy else get_args(Backward)
     if not A and backward is None:
         backwards = tuple(order for order in backwards if order in SAVES_Z)
     best, chosen = None, (forwards[0], backwards[0])
@@ -94,6 +104,8 @@ def choose(
             cost = forward_flops(f, b, n, m, r, B and w in SAVES_Z)
             if x or A or B:
                 cost += backward_flops(w, b, n, m, r, x, A, B)
+            if narrow:
+                cost += 2 * MOVED * b * (m * (f == "f1") + n * (x and w in ("b1", "b1s")))
             if best is None or cost < best:
                 best, chosen = cost, (f, w)
     return chosen
