@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankshift.ops.rotary import op, reference, rotate_, rotate_back
+from rankshift.ops import arrivals
+from rankshift.ops.rotary import op, reference, rotate_, rotate_back, triton
 
 FP16 = torch.float16
 # batch, S, heads of q and of k, D
@@ -82,6 +83,51 @@ def test_back(shape: tuple[int, ...], laid: str) -> None:
             near(got, expected)
         assert torch.equal(out[2], grads[2].transpose(1, 2).reshape(T, -1)), "v is only copied"
         assert (rest == 7).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("ranks", "biased", "programs"), [((5, 16, 1), True, 1), ((0, 0, 0), False, 9)], ids=str)
+def test_a_gain(
+    shape: tuple[int, ...], ranks: tuple[int, int, int], biased: bool, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "_PROGRAMS", programs)
+    batch, S, Hq, Hk, D = shape
+    T, widths = batch * S, (Hq * D, Hk * D, Hk * D)
+    packed, columns = drawn(T, sum(widths) + 3), sum(widths)
+    low = tuple((drawn(T, r, seed=r), drawn(n, r)) if r else None for n, r in zip(widths, ranks, strict=True))
+    gain = torch.randn(2 + biased, columns + 5, generator=torch.Generator().manual_seed(3))[:, :columns]
+    gain[0, 1] = 0
+    grads = [drawn(batch, S, h, D, seed=h).transpose(1, 2) for h in (Hq, Hk, Hk)]
+    for rows in {S, T}:
+        cos, sin = tables(rows, D)
+        q, k, v, _ = packed.clone().split((*widths, 3), 1)
+        want = [t.double() for t in (q, k, v)]
+        exact = tuple(term and (term[0].double(), term[1].double()) for term in low)
+        reference.rotate_(*want, cos.double(), sin.double(), exact, D, gain.double())  # type: ignore[arg-type]
+        rotate_(q, k, v, cos, sin, low, head=D, gain=gain)  # type: ignore[arg-type]
+        for got, expected in zip((q, k, v), want, strict=True):
+            near(got, expected)
+        *out, rest = torch.full((T, columns + 3), 7.0, dtype=FP16).split((*widths, 3), 1)
+        back = tuple(torch.empty(T, n, dtype=torch.float64) for n in widths)
+        kept = (q.double(), k.double(), v.double())
+        sums = reference.rotate_back(
+            *(g.double() for g in grads),
+            cos.double(),
+            sin.double(),
+            back,
+            kept,
+            gain.double(),  # type: ignore[arg-type]
+        )
+        found = rotate_back(*grads, cos, sin, tuple(out), (q, k, v), gain)  # type: ignore[arg-type]
+        for got, expected in zip(out, back, strict=True):
+            near(got, expected)
+        assert (rest == 7).all()
+        assert found is not None
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), sums, rtol=1e-4, atol=1e-4 * float(sums.abs().max()))
+        again = rotate_back(*grads, cos, sin, tuple(out), (q, k, v), gain)  # type: ignore[arg-type]
+        assert torch.equal(found, again)
+    assert not any(counts.any() for counts in arrivals._kept.values())
 
 
 def test_tables_of_another_dtype() -> None:

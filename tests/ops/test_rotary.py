@@ -69,6 +69,49 @@ def test_it_is_rounded_once(dtype: torch.dtype) -> None:
     assert torch.equal(v, same)
 
 
+@pytest.mark.parametrize("terms", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_gain(biased: bool, terms: bool) -> None:
+    """μ ρ (y + Z Bᵀ) + b, rotated; the gradient of μ, ρ being a constant."""
+    cos, sin = tables(S)
+    packed, columns = drawn(T, sum(WIDTHS)), sum(WIDTHS)
+    low = tuple((drawn(T, R, seed=i), drawn(n, R, seed=9 + i)) if terms else None for i, n in enumerate(WIDTHS))
+    mu, rho, b = drawn(3, columns, seed=4).unbind()
+    ys = packed.split(WIDTHS, 1)
+    leaves = [
+        (y + (0 if term is None else term[0] @ term[1].t())).requires_grad_() for y, term in zip(ys, low, strict=True)
+    ]
+    whole = mu.requires_grad_() * rho * torch.cat(leaves, 1) + (b if biased else 0)
+    turned = [heads(t) for t in whole.split(WIDTHS, 1)]
+    for i in (0, 1):
+        first, second = turned[i].chunk(2, -1)
+        c, s = (table[:, : D // 2] for table in (cos, sin))
+        turned[i] = torch.cat((first * c - second * s, second * c + first * s), -1)
+    grads = [drawn(*t.shape, seed=i) for i, t in enumerate(turned)]
+    want = torch.autograd.grad(turned, (*leaves, mu), grads)
+    gain = torch.stack((mu * rho, b, rho) if biased else (mu * rho, rho)).detach()
+    q, k, v = (y.clone() for y in ys)
+    rotate_(q, k, v, cos, sin, low, head=D, gain=gain)  # type: ignore[arg-type]
+    torch.testing.assert_close([heads(y) for y in (q, k, v)], [t.detach() for t in turned])
+    out = packed.clone().split(WIDTHS, 1)
+    found = rotate_back(*grads, cos, sin, out, (q, k, v), gain)  # type: ignore[arg-type]
+    torch.testing.assert_close((*out, found), want)
+    assert rotate_back(*grads, cos, sin, out) is None  # type: ignore[arg-type]
+
+
+def test_a_gain_of_zero_has_no_gradient() -> None:
+    cos, sin = tables(S)
+    gain = torch.ones(2, sum(WIDTHS), dtype=torch.float64)
+    gain[0, 5] = 0
+    ys = [drawn(T, n, seed=n) for n in WIDTHS]
+    out = tuple(torch.empty_like(y) for y in ys)
+    rotate_(*ys, cos, sin, head=D, gain=gain)  # type: ignore[arg-type]
+    found = rotate_back(*map(heads, ys), cos, sin, out, tuple(ys), gain)  # type: ignore[arg-type]
+    assert found is not None
+    assert ((found == 0) == (gain[0] == 0)).all()
+    assert found.isfinite().all()
+
+
 def test_gradients_come_in_any_layout() -> None:
     cos, sin = tables(S)
     grads = [drawn(D, S, h, BATCH, seed=h).permute(3, 2, 1, 0) for h in (HQ, HK, HK)]
@@ -82,11 +125,16 @@ def test_gradients_come_in_any_layout() -> None:
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
 COMPILED = """
+import os
+import subprocess
+import sys
+
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankshift.ops.rotary.triton import _BACK, _TILE, _rotate, _rotate_back
+from rankshift.ops.rotary.triton import _BACK, _BACK_GAINED, _TILE, _rotate, _rotate_back, _rotate_back_gained
 
 def compiled(kernel, types, warps, **constants):
     names = [name for name in kernel.arg_names if name not in constants]
@@ -94,21 +142,36 @@ def compiled(kernel, types, warps, **constants):
     places = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=places)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
-    assert ptx.count("st.global") == ptx.count("st.global.v4.b32"), "it does not store 16 bytes at once"
+    small = 13 if kernel is _rotate_back_gained else 0  # sums and their parts
+    assert ptx.count("st.global") - small <= ptx.count("st.global.v4.b32"), "it does not store 16 bytes at once"
+    with open(sys.argv[1], "w") as file:
+        file.write(ptx)
+    command = [knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", sys.argv[1], "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert " 0 bytes spill stores" in said.stderr, said.stderr
     return ptx
 
 for r, (M, N, warps) in _TILE.items():
     for half in (32, 40, 64):
         sizes = dict(Q=32 * half, K=8 * half, V=8 * half, HALF=half, M=M, N=N)
-        ptx = compiled(_rotate, ["*bf16"] * 11 + ["i32"] * 13, warps, RQ=r, RK=r, RV=r, EVEN=True, **sizes)
-        assert "mma" in ptx
-compiled(_rotate, ["*bf16"] * 11 + ["i32"] * 13, 4, RQ=5, RK=1, RV=0, EVEN=False, **sizes | dict(V=0))
+        for gains in (0, 2, 3):
+            types = ["*bf16"] * 11 + ["*fp32"] + ["i32"] * 14
+            ptx = compiled(_rotate, types, warps, RQ=r, RK=r, RV=r, GAINS=gains, EVEN=True, **sizes)
+            assert "mma" in ptx
+compiled(_rotate, types, 4, RQ=5, RK=1, RV=0, GAINS=0, EVEN=False, **sizes | dict(V=0))
 M, N, warps = _BACK
 for half in (32, 40):
     sizes = dict(Q=32 * half, K=8 * half, V=8 * half, HALF=half, M=M, N=N)
     ones = dict(dq_one=1, dk_one=1, dv_one=1)
     ptx = compiled(_rotate_back, ["*bf16"] * 8 + ["i32"] * 17, warps, EVEN=True, **ones, **sizes)
     assert ptx.count("ld.global") == ptx.count("ld.global.v4.b32"), "it does not load 16 bytes at once"
+M, N, warps = _BACK_GAINED
+for half in (32, 40):
+    sizes = dict(Q=32 * half, K=8 * half, V=8 * half, HALF=half, M=M, N=N)
+    for gains in (2, 3):
+        types = ["*bf16"] * 8 + ["*fp32"] + ["*bf16"] * 3 + ["*fp32"] * 2 + ["*i32"] + ["i32"] * 22
+        ptx = compiled(_rotate_back_gained, types, warps, GAINS=gains, EVEN=True, **ones, **sizes)
+        assert "ld.global.b16" not in ptx, "it does not load 16 bytes at once"
 """
 
 
@@ -125,4 +188,4 @@ def test_the_kernels_compile(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is there on Linux only")
     script = tmp_path / "compiled.py"
     script.write_text(COMPILED)
-    run(script, TRITON_CACHE_DIR=str(tmp_path))
+    run(script, tmp_path / "kernel.ptx", TRITON_CACHE_DIR=str(tmp_path))

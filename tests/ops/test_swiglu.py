@@ -77,16 +77,47 @@ def test_it_is_the_plain_equation(ranks: tuple[int, int, int], activation: str) 
     torch.testing.assert_close(back.h, h.detach())
     torch.testing.assert_close((back.dg, back.du), want[:2])
     torch.testing.assert_close([db for db in (back.db_g, back.db_u) if db is not None], [0.5 * db for db in want[2:]])
-    assert [x is None for x in back[3:]] == [r == 0 for r in ranks]
+    assert [x is None for x in back[3:]] == [*[r == 0 for r in ranks], True]
     if ranks[2]:
         torch.testing.assert_close(back.da_h, given["low_h"][0].t() @ h.detach())
+
+
+def gain_of(F: int, biased: bool) -> Tensor:
+    """Of g and u, as columns of a wider one."""
+    return sliced(randn(2 + biased, 2 * F, seed=77))
+
+
+@pytest.mark.parametrize("activation", PLAIN)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (3, 5, 2)], ids=str)
+def test_a_gain(ranks: tuple[int, int, int], biased: bool, activation: str) -> None:
+    """g is μ ρ (g + Zg Bgᵀ) + b, and u likewise; the gradient of μ, ρ being a constant."""
+    given = problem(7, 12, ranks, FP64)
+    rho, b = (randn(24, seed=seed) for seed in (80, 81))
+    mu = randn(24, seed=82).requires_grad_()
+    gain = torch.stack((mu * rho, b, rho) if biased else (mu * rho, rho)).detach()
+    leaves, branches, factors = [], [], []
+    for name, span in (("g", slice(12)), ("u", slice(12, 24))):
+        low = given[f"low_{name}"]
+        leaves.append((given[name] + (low[0] @ low[1].t() if low is not None else 0)).requires_grad_())
+        branches.append((mu * rho)[span] * leaves[-1] + (b[span] if biased else 0))
+        factors += [] if low is None else [low]
+    h = PLAIN[activation](branches[0]) * branches[1]
+    dh = given["dh"] + (given["low_h"][0] @ given["low_h"][1] if given["low_h"] is not None else 0)
+    dg, du, dm = torch.autograd.grad(h, (*leaves, mu), dh)
+    got = swiglu(given["g"], given["u"], given["low_g"], given["low_u"], activation, gain)
+    back = swiglu_back(**given, activation=activation, want_h=True, grads="guh", scale=0.5, gain=gain)
+    torch.testing.assert_close((got, back.h), (h.detach(), h.detach()))
+    torch.testing.assert_close((back.dg, back.du, back.dm), (dg, du, dm))
+    for found, d, (Z, _) in zip((back.db_g, back.db_u), (dg, du), factors, strict=False):
+        torch.testing.assert_close(found, 0.5 * d.t() @ Z)
 
 
 def test_only_what_is_asked_for() -> None:
     given = problem(7, 12, (3, 5, 2), FP64)
     back = swiglu_back(**given)
-    assert back[2:] == (None, None, None, None)
-    assert [x is None for x in swiglu_back(**given, grads=("u",))[2:]] == [True, True, False, True]
+    assert back[2:] == (None,) * 5
+    assert [x is None for x in swiglu_back(**given, grads=("u",))[2:]] == [True, True, False, True, True]
     with pytest.raises(ValueError, match="activation must be one of"):
         swiglu(given["g"], given["u"], activation="relu")
     with pytest.raises(ValueError, match="activation must be one of"):
@@ -133,15 +164,16 @@ def near(got: Tensor | None, want: Tensor | None) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1.01 * torch.finfo(got.dtype).eps, atol=1e-4)
 
 
-def check(given: dict[str, Any], activation: str = "silu") -> None:
+def check(given: dict[str, Any], activation: str = "silu", gain: Tensor | None = None) -> None:
     given = {name: wide(x, None, DEVICE) for name, x in given.items()}
     exact = {name: wide(x, FP64, DEVICE) for name, x in given.items()}
     asked: dict[str, Any] = {"activation": activation, "want_h": True, "grads": "guh", "scale": 0.5}
-    want = reference.swiglu_back(**exact, **asked)
-    near(swiglu(given["g"], given["u"], given["low_g"], given["low_u"], activation), want.h)
+    narrow = wide(gain, FP32, DEVICE)
+    want = reference.swiglu_back(**exact, **asked, gain=wide(narrow, FP64, DEVICE))
+    near(swiglu(given["g"], given["u"], given["low_g"], given["low_u"], activation, narrow), want.h)
     T, F = want.dg.shape
     buffer = torch.full((T + 1, 2 * F + 8), 3.0, dtype=HALF, device=DEVICE)
-    back = swiglu_back(**given, **asked, out=(buffer[:T, :F], buffer[:T, F : 2 * F]))
+    back = swiglu_back(**given, **asked, out=(buffer[:T, :F], buffer[:T, F : 2 * F]), gain=narrow)
     assert back.dg.data_ptr() == buffer.data_ptr()
     near(back.dg, want.dg)
     near(back.du, want.du)
@@ -150,7 +182,7 @@ def check(given: dict[str, Any], activation: str = "silu") -> None:
     assert (buffer[:, 2 * F :] == 3).all()
     dg, du, h = wide(tuple(back[:3]), FP64, DEVICE)
     sums = reference.sums(dg, du, h, exact["low_g"], exact["low_u"], exact["low_h"], "guh", 0.5)
-    for got, sure in zip(back[3:], sums, strict=True):
+    for got, sure in zip(back[3:], (*sums, want.dm), strict=True):
         assert (got is None) == (sure is None)
         if got is not None and sure is not None:
             assert got.dtype == FP32
@@ -193,10 +225,27 @@ def test_no_grid_is_deeper_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> No
 
     for T in (8, 1 << 18, (1 << 20) + 3):
         for ranks in ((0, 0, 0), (16, 16, 16)):
-            assert -(-T // triton._share(T, 32, ranks, 4, 1)) <= 65535
+            assert -(-T // triton._share(T, 32, ranks, 0, 4, 1)) <= 65535
     monkeypatch.setattr(triton, "_DEEPEST", 3)
     triton._share.cache_clear()
     check(problem(35, 70, (0, 0, 0), HALF))
+    triton._share.cache_clear()
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.parametrize("at_once", [1, 132])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (0, 3, 0), (1, 16, 5), (64, 3, 20), (100, 3, 128)], ids=str)
+def test_a_gain_in_the_kernels(
+    ranks: tuple[int, int, int], biased: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankshift.ops.swiglu import triton
+
+    monkeypatch.setattr(triton, "_MULTIPROCESSORS", at_once)
+    triton._share.cache_clear()
+    check(problem(70, 77, ranks, HALF), "gelu_tanh" if biased else "silu", gain_of(77, biased))
+    check(problem(64, 128, ranks, HALF), "silu", gain_of(128, biased))
     triton._share.cache_clear()
 
 
@@ -240,7 +289,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rankshift.ops.swiglu.triton import (
-    _BACKWARD, _FORWARD, _REGISTERS, _WIDE, _backward, _backward_wide, _forward
+    _BACKWARD, _FORWARD, _REGISTERS, _WIDE, _WIDE_GAINED, _backward, _backward_wide, _forward
 )
 
 def compiled(kernel, types, num_warps, options={}, **constants):
@@ -259,24 +308,24 @@ def compiled(kernel, types, num_warps, options={}, **constants):
     assert not scalar or not constants["EVEN"], "what a thread takes at once is one number"
     return ptx
 
-back = ["*bf16"] * 6 + ["*fp32"] + ["*bf16"] * 6 + ["i32"] * 16 + ["fp32"]
-for r in (0, 16, 64, 128):
-    ranks = dict(GELU=r == 64, RG=r, RU=r, EVEN=True)
+back = ["*bf16"] * 6 + ["*fp32"] + ["*bf16"] * 6 + ["*fp32"] + ["i32"] * 17 + ["fp32"]
+for r, gains in ((0, 0), (16, 0), (64, 0), (128, 0), (16, 2), (16, 3), (64, 3), (128, 2)):
+    ranks = dict(GELU=r == 64, RG=r, RU=r, GAINS=gains, EVEN=True)
     tile, _ = _FORWARD[r]
-    ptx = compiled(_forward, ["*bf16"] * 7 + ["i32"] * 10, tile["WARPS"], **ranks, **tile)
+    ptx = compiled(_forward, ["*bf16"] * 7 + ["*fp32"] + ["i32"] * 11, tile["WARPS"], **ranks, **tile)
     assert ("mma.sync" in ptx) == (r > 0), "products are not on the tensor cores"
     sums = dict(H=r == 128, RH=r, SH=0 < r < 128, SG=0 < r < 128, SU=0 < r < 128)
     if r in _BACKWARD:
         tile, _ = _BACKWARD[r]
-        options = {"maxnreg": _REGISTERS[r]} if r in _REGISTERS else {}
+        options = {"maxnreg": _REGISTERS[r]} if r in _REGISTERS and not gains else {}
         ptx = compiled(_backward, back, tile["WARPS"], options, **sums, **ranks, **tile)
         assert ("mma.sync" in ptx) == (r > 0), "products are not on the tensor cores"
         assert "st.global.v4.b32" in ptx, "what a thread writes at once is less than it has in a row"
     else:
-        tile = {k: v for k, v in _WIDE.items() if k != "num_warps"}
+        tile = {k: v for k, v in (_WIDE_GAINED if gains else _WIDE).items() if k != "num_warps"}
         assert "wgmma" in compiled(_backward_wide, back, _WIDE["num_warps"], **sums, **ranks, **tile)
-compiled(_backward, ["*fp16" if t == "*bf16" else t for t in back], 4, GELU=True, RG=5, RU=5, EVEN=False, H=True, RH=5,
-         SH=True, SG=True, SU=True, **_BACKWARD[16][0])
+compiled(_backward, ["*fp16" if t == "*bf16" else t for t in back], 4, GELU=True, RG=5, RU=5, GAINS=2, EVEN=False,
+         H=True, RH=5, SH=True, SG=True, SU=True, **_BACKWARD[16][0])
 """
 
 

@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from rankshift.ops.rms_norm.reference import gained, whole
 
 Low = tuple[Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
 
 
 def rotate_(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, low: tuple[Low | None, Low | None, Low | None], head: int
-) -> None:
-    """Each tensor plus its Z Bᵀ; then every head (a, b) of q and k ← (a cos − b sin, b cos + a sin)."""
-    for tensor, term, turns in zip((q, k, v), low, (True, True, False), strict=True):
-        value = _wide(tensor)
-        if term is not None:
-            value = value + _wide(term[0]) @ _wide(term[1]).t()
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, low: tuple[Low | None, Low | None, Low | None],
+    head: int, gain: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Each tensor plus its Z Bᵀ, with its gain; then every head (a, b) of q and k ← (a cos − b sin, b cos + a sin)."""
+    gains = _apart(gain, (q, k, v))
+    for tensor, term, one, turns in zip((q, k, v), low, gains, (True, True, False), strict=True):
+        value = gained(whole(tensor, term), one)
         if turns:
             value = _turned(value.view(len(tensor), -1, head), cos, sin).flatten(1)
         tensor.copy_(value)
 
 
-def rotate_back(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Three) -> None:
-    """Every head turned the other way, and put where its token's row is."""
-    for tensor, to, turns in zip((dq, dk, dv), out, (True, True, False), strict=True):
+def rotate_back(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, out: Three, of: Three | None = None,
+    gain: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Every head turned the other way, times c, and put where its token's row is; ρ/c Σₜ dy (y − b)."""
+    sums = []
+    whose: Sequence[Tensor | None] = (None,) * 3 if of is None else of
+    for tensor, to, y, one, turns in zip(
+        (dq, dk, dv), out, whose, _apart(gain, out), (True, True, False), strict=True
+    ):  # fmt: skip
         value = _wide(tensor).transpose(1, 2).flatten(0, 1)  # (T, H, D)
-        to.copy_((_turned(value, cos, -sin) if turns else value).flatten(1))
+        d = (_turned(value, cos, -sin) if turns else value).flatten(1)
+        if y is not None and one is not None:
+            before = _wide(y).view_as(value)
+            before = (_turned(before, cos, -sin) if turns else before).flatten(1)
+            c, rho = one[0], one[-1]
+            sums.append((d * (before if len(one) == 2 else before - one[1])).sum(0) * torch.where(c == 0, 0, rho / c))
+            d = d * c
+        to.copy_(d)
+    return torch.cat(sums) if sums else None
+
+
+def _apart(gain: Tensor | None, of: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gain of each."""
+    return (None,) * len(of) if gain is None else gain.split_with_sizes([x.shape[1] for x in of], 1)
 
 
 def _turned(value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

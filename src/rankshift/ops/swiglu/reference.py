@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rankshift.ops.products import into
+from rankshift.ops.rms_norm.reference import gained, whole
 
 Low = tuple[Tensor, Tensor]
 """Z (T, r) and B (F, r) for Z Bᵀ."""
@@ -27,17 +28,20 @@ class Back(NamedTuple):
     dg: Tensor  # (T, F)
     du: Tensor  # (T, F)
     h: Tensor | None  # (T, F)
-    db_g: Tensor | None  # (F, r), this and the next two in fp32
+    db_g: Tensor | None  # (F, r), this and the next three in fp32
     db_u: Tensor | None  # (F, r)
     da_h: Tensor | None  # (r, F)
+    dm: Tensor | None  # (2F,), ρ times the gradient of c
 
 
 def swiglu(
-    g: Tensor, u: Tensor, low_g: Low | None = None, low_u: Low | None = None, activation: str = "silu"
-) -> Tensor:
-    """act(g + Zg Bgᵀ) · (u + Zu Buᵀ), in fp32 or wider and rounded once."""
-    act, _ = _activated(_whole(g, low_g), activation)
-    return (act * _whole(u, low_u)).to(g.dtype)
+    g: Tensor, u: Tensor, low_g: Low | None = None, low_u: Low | None = None, activation: str = "silu",
+    gain: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """act(g + Zg Bgᵀ) · (u + Zu Buᵀ), each with its gain, in fp32 or wider and rounded once."""
+    gain_g, gain_u = _halves(gain)
+    act, _ = _activated(gained(whole(g, low_g), gain_g), activation)
+    return (act * gained(whole(u, low_u), gain_u)).to(g.dtype)
 
 
 def swiglu_back(
@@ -53,16 +57,23 @@ def swiglu_back(
     want_h: bool = False,
     grads: Collection[str] = (),
     scale: float = 1.0,
+    gain: Tensor | None = None,
 ) -> Back:
-    """See op.py. The sums over T are of dg, du and h as they are handed over, rounded."""
-    G, U = _whole(g, low_g), _whole(u, low_u)
+    """See op.py. The sums over T are of dg, du and h as they are handed over, rounded; but for that of a gain."""
+    gain_g, gain_u = _halves(gain)
+    before = whole(g, low_g), whole(u, low_u)
+    G, U = gained(before[0], gain_g), gained(before[1], gain_u)
     act, slope = _activated(G, activation)
     dH = dh.to(G.dtype) if low_h is None else dh.to(G.dtype) + low_h[0].to(G.dtype) @ low_h[1].to(G.dtype)
     dg, du = out if out is not None else (torch.empty_like(g), torch.empty_like(u))
     h = (act * U).to(g.dtype)
-    dg.copy_(dH * U * slope)
-    du.copy_(dH * act)
-    return Back(dg, du, h if want_h else None, *sums(dg, du, h, low_g, low_u, low_h, grads, scale))
+    dG, dU, dm = dH * U * slope, dH * act, None
+    if gain_g is not None and gain_u is not None:
+        dm = torch.cat([gain_g[-1] * (dG * before[0]).sum(0), gain_u[-1] * (dU * before[1]).sum(0)])
+        dG, dU = gain_g[0] * dG, gain_u[0] * dU
+    dg.copy_(dG)
+    du.copy_(dU)
+    return Back(dg, du, h if want_h else None, *sums(dg, du, h, low_g, low_u, low_h, grads, scale), dm)
 
 
 def sums(
@@ -83,9 +94,12 @@ def sums(
     return db_g, db_u, da_h
 
 
-def _whole(y: Tensor, low: Low | None) -> Tensor:
-    wide = y.to(torch.promote_types(y.dtype, torch.float32))
-    return wide if low is None else wide + low[0].to(wide.dtype) @ low[1].to(wide.dtype).t()
+def _halves(gain: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """That of g, and that of u."""
+    if gain is None:
+        return None, None
+    of_g, of_u = gain.chunk(2, 1)
+    return of_g, of_u
 
 
 def _activated(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:

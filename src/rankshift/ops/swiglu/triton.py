@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rankshift.ops.launch import Launcher
+from rankshift.ops.rms_norm.triton import gain_of
 from rankshift.ops.swiglu import reference
 from rankshift.ops.swiglu.reference import Low
 
@@ -37,35 +38,40 @@ _BACKWARD = {0: ({"ROWS": 4, "WARPS": 4, "COLUMNS": 64}, 1), 16: ({"ROWS": 16, "
 _REGISTERS = {16: 168}  # of a thread of the backward at most, so that as many programs fit
 _WIDE = {"ROWS": 32, "COLUMNS": 64, "STAGES": 2, "num_warps": 4}  # the backward's tile with larger ranks
 _AT_ONCE_WIDE = {32: 3, 64: 2, 128: 2}
+# With a gain the backward holds what stood before it too.
+_AT_ONCE_GAINED = 2
+_WIDE_GAINED = _WIDE | {"ROWS": 16}
 _MULTIPROCESSORS = 132
 _DEEPEST = 65535  # programs below one another in a grid
 TWICE, CUBE = tl.constexpr(reference.TWICE), tl.constexpr(reference.CUBE)
 MINUS_LOG2E = tl.constexpr(-math.log2(math.e))
 
 
-def forward(g: Tensor, u: Tensor, low_g: Low | None, low_u: Low | None, activation: str) -> Tensor:
+def forward(
+    g: Tensor, u: Tensor, low_g: Low | None, low_u: Low | None, activation: str, gain: Tensor | None = None
+) -> Tensor:
     """See op.swiglu."""
     T, F = g.shape
     h = torch.empty(T, F, dtype=g.dtype, device=g.device)
     (zg, bg), (zu, bu) = low_g or (g, g), low_u or (g, g)
-    ranks = _rank(low_g), _rank(low_u), 0
-    padded = _padded(max(ranks))
+    (C, gains), ranks = gain_of(gain, g), (_rank(low_g), _rank(low_u), 0)
+    padded = _padded(max(*ranks, gains))
     tile, at_once = _FORWARD[padded]
     rows, columns = tile["ROWS"], tile["WARPS"] * tile["COLUMNS"]
-    across, length = triton.cdiv(F, columns), _share(T, triton.cdiv(F, columns), ranks, rows, at_once)
-    tensors = (g, u, h, zg, bg, zu, bu)
+    across, length = triton.cdiv(F, columns), _share(T, triton.cdiv(F, columns), ranks, gains, rows, at_once)
+    tensors = (g, u, h, zg, bg, zu, bu, C)
     _launch_forward(
         (across, triton.cdiv(T, length), 1), tensors, (T, F, length, *[t.stride(0) for t in tensors]),
-        GELU=activation == "gelu_tanh", RG=ranks[0], RU=ranks[1], EVEN=T % rows == 0 and F % columns == 0,
-        **tile, num_warps=tile["WARPS"],
+        GELU=activation == "gelu_tanh", RG=ranks[0], RU=ranks[1], GAINS=gains,
+        EVEN=T % rows == 0 and F % columns == 0, **tile, num_warps=tile["WARPS"],
     )  # fmt: skip
     return h
 
 
 def backward(
     dh: Tensor, g: Tensor, u: Tensor, low_g: Low | None, low_u: Low | None, low_h: Low | None, activation: str,
-    dg: Tensor, du: Tensor, h: Tensor | None, grads: Collection[str], scale: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dg: Tensor, du: Tensor, h: Tensor | None, grads: Collection[str], scale: float, gain: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """See op.swiglu_back: writes dg, du and h, where there is one.
 
     Args:
@@ -75,30 +81,35 @@ def backward(
     (zg, bg), (zu, bu), (s, a) = low_g or (g, g), low_u or (g, g), low_h or (g, g)
     ranks = _rank(low_g), _rank(low_u), _rank(low_h)
     summed = [r * (name in grads) for name, r in zip("guh", ranks, strict=True)]
-    padded = _padded(max(ranks))
+    C, gains = gain_of(gain, g)
+    padded = _padded(max(*ranks, gains))
     if padded in _BACKWARD:
         tile, at_once = _BACKWARD[padded]
         launch, columns = _launch_backward, tile["WARPS"] * tile["COLUMNS"]
         tile = {**tile, "num_warps": tile["WARPS"]}
-        if padded in _REGISTERS:
+        if gains:
+            at_once = _AT_ONCE_GAINED
+        elif padded in _REGISTERS:
             tile["maxnreg"] = _REGISTERS[padded]
     else:
-        tile, at_once, launch, columns = _WIDE, _AT_ONCE_WIDE[padded], _launch_backward_wide, _WIDE["COLUMNS"]
+        tile, at_once = _WIDE_GAINED if gains else _WIDE, _AT_ONCE_WIDE[padded]
+        launch, columns = _launch_backward_wide, tile["COLUMNS"]
     across, rows = triton.cdiv(F, columns), tile["ROWS"]
-    length = _share(T, across, ranks, rows, at_once)
+    length = _share(T, across, ranks, gains, rows, at_once)
     slabs = triton.cdiv(T, length)
-    parts = torch.empty(slabs, F * sum(summed), dtype=torch.float32, device=g.device)
-    tensors = (dh, g, u, dg, du, dh if h is None else h, parts, s, a, zg, bg, zu, bu)
+    parts = torch.empty(slabs, F * (sum(summed) + 2 * (gains > 0)), dtype=torch.float32, device=g.device)
+    tensors = (dh, g, u, dg, du, dh if h is None else h, parts, s, a, zg, bg, zu, bu, C)
     launch(
         (across, slabs, 1), tensors, (T, F, length, *[t.stride(0) for t in tensors]), (scale,),
-        GELU=activation == "gelu_tanh", H=h is not None, RG=ranks[0], RU=ranks[1], RH=ranks[2],
+        GELU=activation == "gelu_tanh", H=h is not None, RG=ranks[0], RU=ranks[1], RH=ranks[2], GAINS=gains,
         SG=summed[0] > 0, SU=summed[1] > 0, SH=summed[2] > 0, EVEN=T % rows == 0 and F % columns == 0, **tile,
     )  # fmt: skip
-    db_g, db_u, da_h = (parts[0] if slabs == 1 else parts.sum(0)).split([F * r for r in summed])
+    db_g, db_u, da_h, dm = (parts[0] if slabs == 1 else parts.sum(0)).split([F * r for r in (*summed, 2 * (gains > 0))])
     return (
         db_g.view(F, -1) if summed[0] else None,
         db_u.view(F, -1) if summed[1] else None,
         da_h.view(-1, F) if summed[2] else None,
+        dm if gains else None,
     )
 
 
@@ -111,12 +122,12 @@ def _padded(rank: int) -> int:
 
 
 @functools.lru_cache(256)
-def _share(T: int, across: int, ranks: tuple[int, int, int], rows: int, at_once: int) -> int:
+def _share(T: int, across: int, ranks: tuple[int, int, int], gains: int, rows: int, at_once: int) -> int:
     """Rows of a program, of which ``across`` stand side by side: a tile without terms, or more if the grid would be too
     deep; with them so many that the last round of programs is full, and not so few that what they write for others to
     sum, and the factors that each begins with, are much beside the tiles.
     """
-    if not any(ranks):
+    if not (any(ranks) or gains):
         return rows * triton.cdiv(T, rows * _DEEPEST)
     slots = _MULTIPROCESSORS * at_once
 
@@ -130,11 +141,11 @@ def _share(T: int, across: int, ranks: tuple[int, int, int], rows: int, at_once:
 
 @triton.jit
 def _forward(
-    g, u, h, zg, bg, zu, bu, T, F, length, g_row, u_row, h_row, zg_row, bg_row, zu_row, bu_row,
-    GELU: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, EVEN: tl.constexpr,
+    g, u, h, zg, bg, zu, bu, gain, T, F, length, g_row, u_row, h_row, zg_row, bg_row, zu_row, bu_row, gain_row,
+    GELU: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, GAINS: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    TERMS: tl.constexpr = RG + RU > 0
+    TERMS: tl.constexpr = RG + RU + GAINS > 0
     first = tl.program_id(0) * (WARPS * COLUMNS)
     start = tl.program_id(1) * length
     if RG > 0:
@@ -148,6 +159,12 @@ def _forward(
             x = tl.dot(_narrow(zg, t, T, zg_row, RG, EVEN, ROWS, WARPS), tl.trans(bg_tile, 0, 2, 1), x)
         if RU > 0:
             y = tl.dot(_narrow(zu, t, T, zu_row, RU, EVEN, ROWS, WARPS), tl.trans(bu_tile, 0, 2, 1), y)
+        if GAINS > 0:
+            x *= _along(gain, first, F, WARPS, COLUMNS)
+            y *= _along(gain + F, first, F, WARPS, COLUMNS)
+        if GAINS > 2:
+            x += _along(gain + gain_row, first, F, WARPS, COLUMNS)
+            y += _along(gain + gain_row + F, first, F, WARPS, COLUMNS)
         gate, _ = _gate(x, GELU)
         out = (x * gate * y).to(h.dtype.element_ty)
         _put(h, out, t, first, T, F, h_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
@@ -155,13 +172,13 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dh, g, u, dg, du, h, parts, s, a, zg, bg, zu, bu, T, F, length,
-    dh_row, g_row, u_row, dg_row, du_row, h_row, total, s_row, a_row, zg_row, bg_row, zu_row, bu_row, scale,
-    GELU: tl.constexpr, H: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RH: tl.constexpr,
+    dh, g, u, dg, du, h, parts, s, a, zg, bg, zu, bu, gain, T, F, length, dh_row, g_row, u_row, dg_row, du_row, h_row,
+    total, s_row, a_row, zg_row, bg_row, zu_row, bu_row, gain_row, scale,
+    GELU: tl.constexpr, H: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RH: tl.constexpr, GAINS: tl.constexpr,
     SG: tl.constexpr, SU: tl.constexpr, SH: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    TERMS: tl.constexpr = RG + RU + RH > 0
+    TERMS: tl.constexpr = RG + RU + RH + GAINS > 0
     first = tl.program_id(0) * (WARPS * COLUMNS)
     start = tl.program_id(1) * length
     if RH > 0:
@@ -176,6 +193,10 @@ def _backward(
         sum_g = _zeros(WARPS, COLUMNS, RG)
     if SU:
         sum_u = _zeros(WARPS, COLUMNS, RU)
+    if GAINS > 0:
+        gain_g = tl.zeros((WARPS, COLUMNS), dtype=tl.float32)
+        gain_u = tl.zeros((WARPS, COLUMNS), dtype=tl.float32)
+        c_g, c_u = _along(gain, first, F, WARPS, COLUMNS), _along(gain + F, first, F, WARPS, COLUMNS)
     half = dg.dtype.element_ty
     for t in tl.range(start, tl.minimum(start + length, T), ROWS, num_stages=1):
         d = _read(dh, t, first, T, F, dh_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
@@ -190,10 +211,24 @@ def _backward(
         if RU > 0:
             zu_tile = _narrow(zu, t, T, zu_row, RU, EVEN, ROWS, WARPS)
             y = tl.dot(zu_tile, tl.trans(bu_tile, 0, 2, 1), y)
+        if GAINS > 0:
+            before_x, before_y = x, y
+            x *= c_g
+            y *= c_u
+        if GAINS > 2:
+            x += _along(gain + gain_row, first, F, WARPS, COLUMNS)
+            y += _along(gain + gain_row + F, first, F, WARPS, COLUMNS)
         gate, slope = _gate(x, GELU)
         act = x * gate
-        out_g = (d * y * slope).to(half)
-        out_u = (d * act).to(half)
+        wide_g = d * y * slope
+        wide_u = d * act
+        if GAINS > 0:
+            gain_g += tl.sum(wide_g * before_x, 1)
+            gain_u += tl.sum(wide_u * before_y, 1)
+            wide_g *= c_g
+            wide_u *= c_u
+        out_g = wide_g.to(half)
+        out_u = wide_u.to(half)
         out_h = (act * y).to(half)
         _put(dg, out_g, t, first, T, F, dg_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
         _put(du, out_u, t, first, T, F, du_row, EVEN, TERMS, ROWS, WARPS, COLUMNS)
@@ -214,13 +249,18 @@ def _backward(
         part += F * RU
     if SH:
         _write_columns(part, sum_h, first, F, 1, F, RH, WARPS, COLUMNS)
+        part += F * RH
+    if GAINS > 0:
+        rho = gain + (GAINS - 1) * gain_row
+        _write_gained(part, gain_g, rho, first, F, WARPS, COLUMNS)
+        _write_gained(part + F, gain_u, rho + F, first, F, WARPS, COLUMNS)
 
 
 @triton.jit
 def _backward_wide(
-    dh, g, u, dg, du, h, parts, s, a, zg, bg, zu, bu, T, F, length,
-    dh_row, g_row, u_row, dg_row, du_row, h_row, total, s_row, a_row, zg_row, bg_row, zu_row, bu_row, scale,
-    GELU: tl.constexpr, H: tl.constexpr, RH: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr,
+    dh, g, u, dg, du, h, parts, s, a, zg, bg, zu, bu, gain, T, F, length, dh_row, g_row, u_row, dg_row, du_row, h_row,
+    total, s_row, a_row, zg_row, bg_row, zu_row, bu_row, gain_row, scale,
+    GELU: tl.constexpr, H: tl.constexpr, RH: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, GAINS: tl.constexpr,
     SH: tl.constexpr, SG: tl.constexpr, SU: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -238,6 +278,9 @@ def _backward_wide(
         sum_g = _wide_zeros(COLUMNS, RG)
     if SU:
         sum_u = _wide_zeros(COLUMNS, RU)
+    if GAINS > 0:
+        gain_g = tl.zeros((COLUMNS,), dtype=tl.float32)
+        gain_u = tl.zeros((COLUMNS,), dtype=tl.float32)
     for t in tl.range(first, tl.minimum(first + length, T), ROWS, num_stages=STAGES):
         d = _wide_tile(dh, t, columns, T, F, dh_row, EVEN, ROWS)
         x = _wide_tile(g, t, columns, T, F, g_row, EVEN, ROWS)
@@ -251,11 +294,22 @@ def _backward_wide(
         if RU > 0:
             zu_tile = _wide_narrow(zu, t, T, zu_row, RU, EVEN, ROWS)
             y = tl.dot(bu_tile, tl.trans(zu_tile), y)
+        if GAINS > 0:
+            before_x, before_y = x, y
+            x = _wide_gain(x, gain, gain_row, columns, F, GAINS)
+            y = _wide_gain(y, gain + F, gain_row, columns, F, GAINS)
         gate, slope = _gate(x, GELU)
         act = x * gate
         half = dg.dtype.element_ty
-        out_g = (d * y * slope).to(half)
-        out_u = (d * act).to(half)
+        wide_g = d * y * slope
+        wide_u = d * act
+        if GAINS > 0:
+            gain_g += tl.sum(wide_g * before_x, 1)
+            gain_u += tl.sum(wide_u * before_y, 1)
+            wide_g = _wide_gain(wide_g, gain, gain_row, columns, F, 2)
+            wide_u = _wide_gain(wide_u, gain + F, gain_row, columns, F, 2)
+        out_g = wide_g.to(half)
+        out_u = wide_u.to(half)
         out_h = (act * y).to(half)
         _wide_put(dg, out_g, t, columns, T, F, dg_row, EVEN, ROWS)
         _wide_put(du, out_u, t, columns, T, F, du_row, EVEN, ROWS)
@@ -276,6 +330,11 @@ def _backward_wide(
         part += F * RU
     if SH:
         _wide_part(part, sum_h, columns, F, 1, F, RH)
+        part += F * RH
+    if GAINS > 0:
+        rho = gain + (GAINS - 1) * gain_row + columns
+        tl.store(part + columns, gain_g * tl.load(rho, mask=columns < F), mask=columns < F)
+        tl.store(part + F + columns, gain_u * tl.load(rho + F, mask=columns < F), mask=columns < F)
 
 
 @triton.jit
@@ -381,6 +440,20 @@ def _write_columns(part, value, first, F, row, rank, r: tl.constexpr, WARPS: tl.
 
 
 @triton.jit
+def _along(row, first, F, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A row of a gain, for tiles (WARPS, ROWS, COLUMNS)."""
+    columns = first + tl.arange(0, WARPS)[:, None, None] * COLUMNS + _order(COLUMNS)[None, None, :]
+    return tl.load(row + columns, mask=columns < F, other=0.0)
+
+
+@triton.jit
+def _write_gained(part, value, rho, first, F, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """ρ times what these rows have of a sum over all rows, (WARPS, COLUMNS)."""
+    columns = first + tl.arange(0, WARPS)[:, None] * COLUMNS + _order(COLUMNS)[None, :]
+    tl.store(part + columns, value * tl.load(rho + columns, mask=columns < F), mask=columns < F)
+
+
+@triton.jit
 def _gate(x, GELU: tl.constexpr):
     """act(x) / x and the derivative of act."""
     w = x
@@ -437,6 +510,15 @@ def _wide_put(x, value, t, columns, T, F, row, EVEN: tl.constexpr, ROWS: tl.cons
         tl.store(at, value.to(x.dtype.element_ty))
     else:
         tl.store(at, value.to(x.dtype.element_ty), mask=(columns < F)[:, None] & (t + rows < T)[None, :])
+
+
+@triton.jit
+def _wide_gain(value, gain, row, columns, F, GAINS: tl.constexpr):
+    """c · value + b, of a tile (COLUMNS, ROWS)."""
+    value *= tl.load(gain + columns, mask=columns < F, other=0.0)[:, None]
+    if GAINS > 2:
+        value += tl.load(gain + row + columns, mask=columns < F, other=0.0)[:, None]
+    return value
 
 
 @triton.jit
