@@ -122,7 +122,7 @@ def test_a_format_that_adds_before_it_rounds_is_merged_in_narrow_dtypes():
 
 def test_in_narrow_dtypes_what_is_written_twice_counts():
     """f2 wins from on where its operations are those of 2br(n+m) and of moving 2bm numbers, b5 over b1s likewise."""
-    n, m, r = 96, 64, 8
+    n, m, r = 96, 64, 30
     for b in range(1, 100):
         alone, _ = choose(b, n, m, r, torch.bfloat16, x=False, A=False, B=False, adds=True)
         assert alone == ("f2" if b * (2 * r * (n + m) + 2 * 367 * m) > 2 * n * m * r else "f1")
