@@ -13,6 +13,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from rankshift.ops.four_bit.reference import LEVELS, NESTED, dynamic_levels
+from rankshift.ops.launch import unrecorded
 from rankshift.ops.stochastic_rounding.op import runs_on
 
 
@@ -74,7 +75,7 @@ def merged(
     return out
 
 
-@torch.no_grad()
+@unrecorded
 def _merged(
     codes: Tensor, absmax: Tensor, scales: Tensor | None, block: int, quant_type: str, B: Tensor, A: Tensor, out: Tensor
 ) -> None:
@@ -82,9 +83,9 @@ def _merged(
         from rankshift.ops.four_bit.triton import adds, launch_merged
 
         if adds(out.shape[1], block, len(A)):
-            table = _table(quant_type, codes.device)
+            B, A = (factor if factor.stride(1) == 1 else factor.contiguous() for factor in (B, A))
             torch.autograd.graph.increment_version(out)  # the kernel writes past autograd
-            launch_merged(codes, absmax, scales, table, block, B.contiguous(), A.contiguous(), out)
+            launch_merged(codes, absmax, scales, _table(quant_type, codes.device), block, B, A, out)
             return
     weight = _dequantised(codes, absmax, scales, out.shape, block, quant_type, torch.float32, None)
     out.copy_(weight.addmm_(B.float(), A.float()))
