@@ -19,7 +19,7 @@ from elsewhere import run
 from torch import Tensor
 
 from rankshift.ops import arrivals
-from rankshift.ops.skinny import down_back, op, pack, reference, up_gradient, weight_gradient
+from rankshift.ops.skinny import down_back, gains, op, pack, reference, up_gradient, weight_gradient
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,6 +130,53 @@ def written(dtype: torch.dtype, rtol: float = 0.0) -> None:
 def test_packed(dtype: torch.dtype) -> None:
     written(dtype)
     pack([], [], [])
+
+
+# ---- gains -----------------------------------------------------------------------------------------------------------
+
+SCALED = [
+    ((12,), (True,), (False,)),
+    ((8, 3, 4), (True, False, True), (True, False, False)),
+    ((5, 6), (True,) * 2, (False,) * 2),
+]
+
+
+def dora(
+    widths: tuple[int, ...], scaled: tuple[bool, ...], biased: tuple[bool, ...], K: int, r: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None], list[Tensor | None]]:
+    """W, A, B, magnitudes and biases; a row of zeros."""
+    N = sum(widths)
+    sizes = (N, K), (len(widths) * r, K), (N, r)
+    W, A, B = (sliced(randn(*size, seed=seed, dtype=dtype)) for seed, size in enumerate(sizes))
+    W[0], B[0] = 0, 0
+    magnitudes = [randn(n, seed=n, dtype=FP32) if some else None for n, some in zip(widths, scaled, strict=True)]
+    biases = [randn(n, seed=n + 1, dtype=dtype) if some else None for n, some in zip(widths, biased, strict=True)]
+    return W, A, B, magnitudes, biases
+
+
+@pytest.mark.parametrize(("widths", "scaled", "biased"), SCALED, ids=str)
+def test_gains_are_of_norms_of_rows(widths: Any, scaled: Any, biased: Any) -> None:
+    W, A, B, magnitudes, biases = dora(widths, scaled, biased, 9, 2, FP64)
+    found = gains((W,), A, B, widths, magnitudes, biases)
+    assert found.dtype == FP64
+    for weights in (W.split(widths), tuple(w.contiguous() for w in W.split(widths))):
+        assert torch.equal(found, gains(weights, A, B, widths, magnitudes, biases))
+    per_layer = zip(
+        W.split(widths), A.split(2), B.split(widths), magnitudes, biases, found.split(widths, 1), strict=True
+    )
+    for i, (w, a, b, magnitude, bias, got) in enumerate(per_layer):
+        norm = (w + b @ a).pow(2).sum(1).sqrt()
+        rho = 1 / norm if magnitude is not None else torch.zeros_like(norm)
+        rho[norm == 0] = 0
+        c = rho * magnitude if magnitude is not None else torch.ones_like(norm)
+        c[norm == 0] = 1
+        assert bool((norm == 0).any()) == (i == 0)
+        torch.testing.assert_close((got[0], got[-1]), (c, rho))
+        assert len(got) == 2 + any(biased)
+        if any(biased):
+            torch.testing.assert_close(got[1], torch.zeros_like(norm) if bias is None else bias)
+    one = gains((W,), A[:2], B, widths, magnitudes, biases)
+    torch.testing.assert_close(one, gains((W,), A[:2].repeat(len(widths), 1), B, widths, magnitudes, biases))
 
 
 # ---- counters --------------------------------------------------------------------------------------------------------
@@ -332,6 +379,23 @@ def test_as_many_parts_as_there_may_be(r: int, plan: tuple[int, int], monkeypatc
 
 @kernels
 @pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.parametrize("K", [70, 512])
+@pytest.mark.parametrize("r", [1, 5, 16, 24, 100])
+def test_gains_by_the_kernel(r: int, K: int) -> None:
+    for widths, scaled, biased in (*SCALED, ((64, 32), (True, True), (False, True)), ((33,), (True,), (True,))):
+        W, A, B, magnitudes, biases = dora(widths, scaled, biased, K, r, HALF)
+        exact = [None if t is None else t.double() for t in (*magnitudes, *biases)]
+        rest = exact[: len(widths)], exact[len(widths) :]
+        for weights in ((W,), W.split(widths)):
+            for factor in (A, A[:r]):
+                found = gains(weights, factor, B, widths, magnitudes, biases)
+                want = reference.gains((W.double(),), factor.double(), B.double(), widths, *rest)
+                assert found.dtype == FP32
+                torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@kernels
+@pytest.mark.usefixtures("_on_the_cpu")
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_packed_by_the_kernel(dtype: torch.dtype) -> None:
     cut = dtype == BF16 and DEVICE == "cpu"  # the interpreter does not round to the nearest
@@ -350,7 +414,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankshift.ops.skinny.triton import _ACROSS, _ALONG, _BOTH, _PACK, _columns, _pack, _round, _rows
+from rankshift.ops.skinny.triton import _ACROSS, _ALONG, _BOTH, _GAINS, _PACK, _columns, _gains, _pack, _round, _rows
 
 def compiled(kernel, types, round, constants, num_warps):
     named = {kernel.arg_names[at[0]]: "constexpr" for at in constants if len(at) == 1}
@@ -370,6 +434,9 @@ def checked(ptx, apart):
     assert "ld.global.b16" not in ptx, "what a thread reads at once is not 16 bytes"
     assert ptx.count("ld.global.cg.") == ptx.count("ld.global.cg.v4"), "nor are parts"
     assert (ptx.count("ld.global.cg.") > 0) == ("atom.global.gpu.acq_rel" in ptx) == apart
+    unspilled(ptx)
+
+def unspilled(ptx):
     with open(sys.argv[1], "w") as file:
         file.write(ptx)
     command = [knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", sys.argv[1], "-o", os.devnull]
@@ -395,6 +462,18 @@ for both, tiles in ((True, _BOTH), (False, _ACROSS)):
         )
         types = ["*bf16"] * 4 + ["*fp32"] * 4 + ["*bf16"] * 2 + ["*i32"] + ["i32"] * 6 + ["fp32"] * 2
         checked(compiled(_columns, types, [(i,) for i in range(17)], values, warps), True)
+
+for rank, (rows, columns, stages, warps) in _GAINS.items():
+    values = constant(
+        _gains, WIDTHS=(2048, 512, 512), SCALED=(True, False, True), BIASED=(True, False, False), r=rank, GAINS=3,
+        EVEN=True, ROWS=rows, COLUMNS=columns, STAGES=stages,
+    )
+    types = ["*bf16"] * 3 + ["*fp32", ("*fp32",) * 3, ("*bf16", "*fp32", "*fp32")] + ["i32"] * 6
+    even = [(i,) for i in (0, 1, 2, 3, 6, 7, 8, 9, 10, 11)]
+    ptx = compiled(_gains, types, even, values, warps)
+    assert "mma.sync" in ptx, "products are not on the tensor cores"
+    assert "cp.async.cg.shared.global" in ptx, "nothing is on its way while it computes"
+    unspilled(ptx)
 
 strides = (("i32", "constexpr"),) * 2
 types = [("*fp32", "*bf16"), ("*bf16",) * 2, ("fp32",) * 2, ("i32",) * 2, ("i32",) * 2, strides, strides]

@@ -1,4 +1,5 @@
-"""What LoRA's backward does with a wide gradient, in one pass over it, and a block's factors made ready in one launch.
+"""What LoRA's backward does with a wide gradient, in one pass over it; a block's factors made ready in one launch, and
+the norms that DoRA divides by.
 
 bf16 and fp16 on an NVIDIA GPU go to kernels; the rest to reference.py. Nothing here is recorded by autograd.
 """
@@ -108,3 +109,30 @@ def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[T
         some = slice(at, at + _TOGETHER)
         launch(sources[some], scales[some], targets[some])
     increment_version(list(targets))  # the kernel writes past autograd
+
+
+@unrecorded
+def gains(
+    weights: Sequence[Tensor], A: Tensor, B: Tensor, widths: Sequence[int], magnitudes: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+) -> Tensor:  # fmt: skip
+    """What layers side by side make of their W x + B A x, if they are DoRA's (Liu et al., arXiv:2402.09353): times c,
+    plus b. Rows c = μ ρ, then b if a layer has a bias, then ρ = 1 / ‖W + B A‖: (2 or 3, N) in fp32, of float64 in
+    float64.
+
+    The norms are of rows, in one pass over the weights. Where one is 0, and in layers without μ, c is 1 and ρ is 0.
+
+    Args:
+        weights: (N, K) of all layers, of ``widths`` N₁, N₂, … whose sum is N; or (N₁, K), (N₂, K), …
+        A: (layers · r, K), or (r, K) for all layers, in the dtype of the weights; rows in one piece.
+        B: (N, r), likewise.
+        magnitudes: μ (Nᵢ,) of each layer, or None.
+        biases: (Nᵢ,) of each layer, or None.
+    """
+    widths = tuple(widths)
+    fits = B.shape[1] <= _WIDEST and all(t.dtype == B.dtype and t.stride(1) == 1 for t in (*weights, A, B))
+    if not (fits and B.dtype in _HALF and runs_on(B.device)):
+        return reference.gains(weights, A, B, widths, magnitudes, biases)
+    from rankshift.ops.skinny.triton import gains as launch
+
+    return launch(weights, A, B, widths, magnitudes, biases)

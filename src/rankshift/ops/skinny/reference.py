@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankshift.core.base import blocks
 from rankshift.ops.products import into
 
 
@@ -44,3 +45,28 @@ def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[T
     """See op.py."""
     for source, scale, target in zip(sources, scales, targets, strict=True):
         target.copy_(source.to(torch.promote_types(source.dtype, torch.float32)) * scale)
+
+
+def gains(
+    weights: Sequence[Tensor], A: Tensor, B: Tensor, widths: Sequence[int], magnitudes: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+) -> Tensor:  # fmt: skip
+    """See op.py. Of W + B A some rows at a time."""
+    r, dtype = B.shape[1], torch.promote_types(B.dtype, torch.float32)
+    biased = any(bias is not None for bias in biases)
+    gain = torch.zeros(2 + biased, len(B), dtype=dtype, device=B.device)
+    gain[0] = 1
+    if len(weights) < len(widths):
+        weights = torch.split(weights[0], list(widths))
+    parts = zip(weights, torch.split(B, list(widths)), gain.split_with_sizes(list(widths), 1), strict=True)
+    for i, (W, own, found) in enumerate(parts):
+        magnitude, bias = magnitudes[i], biases[i]
+        down = (A[i * r : i * r + r] if len(A) > r else A).to(dtype)
+        if magnitude is not None:
+            for rows in blocks(slice(0, len(W)), W.shape[1]):
+                norm = torch.linalg.vector_norm(W[rows].to(dtype) + own[rows].to(dtype) @ down, dim=1)
+                found[-1, rows] = torch.where(norm == 0, 0, 1 / norm)
+            found[0] = torch.where(found[-1] == 0, 1, magnitude.to(dtype) * found[-1])
+        if bias is not None:
+            found[1] = bias
+    return gain

@@ -28,6 +28,7 @@ _MULTIPROCESSORS = 132
 _ALONE = 40  # times slower than all multiprocessors is one
 _ROUND = 64  # numbers that a thread sums at once
 _PACK = {"SIZE": 2048, "num_warps": 8}
+_GAINS = {16: (16, 256, 4, 4), 32: (16, 256, 3, 4), 64: (32, 128, 3, 4), 128: (32, 128, 3, 8)}  # all but programs
 
 
 def down_back(
@@ -190,6 +191,34 @@ def pack(sources: Sequence[Tensor], scales: Sequence[float], targets: Sequence[T
     )  # fmt: skip
 
 
+def gains(
+    weights: Sequence[Tensor], A: Tensor, B: Tensor, widths: tuple[int, ...], magnitudes: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+) -> Tensor:  # fmt: skip
+    """See op.gains: a launch for each piece of the weights."""
+    r, device = B.shape[1], B.device
+    biased = any(bias is not None for bias in biases)
+    gain = torch.empty(2 + biased, len(B), dtype=torch.float32, device=device)
+    rows, columns, stages, warps = _GAINS[_padded(r)]
+    apart, at = len(A) > r, 0
+    for i, W in enumerate(weights):
+        span = slice(i, i + 1) if len(weights) > 1 else slice(len(widths))
+        own, here = widths[span], slice(at, at + len(W))
+        at += len(W)
+        tensors = (W, A[i * r :] if apart else A, B[here], gain[:, here])
+        given = [tuple([gain if t is None else t for t in some[span]]) for some in (magnitudes, biases)]
+        ints = (W.shape[1], W.stride(0), A.stride(0), apart * r * A.stride(0), B.stride(0), gain.stride(0))
+        _launch_gains(
+            (sum([triton.cdiv(n, rows) for n in own]), 1, 1), (*tensors, *given[0], *given[1]), ints,
+            args=(*tensors, *given, *ints),
+            WIDTHS=own, SCALED=tuple([m is not None for m in magnitudes[span]]),
+            BIASED=tuple([b is not None for b in biases[span]]), r=r, GAINS=len(gain),
+            EVEN=W.shape[1] % columns == 0 and all(n % rows == 0 for n in own),
+            ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps,
+        )  # fmt: skip
+    return gain
+
+
 @triton.jit
 def _rows(
     dY, B, S, parts_s, rstd, scaled, counts, T, y_row, b_row,
@@ -347,4 +376,49 @@ def _pack(sources, targets, scales, widths, sizes, source_strides, target_stride
             tl.store(target, value.to(targets[i].dtype.element_ty), mask=at < sizes[i])
 
 
+@triton.jit
+def _gains(
+    W, A, B, gain, magnitudes, biases, K, w_row, a_row, a_layer, b_row, gain_row,
+    WIDTHS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, r: tl.constexpr, GAINS: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of some rows of one layer."""
+    R: tl.constexpr = triton.next_power_of_2(r) if r > 16 else 16
+    layer, first, end, _, _ = _place(tl.program_id(0), WIDTHS, ROWS)
+    rows, columns, ranks = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, R)
+    inside, ranked = first + rows < end, ranks < r
+    b = _read(B + first * b_row, rows, ranks, b_row, inside, ranked, EVEN and r == R)
+    W += tl.cast(first, tl.int64) * w_row
+    A += layer * a_layer
+    squares = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for k in tl.range(0, K, COLUMNS, num_stages=STAGES):
+        here = k + columns
+        w = _read(W, rows, here, w_row, inside, here < K, EVEN)
+        a = _read(A, ranks, here, a_row, ranked, here < K, EVEN and r == R)
+        w = tl.dot(b, a, w.to(tl.float32))
+        squares += w * w
+    norm = tl.sqrt(tl.sum(squares, 1))
+    c = tl.full((ROWS,), 1.0, dtype=tl.float32)
+    rho = tl.zeros((ROWS,), dtype=tl.float32)
+    shift = tl.zeros((ROWS,), dtype=tl.float32)
+    start = 0
+    for i in tl.static_range(len(WIDTHS)):
+        own = inside & (layer == i)
+        if SCALED[i]:
+            some = own & (norm > 0)
+            inverse = 1 / tl.where(some, norm, 1.0)
+            rho = tl.where(some, inverse, rho)
+            magnitude = tl.load(magnitudes[i] + (first - start) + rows, mask=own, other=0.0).to(tl.float32)
+            c = tl.where(some, magnitude * inverse, c)
+        if BIASED[i]:
+            shift += tl.load(biases[i] + (first - start) + rows, mask=own, other=0.0).to(tl.float32)
+        start += WIDTHS[i]
+    gain += first + rows
+    tl.store(gain, c, mask=inside)
+    if GAINS > 2:
+        tl.store(gain + gain_row, shift, mask=inside)
+    tl.store(gain + (GAINS - 1) * gain_row, rho, mask=inside)
+
+
 _launch_along, _launch_across, _launch_pack = Launcher(_rows), Launcher(_columns), Launcher(_pack)
+_launch_gains = Launcher(_gains)
