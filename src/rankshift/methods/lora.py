@@ -102,7 +102,7 @@ class LoRALayer(Adapter):
         rank = self.factors()[0].shape[-2]
         return choose(
             tokens, self.in_features, self.out_features, rank, dtype or self.base.dtype, input_grad, A, B,
-            self.config.forward_order, self.config.backward_order,
+            self.config.forward_order, self.config.backward_order, self.base.format.adds,
         )  # fmt: skip
 
     def delta(self, rows: slice = slice(None)) -> Tensor:
