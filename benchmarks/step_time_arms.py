@@ -365,6 +365,7 @@ def _arms() -> Iterator[Arm]:
         ("LoRA r16", "LoRA", 1.0, {"rank": 16}),
         ("LoRA r64", "LoRA", 1.0, {"rank": 64}),
         ("PaCA r64", "PaCA", 1.0, {"rank": 64}),
+        ("PaCA r64 in blocks of 16", "PaCA", 1.0, {"rank": 64, "select": "blocks"}),
         ("VeRA r256", "VeRA", 1.1, {"rank": 256}),
         ("DoRA r16", "LoRA", 1.4, {"rank": 16, "dora": True}),
     ]
