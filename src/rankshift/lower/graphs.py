@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rankshift.lower import beside
 from rankshift.ops import arrivals
 
 SEEN = 3  # forwards of one shape, one after the other, before it is captured
@@ -45,25 +44,21 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share a pool of memory, a stream, and one beside it."""
+    """CUDA graphs that share a pool of memory and a stream."""
 
     def __init__(self) -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # else what steps have used so far stays beside the pool
         self.pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
-        self.stream, self.second = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        device = torch.device("cuda", torch.cuda.current_device())
-        self.counters = [arrivals.new(device) for _ in range(2)]  # of graphs that run by turns, for each stream
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.counters = arrivals.new(torch.device("cuda", torch.cuda.current_device()))  # of graphs that run by turns
 
     def record(self, work: Callable[[], Any]) -> tuple[Graph, Any]:
         """See :class:`Recorder`. Other threads (loaders that pin memory) may go on meanwhile."""
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self.stream.wait_stream(here)
         graph.counters = self.counters  # type: ignore[attr-defined]  # they live as long as it does
-        with (
-            torch.cuda.stream(self.second), arrivals.lent(self.counters[1]), beside.lent(self.second),
-            torch.cuda.stream(self.stream), arrivals.lent(self.counters[0]),
-        ):  # fmt: skip
+        with torch.cuda.stream(self.stream), arrivals.lent(self.counters):
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 result = work()

@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankshift.lower.beside import Beside
 from rankshift.lower.siblings import WIDEST, Group, packed
-from rankshift.ops import products
 from rankshift.ops.rms_norm import add, norm, norm_back, pick
 from rankshift.ops.rotary import rotate_, rotate_back
 from rankshift.ops.skinny import weight_gradient
@@ -122,29 +120,23 @@ class _Entry(torch.autograd.Function):
         out = dY.split_with_sizes(qkv.widths, 1)
         rotate_back(dq, dk, dv, cos, sin, (out[0], out[1], out[2]))
         found: list[Tensor | None] = []
-        low = Z = wide = None
-        beside = Beside()
+        low = Z = None
         if terms:
             A, B, Z = terms
-            with beside:
-                normed = (rstd, torch.empty_like(Z)) if any(need[::2]) else None
-                S, dB = qkv.down(dY, B, Z if any(need[1::2]) else None, normed)
-                found = qkv.gradients(None if normed is None else before.gradient(normed[1], x), dB)
+            normed = (rstd, torch.empty_like(Z)) if any(need[::2]) else None
+            S, dB = qkv.down(dY, B, Z if any(need[1::2]) else None, normed)
+            found = qkv.gradients(None if normed is None else before.gradient(normed[1], x), dB)
             low = (S, A)
-            if S.shape[1] > ACROSS:
-                beside.wait()
-                wide, low = low, None
         elif need:
-            with beside:
-                picked = pick(x, qkv.channels, rstd, before.weight, before.offset, qkv.scale)
-                found = qkv.column_gradients(dY, picked)
+            picked = pick(x, qkv.channels, rstd, before.weight, before.offset, qkv.scale)
+            found = qkv.column_gradients(dY, picked)
         dx = None
         if need_x:
+            wide = None
+            if low is not None and low[0].shape[1] > ACROSS:
+                wide, low = low, None
             dn, *more = qkv.back(dY, weights, wide)
-            if low is not None:
-                beside.wait()
             dx = norm_back(dn, x, rstd, before.weight, before.offset, low, residual.contiguous(), Z, more)
-        beside.wait()
         return (dx, *(None,) * 6, *found)
 
 
@@ -215,25 +207,16 @@ class _Exit(torch.autograd.Function):
         need_o = ctx.needs_input_grad[0]
         needs = _in_order(ctx.needs_input_grad[9:], [len(group.factors) for group in ctx.groups])
         dx3 = dx3.contiguous()
-        beside = Beside()
 
         # h W + Z B, and act(g) · u
-        found_h: list[Tensor | None] = []
         dB_h = low_h = wide = None
         if of_h:
             A_h, B_h, Z_h = of_h
-            with beside:
-                S_h, dB_h = down.down(dx3, B_h, Z_h if any(needs[2][1::2]) else None)
+            S_h, dB_h = down.down(dx3, B_h, Z_h if any(needs[2][1::2]) else None)
             low_h = (S_h, A_h)
             if down.rank > WIDEST:
-                beside.wait()
                 wide, low_h = low_h, None
-        elif picked:
-            with beside:
-                found_h = down.column_gradients(dx3, picked[0])
         (dh,) = down.back(dx3, of_down, wide)
-        if of_h:
-            beside.wait()
         low_g, low_u = gate_up.lows(of_gu[2], of_gu[1]) if of_gu and gate_up.rank <= WIDEST else (None, None)
         summed = low_g is not None and low_u is not None and gate_up.rank <= SUMMED and all(needs[1][1::2])
         need_A = bool(of_h) and any(needs[2][::2])
@@ -248,33 +231,31 @@ class _Exit(torch.autograd.Function):
             scale=gate_up.scale,
         )  # fmt: skip
         del dh
+        found_h: list[Tensor | None] = []
         if of_h:
             dA = passed.da_h if passed.h is None else weight_gradient(S_h, passed.h)
             found_h = down.gradients(dA, dB_h)
+        elif picked:
+            found_h = down.column_gradients(dx3, picked[0])
 
         # n₂ W + Z B, and the norm
         found_gu: list[Tensor | None] = []
-        low = Z = wide = None
-        beside.hold(dY)
+        low = Z = None
         if of_gu:
             A, B, Z = of_gu
-            with beside:
-                normed = (rstd, torch.empty_like(Z)) if any(needs[1][::2]) else None
-                S, dB = gate_up.down(dY, B, Z if any(needs[1][1::2]) and not summed else None, normed)
-                dA = None if normed is None else before.gradient(normed[1], x2)
-                found_gu = gate_up.gradients(dA, (passed.db_g, passed.db_u) if summed else dB)
+            normed = (rstd, torch.empty_like(Z)) if any(needs[1][::2]) else None
+            S, dB = gate_up.down(dY, B, Z if any(needs[1][1::2]) and not summed else None, normed)
+            dA = None if normed is None else before.gradient(normed[1], x2)
+            found_gu = gate_up.gradients(dA, (passed.db_g, passed.db_u) if summed else dB)
             low = (S, A)
-            if S.shape[1] > ACROSS:
-                beside.wait()
-                wide, low = low, None
         elif needs[1]:
-            with beside:
-                picked_n = pick(x2, gate_up.channels, rstd, before.weight, before.offset, gate_up.scale)
-                found_gu = gate_up.column_gradients(dY, picked_n)
+            picked_n = pick(x2, gate_up.channels, rstd, before.weight, before.offset, gate_up.scale)
+            found_gu = gate_up.column_gradients(dY, picked_n)
+        wide = None
+        if low is not None and low[0].shape[1] > ACROSS:
+            wide, low = low, None
         dn, *more = gate_up.back(dY, of_gate_up, wide)
         del dY, dg, du, passed, gu, g, u
-        if of_gu:
-            beside.wait()
         dx = norm_back(dn, x2, rstd, before.weight, before.offset, low, dx3, Z, more)
         del dn, more
 
@@ -283,21 +264,14 @@ class _Exit(torch.autograd.Function):
         low = None
         if of_o:
             A, B, Z = of_o
-            with beside:
-                S, dB = after.down(dx, B, Z if any(needs[0][1::2]) else None)
-                found_o = after.gradients(weight_gradient(S, o) if any(needs[0][::2]) else None, dB)
+            S, dB = after.down(dx, B, Z if any(needs[0][1::2]) else None)
+            found_o = after.gradients(weight_gradient(S, o) if any(needs[0][::2]) else None, dB)
             low = (S, A)
         elif needs[0]:
-            with beside:
-                found_o = after.column_gradients(dx, pick(o, after.channels, scale=after.scale))
+            found_o = after.column_gradients(dx, pick(o, after.channels, scale=after.scale))
         do = None
-        if need_o and low is not None and beside:
-            (do,) = after.back(dx, of_after)
-            beside.wait()
-            products.accumulate(do, *low)
-        elif need_o:
+        if need_o:
             (do,) = after.back(dx, of_after, low)
-        beside.wait()
         return (do, dx, *(None,) * 7, *found_o, *found_gu, *found_h)
 
 
