@@ -54,7 +54,7 @@ def stir(run: Any) -> None:
         for i, (_, p) in enumerate(run.trainable()):
             generator = torch.Generator().manual_seed(i)
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            p.add_((0.05 * noise).to(p.dtype))
+            p.add_((0.05 * noise).to(p))
     for site in run.sites.values():  # columns stand in weights
         site.leave()
         site.enter()
