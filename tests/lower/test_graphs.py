@@ -240,7 +240,9 @@ def test_what_keeps_a_block_from_its_graph() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
-@pytest.mark.parametrize("method", [rs.LoRA(rank=16), rs.PaCA(rank=16), rs.VeRA(rank=64), rs.SoRA(rank=8)])
+@pytest.mark.parametrize(
+    "method", [rs.LoRA(rank=16), rs.LoRA(rank=16, dora=True), rs.PaCA(rank=16), rs.VeRA(rank=64), rs.SoRA(rank=8)]
+)
 def test_training_by_graphs_on_a_gpu_is_training_without(method: rs.Method) -> None:
     """To the bit: they are the same kernels. Over two forwards an update, and shapes that change."""
     config = transformers.LlamaConfig(

@@ -21,7 +21,8 @@ METHODS = {
     "lora-some": rs.LoRA(rank=3, targets=("q_proj", "v_proj", "down_proj")),
     "paca": rs.PaCA(rank=2),
     "vera": rs.VeRA(rank=8),
-    "dora": rs.LoRA(rank=3, dora=True),  # runs unfused
+    "dora": rs.LoRA(rank=3, dora=True),
+    "lora-bias": rs.LoRA(rank=3, lora_bias=True),  # runs unfused
 }
 
 
@@ -72,7 +73,7 @@ def train(engine, name, updates=3, accumulate=1, checkpoint=False, **how):
         found |= {f"{step} {n}": g for n, g in whole((n, p.grad) for n, p in run.trainable()).items()}
         optimizer.step()
         optimizer.zero_grad()
-    assert report is None or bool(report.aside) == (name == "dora")
+    assert report is None or bool(report.aside) == (name == "lora-bias")
     return found | whole(model.named_parameters())
 
 

@@ -27,6 +27,8 @@ METHODS = {
     "lora": rs.LoRA(rank=4, alpha=8),
     "lora-patterns": rs.LoRA(rank=2, rank_pattern={"k_proj": 5}, targets=("k_proj", "v_proj", "up_proj", "down_proj")),
     "lora-fa": rs.LoRA(rank=4, train="B"),
+    "dora": rs.LoRA(rank=4, dora=True),
+    "dora-some": rs.LoRA(rank=2, dora=True, targets=("q_proj", "o_proj", "gate_proj")),
     "lora-room": rs.LoRA(rank=16),  # A stands below the weights
     "vera": rs.VeRA(rank=8),
     "paca": rs.PaCA(rank=3),
@@ -240,7 +242,7 @@ def grown(counts, **how):
     return (c - a) / 300, (d - b) / 300, sizes
 
 
-@pytest.mark.parametrize("method", ["lora", "paca", "vera"])
+@pytest.mark.parametrize("method", ["lora", "paca", "vera", "dora", "dora-some"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_a_block_keeps(policy, method):
     for dtype in DTYPES:
@@ -604,7 +606,7 @@ def trained(engine, name, counts, accumulate=2):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["lora", "paca", "vera"])
+@pytest.mark.parametrize("name", ["lora", "paca", "vera", "dora"])
 def test_two_processes_are_one(two, engine, name):
     alone = trained("one", name, COUNTS["keep"])
     for counts in (COUNTS["block"], COUNTS["offload"], (0, 1, 1, 0)):

@@ -40,11 +40,13 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 # ---- what adapters may hand over ------------------------------------------------------------------------------------
 
 
-def low(name: str, rank: int, scale: float = 0.7, A: bool = True, B: bool = True) -> LowRank:
+def low(name: str, rank: int, scale: float = 0.7, A: bool = True, B: bool = True, m: bool | None = None) -> LowRank:
+    """``m``: with a magnitude, which trains or not."""
     out, into = SHAPES[name]
     seed = 10 * list(SHAPES).index(name)
     down, up = seeded(rank, into, seed=seed + 1) / into**0.5, seeded(out, rank, seed=seed + 2) / rank**0.5
-    return LowRank(down.requires_grad_(A), up.requires_grad_(B), scale)
+    magnitude = None if m is None else (1 + seeded(out, seed=seed + 5) / 3).requires_grad_(m)
+    return LowRank(down.requires_grad_(A), up.requires_grad_(B), scale, magnitude)
 
 
 def columns(name: str, rank: int, scale: float = 0.7) -> Columns:
@@ -82,6 +84,17 @@ TERMS = {
     "rank 130": lambda: {name: low(name, 130) for name in SHAPES},
     "rank 130, some": lambda: {name: low(name, 130) for name in ("q", "v", "up", "down")},
     "rank 130, A frozen": lambda: {name: low(name, 130, A=False) for name in SHAPES},
+    "dora": lambda: {name: low(name, 3, m=True) for name in SHAPES},
+    "dora, room below": lambda: {n: low(n, r, m=True) for n, r in zip(SHAPES, (16, 16, 16, 12, 4, 4, 12), strict=True)},
+    "dora, unequal": lambda: {name: low(name, r, 0.3 * r, m=True) for name, r in zip(SHAPES, RANKS, strict=True)},
+    "dora, some": lambda: {"q": low("q", 3, m=True), "up": low("up", 4, m=True), "down": low("down", 5, m=True)},
+    "dora, others": lambda: {"v": low("v", 3, m=True), "o": low("o", 2, 2.0, m=True), "gate": low("gate", 4, m=True)},
+    "dora and not": lambda: {name: low(name, 3, m=True if i % 2 else None) for i, name in enumerate(SHAPES)},
+    "dora, A frozen": lambda: {name: low(name, 3, A=False, m=True) for name in SHAPES},
+    "dora, only m": lambda: {name: low(name, 3, A=False, B=False, m=True) for name in SHAPES},
+    "dora, m frozen": lambda: {name: low(name, 3, m=False) for name in SHAPES},
+    "dora, rank 70": lambda: {name: low(name, 70, m=True) for name in SHAPES},
+    "dora, rank 130": lambda: {name: low(name, 130, m=True) for name in SHAPES},
     "columns": lambda: {name: columns(name, r, 0.3 * r) for name, r in zip(SHAPES, RANKS, strict=True)},
     "some columns": lambda: {name: columns(name, 3) for name in ("q", "v", "gate", "down")},
     "columns of one rank": lambda: {name: columns(name, 3, 0.2 + i) for i, name in enumerate(SHAPES)},
@@ -112,6 +125,8 @@ class Layer:
         W = self.weight()
         if isinstance(self.term, LowRank):
             W = W + self.term.scale * (self.term.B @ self.term.A)
+            if self.term.magnitude is not None:
+                W = self.term.magnitude[:, None] * W / W.detach().square().sum(1, keepdim=True).sqrt()
         y = torch.einsum("ti,oi->to", x, W)
         return y if self.b is None else y + self.b
 
@@ -119,8 +134,8 @@ class Layer:
     def leaves(self) -> list[Tensor]:
         if self.term is None:
             return []
-        tensors = (self.term.D,) if isinstance(self.term, Columns) else (self.term.A, self.term.B)
-        return [t if t.is_leaf else t._base for t in tensors if t.requires_grad]
+        tensors = (self.term.D,) if isinstance(self.term, Columns) else (self.term.A, self.term.B, self.term.magnitude)
+        return [t if t.is_leaf else t._base for t in tensors if t is not None and t.requires_grad]
 
 
 def layers(case: str, names: tuple[str, ...], bias: bool) -> dict[str, Layer]:
@@ -177,7 +192,11 @@ def agree(fused: list[Tensor], plain: list[Tensor], leaves: list[Tensor]) -> Non
 
 CASES = [(case, False, True, True) for case in TERMS]
 CASES += [(case, True, False, True) for case in ("nothing", "unequal", "shared", "columns", "rank 130")]
-CASES += [(case, False, True, False) for case in ("nothing", "some", "others", "columns", "A frozen", "rank 130")]
+CASES += [(case, True, False, True) for case in TERMS if "dora" in case]
+CASES += [
+    (case, False, True, False)
+    for case in ("nothing", "some", "others", "columns", "A frozen", "rank 130", "dora, some", "dora, A frozen")
+]
 
 
 @pytest.mark.parametrize(("case", "bias", "together", "x_grad"), CASES)
@@ -448,12 +467,14 @@ def kept_per_token(method: Any) -> tuple[float, Any]:
     return (totals[1] - totals[0]) / 32, config
 
 
-@pytest.mark.parametrize("kind", ["lora", "paca", "vera"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "paca", "vera"])
 def test_a_block_keeps_what_a_frozen_one_must(kind):
-    method = {"lora": rs.LoRA(rank=4), "paca": rs.PaCA(rank=4), "vera": rs.VeRA(rank=4)}[kind]
+    dora = rs.LoRA(rank=4, dora=True)
+    method = {"lora": rs.LoRA(rank=4), "dora": dora, "paca": rs.PaCA(rank=4), "vera": rs.VeRA(rank=4)}[kind]
     found, c = kept_per_token(method)
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     ideal = 2 * c.hidden_size + 2 * queries + 2 * keys + 2 * c.intermediate_size  # x, x₂, q and o, k and v, g and u
-    beside = {"lora": 7 * 4, "paca": 4, "vera": 4 * 4}[kind]  # Z of each layer; of h its channels; Z of each group
+    # Z of each layer, and what o and down give; of h its channels; Z of each group
+    beside = {"lora": 7 * 4, "dora": 7 * 4 + 2 * c.hidden_size, "paca": 4, "vera": 4 * 4}[kind]
     assert found <= 1.02 * 2 * ideal + 2 * beside
     assert found >= 2 * ideal

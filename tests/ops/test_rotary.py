@@ -72,8 +72,8 @@ def test_it_is_rounded_once(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("terms", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_gain(biased: bool, terms: bool) -> None:
-    """μ ρ (y + Z Bᵀ) + b, rotated; the gradient of μ, ρ being a constant."""
-    cos, sin = tables(S)
+    """μ ρ (y + Z Bᵀ) + b, rotated, by tables that are rounded; the gradient of μ, ρ being a constant."""
+    cos, sin = (table.bfloat16().double() for table in tables(S))
     packed, columns = drawn(T, sum(WIDTHS)), sum(WIDTHS)
     low = tuple((drawn(T, R, seed=i), drawn(n, R, seed=9 + i)) if terms else None for i, n in enumerate(WIDTHS))
     mu, rho, b = drawn(3, columns, seed=4).unbind()

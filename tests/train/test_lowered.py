@@ -60,8 +60,8 @@ def test_stays_through_phases(tmp_path: Path) -> None:
 
 
 def test_what_cannot_run_fused_is_refused_and_nothing_stays(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"under LoRA no block can be fused: DoRALayer"):
-        trainer(tmp_path, method=rs.LoRA(rank=4, dora=True), lower=True)
+    with pytest.raises(ConfigError, match=r"under LoRA no block can be fused: LoRALayer"):
+        trainer(tmp_path, method=rs.LoRA(rank=4, lora_bias=True), lower=True)
     with pytest.raises(ConfigError, match="memory_budget"):
         trainer(tmp_path, method=rs.LoRA(rank=4), memory_budget="auto")
     model = llama()

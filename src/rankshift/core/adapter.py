@@ -13,11 +13,16 @@ from rankshift.core.base import Base
 
 
 class LowRank(NamedTuple):
-    """A change y += scale · B (A x) of a linear layer: what the layer adds to its base's product, and nothing else."""
+    """A change y += scale · B (A x) of a linear layer: what the layer adds to its base's product, and nothing else.
+
+    With a magnitude μ it is y = μ ⊙ (W x + scale · B (A x)) / ‖W + scale · B A‖ + bias: the norm is that of each row, a
+    constant to the gradient, and where it is 0 nothing is rescaled.
+    """
 
     A: Tensor  # (r, in)
     B: Tensor  # (out, r)
     scale: float
+    magnitude: Tensor | None = None  # (out,)
 
 
 class Columns(NamedTuple):

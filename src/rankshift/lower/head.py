@@ -160,7 +160,7 @@ def _source(head: Any, x: Tensor) -> Source | None:
     base, low = head, None
     if isinstance(head, Site):
         base, term = head.base, term_of(head)
-        if isinstance(term, LowRank):
+        if isinstance(term, LowRank) and term.magnitude is None:
             low = term.scale * term.A, term.B
         elif term is not None:
             return None

@@ -1,6 +1,6 @@
 """What fused blocks keep for their backward, under a budget of memory: all of it, some, or the block's input alone.
 
-    keep       x, q, k, v, o, x₂, g, u and a few numbers a token
+    keep       x, q, k, v, o, x₂, g, u and a few numbers a token; under DoRA what o and down give too
     gate_up    all but g and u: the backward multiplies n₂ by their weights again
     block      x: the backward runs the block again, up to the product that would give its output
     offload    nothing: x is copied to pinned memory of the host beside the forward, and back beside the backward
@@ -79,6 +79,7 @@ class Sizes:
     low: tuple[int, int, int, int]  # width of Z at qkv, o, gate and up, down
     picked: int  # channels of h that are kept
     unpacked: int  # bytes of the largest weight that is unpacked, of all tokens
+    scaled: tuple[bool, bool] = (False, False)  # whether o and down have magnitudes: their products are kept then
     apart: bool = False  # gate and up are two products
     head: int = 0  # words of the vocabulary
     lazy: bool = True  # the loss is taken without all logits
@@ -99,7 +100,7 @@ class Sizes:
         if policy == "block":
             return e * self.width
         found = e * (2 * self.width + 2 * self.queries + 2 * self.keys) + self.attended + 2 * wide
-        found += e * (sum(self.low) + self.picked)
+        found += e * (sum(self.low) + self.picked + sum(self.scaled) * self.width)
         return found + (2 * e * self.hidden if policy == "keep" else -e * self.low[2])
 
     def rebuilt(self, policy: str) -> int:
@@ -113,9 +114,9 @@ class Sizes:
         """Gradients of one block's backward at their most: of h, g and u; or of attention, once those are gone."""
         e, K, Q, F = self.element, self.width, self.queries, self.hidden
         # of g and u where these are, if the backward has made them
-        mlp = e * (2 * K + (3 if policy == "keep" or self.apart else 1) * F)
+        mlp = e * ((2 + self.scaled[1]) * K + (3 if policy == "keep" or self.apart else 1) * F)
         # dy, do, dx, dq, dk, dv; what attention sums in fp32, and repeats; less x₂, g and u
-        attention = e * (3 * K + 6 * Q + 2 * self.keys) - e * (K + 2 * F)
+        attention = e * ((3 + self.scaled[0]) * K + 6 * Q + 2 * self.keys) - e * (K + 2 * F)
         return max(mlp, attention)
 
     def at_the_head(self) -> int:
@@ -134,7 +135,7 @@ class Sizes:
         mlp = 2.0 * self.tokens * self.width * 2 * self.hidden
         if policy == "gate_up":
             return mlp
-        layers = 2.0 * self.tokens * self.width * (2 * self.queries + 2 * self.keys)
+        layers = 2.0 * self.tokens * self.width * (2 * self.queries + 2 * self.keys + self.scaled[1] * self.hidden)
         attention = 2.0 * self.tokens * self.length * self.queries  # half of all pairs
         return (mlp + layers + attention) * (1.01 if policy == "offload" else 1.0)
 
@@ -171,7 +172,7 @@ def sizes(
         words: of the vocabulary; 0 without a head.
         lazy: the loss is taken without all logits.
     """
-    qkv, _, gate_up, down = groups
+    qkv, after, gate_up, down = groups
     queries, keys, _ = qkv.widths
     low = [group.rank * len(group.steps) if group.low else 0 for group in groups]
     packed = [sum(g.widths) * g.bases[0].in_features for g in groups if not isinstance(g.bases[0].format, Plain)]
@@ -182,8 +183,8 @@ def sizes(
         weighed=attention == "eager", low=(low[0], low[1], low[2], low[3]),
         apart=isinstance(gate_up.bases[0].format, Plain)
         and joined([base.format for base in gate_up.bases], gate_up.packed) is None,
-        picked=sum(map(len, down.channels)), unpacked=max(packed, default=0) * x.element_size(),
-        head=words, lazy=lazy,
+        picked=sum(map(len, down.channels)), scaled=(after.scaled, down.scaled),
+        unpacked=max(packed, default=0) * x.element_size(), head=words, lazy=lazy,
     )  # fmt: skip
 
 
@@ -370,7 +371,14 @@ def _with(layers: Any, factors: Sequence[Tensor]) -> Groups:
             return None
         return term._replace(A=next(left), B=next(left)) if isinstance(term, LowRank) else term._replace(D=next(left))
 
-    found = [Group(bases, [filled(term) for term in terms], *rest) for bases, terms, *rest in layers]
+    def scaled(term: Any) -> Any:
+        some = isinstance(term, LowRank) and term.magnitude is not None
+        return term._replace(magnitude=next(left)) if some else term
+
+    found = [
+        Group(bases, [scaled(term) for term in [filled(term) for term in terms]], *rest)
+        for bases, terms, *rest in layers
+    ]
     return found[0], found[1], found[2], found[3]
 
 

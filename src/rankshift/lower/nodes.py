@@ -9,6 +9,9 @@
 What backward wants is kept once: x, q, k, v and o (attention keeps them too), x₂, g, u and two numbers a token, as a
 frozen block must; and Z, T · r a layer. The normed inputs are not kept: with n = x ρ w, the gradient of A is
 ((S ρ)ᵀ x) w. h is rebuilt where g and u are read.
+
+Under DoRA y = c (n W + Z B) for each product: c comes in where the product is read, so all below is that of LoRA with
+dY' = c dY. Its magnitudes' gradient is a sum of dY y over the tokens, for which o Wₒ and h W are kept too.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankshift.lower.siblings import WIDEST, Group, packed
-from rankshift.ops.rms_norm import add, norm, norm_back, pick
+from rankshift.lower.siblings import WIDEST, Group, gain_of, packed
+from rankshift.ops.rms_norm import add, add_back, norm, norm_back, pick
 from rankshift.ops.rotary import rotate_, rotate_back
 from rankshift.ops.skinny import weight_gradient
 from rankshift.ops.swiglu import swiglu, swiglu_back
@@ -104,8 +107,8 @@ class _Entry(torch.autograd.Function):
         _, n, rstd = norm(x, before.weight, before.eps, before.offset)
         (factors,) = packed((qkv,), x)
         (q, k, v), lows, terms = qkv.forward(n, factors)
-        rotate_(q, k, v, cos, sin, (lows[0], lows[1], lows[2]), head=head)
-        _keep(ctx, (x, rstd, cos, sin), qkv.weights, terms)
+        rotate_(q, k, v, cos, sin, (lows[0], lows[1], lows[2]), head=head, gain=gain_of(terms))
+        _keep(ctx, (x, rstd, cos, sin), qkv.weights, terms, (q, k, v) if qkv.scaled else ())
         ctx.before, ctx.qkv = before, qkv
         heads = (y.view(batch, -1, y.shape[1] // head, head).transpose(1, 2) for y in (q, k, v))
         return *heads, x.view_as(x)
@@ -114,18 +117,20 @@ class _Entry(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, residual: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         before, qkv = ctx.before, ctx.qkv
-        (x, rstd, cos, sin), weights, terms = _kept(ctx)
+        (x, rstd, cos, sin), weights, terms, turned = _kept(ctx)
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
         dY = x.new_empty(x.shape[0], sum(qkv.widths))
         out = dY.split_with_sizes(qkv.widths, 1)
-        rotate_back(dq, dk, dv, cos, sin, (out[0], out[1], out[2]))
+        of = (turned[0], turned[1], turned[2]) if turned else None
+        dm = rotate_back(dq, dk, dv, cos, sin, (out[0], out[1], out[2]), of, gain_of(terms))
         found: list[Tensor | None] = []
         low = Z = None
         if terms:
-            A, B, Z = terms
-            normed = (rstd, torch.empty_like(Z)) if any(need[::2]) else None
-            S, dB = qkv.down(dY, B, Z if any(need[1::2]) else None, normed)
-            found = qkv.gradients(None if normed is None else before.gradient(normed[1], x), dB)
+            A, B, Z = terms[:3]
+            need_A, need_B = qkv.asked(need)
+            normed = (rstd, torch.empty_like(Z)) if need_A else None
+            S, dB = qkv.down(dY, B, Z if need_B else None, normed)
+            found = qkv.gradients(None if normed is None else before.gradient(normed[1], x), dB, dm)
             low = (S, A)
         elif need:
             picked = pick(x, qkv.channels, rstd, before.weight, before.offset, qkv.scale)
@@ -171,23 +176,24 @@ class _Exit(torch.autograd.Function):
     ) -> Tensor:
         for_o, for_gu, for_h = packed((after, gate_up, down), x)
         (y,), (low,), of_o = after.forward(o, for_o)
-        x2, n, rstd = norm(x, before.weight, before.eps, before.offset, y, low)
+        x2, n, rstd = norm(x, before.weight, before.eps, before.offset, y, low, gain_of(of_o))
+        given = [y] if after.scaled else []
         del y
         (g, u), (low_g, low_u), of_gu = gate_up.forward(n, for_gu)
         del n
-        h = swiglu(g, u, low_g, low_u, activation)
-        if wanted:
+        h = swiglu(g, u, low_g, low_u, activation, gain_of(of_gu))
+        if wanted or down.scaled:
             (y,), (low,), of_h = down.forward(h, for_h)
-            x3 = add(x2, y, low)
+            given += [y] if down.scaled else []
         else:
             of_h = (*for_h, h @ for_h[0].t()) if for_h else ()
-            x3 = x2.new_empty(()).expand_as(x2)
+        x3 = add(x2, y, low, gain_of(of_h)) if wanted else x2.new_empty(()).expand_as(x2)
         channels = down.channels
         picked = (pick(h, channels, scale=down.scale),) if channels else ()
         del h
-        gu, of_gu = ((g, u), of_gu) if keep else ((), for_gu)
+        gu, of_gu = ((g, u), of_gu) if keep else ((), (*for_gu, *of_gu[3:]))
         _keep(
-            ctx, (o, x2, rstd), gu, of_o, of_gu, of_h, picked, after.weights, gate_up.weights, down.weights
+            ctx, (o, x2, rstd), gu, of_o, of_gu, of_h, picked, given, after.weights, gate_up.weights, down.weights
         )  # fmt: skip
         ctx.groups, ctx.before, ctx.activation = (after, gate_up, down), before, activation
         ctx.kept = keep and wanted
@@ -198,7 +204,7 @@ class _Exit(torch.autograd.Function):
     def backward(ctx: Any, dx3: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         after, gate_up, down = ctx.groups
         before, activation = ctx.before, ctx.activation
-        (o, x2, rstd), gu, of_o, of_gu, of_h, picked, of_after, of_gate_up, of_down = _kept(ctx)
+        (o, x2, rstd), gu, of_o, of_gu, of_h, picked, given, of_after, of_gate_up, of_down = _kept(ctx)
         if not gu:
             _, n, _ = norm(x2, before.weight, before.eps, before.offset)
             gu, _, of_gu = gate_up.forward(n, of_gu, again=True)
@@ -210,16 +216,19 @@ class _Exit(torch.autograd.Function):
 
         # h W + Z B, and act(g) · u
         dB_h = low_h = wide = None
+        dy, dm_h = _scaled_back(dx3, down, of_h, given[-1:])
+        need_A, need_B = down.asked(needs[2])
         if of_h:
-            A_h, B_h, Z_h = of_h
-            S_h, dB_h = down.down(dx3, B_h, Z_h if any(needs[2][1::2]) else None)
+            A_h, B_h, Z_h = of_h[:3]
+            S_h, dB_h = down.down(dy, B_h, Z_h if need_B else None)
             low_h = (S_h, A_h)
             if down.rank > WIDEST:
                 wide, low_h = low_h, None
-        (dh,) = down.back(dx3, of_down, wide)
+        (dh,) = down.back(dy, of_down, wide)
+        del dy
         low_g, low_u = gate_up.lows(of_gu[2], of_gu[1]) if of_gu and gate_up.rank <= WIDEST else (None, None)
-        summed = low_g is not None and low_u is not None and gate_up.rank <= SUMMED and all(needs[1][1::2])
-        need_A = bool(of_h) and any(needs[2][::2])
+        all_B = all(needs[1][1 : 2 * len(gate_up.low) : 2])
+        summed = low_g is not None and low_u is not None and gate_up.rank <= SUMMED and all_B
         within = down.rank <= SUMMED
         wanted = ("g", "u") * summed + ("h",) * (need_A and within)
         dY = None if ctx.kept else _side_by_side(g, u)  # nobody else reads them then
@@ -228,13 +237,13 @@ class _Exit(torch.autograd.Function):
         dg, du = torch.split_with_sizes(dY, gate_up.widths, 1)
         passed = swiglu_back(
             dh, g, u, low_g, low_u, low_h, activation, out=(dg, du), want_h=need_A and not within, grads=wanted,
-            scale=gate_up.scale,
+            scale=gate_up.scale, gain=gain_of(of_gu),
         )  # fmt: skip
         del dh
         found_h: list[Tensor | None] = []
         if of_h:
             dA = passed.da_h if passed.h is None else weight_gradient(S_h, passed.h)
-            found_h = down.gradients(dA, dB_h)
+            found_h = down.gradients(dA, dB_h, dm_h)
         elif picked:
             found_h = down.column_gradients(dx3, picked[0])
 
@@ -242,11 +251,12 @@ class _Exit(torch.autograd.Function):
         found_gu: list[Tensor | None] = []
         low = Z = None
         if of_gu:
-            A, B, Z = of_gu
-            normed = (rstd, torch.empty_like(Z)) if any(needs[1][::2]) else None
-            S, dB = gate_up.down(dY, B, Z if any(needs[1][1::2]) and not summed else None, normed)
+            A, B, Z = of_gu[:3]
+            need_A, need_B = gate_up.asked(needs[1])
+            normed = (rstd, torch.empty_like(Z)) if need_A else None
+            S, dB = gate_up.down(dY, B, Z if need_B and not summed else None, normed)
             dA = None if normed is None else before.gradient(normed[1], x2)
-            found_gu = gate_up.gradients(dA, (passed.db_g, passed.db_u) if summed else dB)
+            found_gu = gate_up.gradients(dA, (passed.db_g, passed.db_u) if summed else dB, passed.dm)
             low = (S, A)
         elif needs[1]:
             picked_n = pick(x2, gate_up.channels, rstd, before.weight, before.offset, gate_up.scale)
@@ -262,17 +272,29 @@ class _Exit(torch.autograd.Function):
         # o Wₒ + Zₒ Bₒ
         found_o: list[Tensor | None] = []
         low = None
+        dy, dm = _scaled_back(dx, after, of_o, given[:1])
         if of_o:
-            A, B, Z = of_o
-            S, dB = after.down(dx, B, Z if any(needs[0][1::2]) else None)
-            found_o = after.gradients(weight_gradient(S, o) if any(needs[0][::2]) else None, dB)
+            A, B, Z = of_o[:3]
+            need_A, need_B = after.asked(needs[0])
+            S, dB = after.down(dy, B, Z if need_B else None)
+            found_o = after.gradients(weight_gradient(S, o) if need_A else None, dB, dm)
             low = (S, A)
         elif needs[0]:
             found_o = after.column_gradients(dx, pick(o, after.channels, scale=after.scale))
         do = None
         if need_o:
-            (do,) = after.back(dx, of_after, low)
+            (do,) = after.back(dy, of_after, low)
         return (do, dx, *(None,) * 7, *found_o, *found_gu, *found_h)
+
+
+def _scaled_back(
+    dx: Tensor, group: Group, terms: Sequence[Tensor], given: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of what a layer's magnitude multiplies, and that of the magnitude; of a layer without, dx itself."""
+    if not group.scaled:
+        return dx, None
+    _, B, Z, gain = terms
+    return add_back(dx, given[0], (Z, B) if group.rank <= WIDEST else None, gain)
 
 
 def _side_by_side(g: Tensor, u: Tensor) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 Of a group the input is read once where its layers' own forwards would read it once each, for the base and for the
 adapters. Weights that lie one behind the other in memory (see :func:`join`) take one GEMM. What adapters add is handed
-on as low-rank terms (Z, B), for the kernel that reads the product next to add Z Bᵀ there.
+on as low-rank terms (Z, B), for the kernel that reads the product next to add Z Bᵀ there; and what DoRA makes of the
+sum as gains (:func:`rankshift.ops.skinny.gains`), for the same kernel to multiply by.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rankshift.core.base import Base, Dense, Format, Plain, storage_of
 from rankshift.core.form import Form
 from rankshift.core.site import Site, form_of
 from rankshift.ops.products import accumulate, into
-from rankshift.ops.skinny import down_back, pack, up_gradient
+from rankshift.ops.skinny import down_back, gains, pack, up_gradient
 
 Low = tuple[Tensor, Tensor]
 """(Z, B) for Z Bᵀ, or (S, A) for S A."""
@@ -70,13 +71,17 @@ class Group:
         self.bases, self.terms, self.slot, self.apart = bases, terms, slot, apart
         self.widths = [base.out_features for base in bases]
         self.low: list[tuple[int, LowRank]] = []  # which layer, its term: of those that have a low-rank one
-        self.factors: list[Tensor] = []  # what autograd follows: A and B, or D, of each layer that has a term
+        self.factors: list[Tensor] = []  # what autograd follows: A and B, or D, of each layer; then magnitudes
         for i, term in enumerate(terms):
             if isinstance(term, LowRank):
                 self.low.append((i, term))
                 self.factors += (term.A, term.B)
             elif term is not None:
                 self.factors.append(term.D)
+        self.magnitudes = [term.magnitude if isinstance(term, LowRank) else None for term in terms]
+        self.scaled = any(magnitude is not None for magnitude in self.magnitudes)  # their bias then comes with a gain
+        self.factors += [magnitude for magnitude in self.magnitudes if magnitude is not None]
+        self.biases = [None if self.scaled else base.bias for base in bases]
         ranks = [term.A.shape[0] for _, term in self.low]
         self.rank = max(ranks, default=0)  # narrower ones are filled up with zeros
         self.filled = len(ranks) < len(terms) or min(ranks) < self.rank
@@ -96,18 +101,20 @@ class Group:
 
     # ---- products with the bases
 
-    def times(self, x: Tensor, A: Tensor | None = None, there: bool = False) -> list[Tensor]:
+    def times(
+        self, x: Tensor, A: Tensor | None = None, deep: Tensor | None = None, there: bool = False
+    ) -> list[Tensor]:
         """x (T, K) Wᵀ + bias of each layer, (T, N): new tensors, slices of one if there is one product for all.
 
         Args:
-            A: (R, K): x Aᵀ (T, R) is the last of them then, of the same product where A can stand below the weights.
-            there: that is where it stands.
+            A: (R, K): x Aᵀ (T, R) is the last of them then, of the same product if ``deep`` is given.
+            deep: the weights with room for A below them, (ΣN + R, K).
+            there: A stands there already.
         """
-        deep = None if A is None or self.apart else self._with_room(len(A))
         one = self._as_one(self.weights) if deep is None else (Plain(), [deep])
         if one is None:
             parts = zip(self.bases, self.packed, strict=True)
-            ys = [base.format.times(x, base.bias, *packed) for base, packed in parts]
+            ys = [base.format.times(x, bias, *packed) for (base, packed), bias in zip(parts, self.biases, strict=True)]
         else:
             widths = self.widths if deep is None else [*self.widths, len(deep) - sum(self.widths)]
             if A is not None and deep is not None and not (there and deep is self.deep):
@@ -119,10 +126,9 @@ class Group:
 
     def _bias(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
         """Of all layers, zeros where there is none; None if no layer has one."""
-        biases = [base.bias for base in self.bases]
-        if len(widths) == 1 or all(bias is None for bias in biases):
-            return biases[0]
-        found = [x.new_zeros(n) if b is None else b.to(x.dtype) for n, b in zip_longest(widths, biases)]
+        if len(widths) == 1 or all(bias is None for bias in self.biases):
+            return self.biases[0]
+        found = [x.new_zeros(n) if b is None else b.to(x.dtype) for n, b in zip_longest(widths, self.biases)]
         return torch.cat(found)
 
     @cached_property
@@ -255,21 +261,26 @@ class Group:
     def forward(
         self, x: Tensor, factors: tuple[Tensor, ...], again: bool = False
     ) -> tuple[list[Tensor], list[Low | None], tuple[Tensor, ...]]:
-        """The products, what is still to be added to each, and what the backward wants kept: (A, B, Z) or nothing.
+        """The products, what is still to be added to each, and what the backward wants kept: (A, B, Z), and with
+        magnitudes their gain (see :func:`gain_of`), or nothing.
 
         Args:
             x: (T, K).
-            factors: of this group, by :func:`packed`.
+            factors: of this group, by :func:`packed`; and their gain, if there is one from an earlier forward.
             again: they are those of an earlier forward.
         """
         if not factors:
             ys = self.times(x)
             return ys, [None] * len(ys), ()
-        A, B = factors
+        A, B, *gain = factors
+        deep = None if self.apart else self._with_room(len(A))
+        if self.scaled and not gain:
+            gain = [gains(self._dense(deep), A, B, self.widths, self.magnitudes, [base.bias for base in self.bases])]
         one = self._as_one(self.weights) if self.rank > WIDEST else None
-        if one is not None and isinstance(one[0], Plain) and all(base.bias is None for base in self.bases):
-            return self._wide(x, A, B, one[1][0])
-        *ys, Z = self.times(x, A, there=not again)
+        if one is not None and isinstance(one[0], Plain) and all(bias is None for bias in self.biases):
+            ys, Z = self._wide(x, A, B, one[1][0])
+            return ys, [None] * len(ys), (A, B, Z, *gain)
+        *ys, Z = self.times(x, A, deep, there=not again)
         if len(ys) == 1:
             Z = Z.contiguous()  # kept, when the product is not
         lows = self.lows(Z, B)
@@ -278,12 +289,17 @@ class Group:
                 if low is not None:
                     y.addmm_(low[0], low[1].t())
             lows = [None] * len(ys)
-        return ys, lows, (A, B, Z)
+        return ys, lows, (A, B, Z, *gain)
 
-    def _wide(
-        self, x: Tensor, A: Tensor, B: Tensor, W: Tensor
-    ) -> tuple[list[Tensor], list[Low | None], tuple[Tensor, ...]]:
-        """What forward gives, where the terms come first and x Wᵀ is added onto them."""
+    def _dense(self, deep: Tensor | None) -> Sequence[Tensor]:
+        """The weights: one for all layers, or one of each."""
+        one = self._as_one(self.weights) if deep is None else (Plain(), [deep[: sum(self.widths)]])
+        if one is not None and isinstance(one[0], Plain):
+            return one[1]
+        return [base.format.dense(*packed) for base, packed in zip(self.bases, self.packed, strict=True)]
+
+    def _wide(self, x: Tensor, A: Tensor, B: Tensor, W: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The products and Z, where the terms come first and x Wᵀ is added onto them."""
         Z = x @ A.t()
         y = x.new_empty(len(x), len(W))
         ys = list(y.split_with_sizes(self.widths, 1))
@@ -293,7 +309,7 @@ class Group:
             for part, low in zip(ys, self.lows(Z, B), strict=True):
                 part.zero_() if low is None else torch.mm(low[0], low[1].t(), out=part)
         accumulate(y, x, W.t())
-        return ys, [None] * len(ys), (A, B, Z)
+        return ys, Z
 
     def down(
         self, dY: Tensor, B: Tensor, Z: Tensor | None, normed: tuple[Tensor, Tensor] | None = None
@@ -305,8 +321,16 @@ class Group:
         """
         return down_back(dY, B, Z, self.steps, self.scale, normed)
 
-    def gradients(self, dA: Tensor | None, dB: Tensor | Sequence[Tensor] | None) -> list[Tensor | None]:
-        """Those of :attr:`factors`, out of the packed ones; ``dB`` whole, or layer by layer."""
+    def asked(self, needs: Sequence[bool]) -> tuple[bool, bool]:
+        """Whether any A and whether any B wants a gradient, if ``needs`` says it of each of :attr:`factors`."""
+        pairs = 2 * len(self.low)
+        return any(needs[:pairs:2]), any(needs[1:pairs:2])
+
+    def gradients(
+        self, dA: Tensor | None, dB: Tensor | Sequence[Tensor] | None, dm: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """Those of :attr:`factors`, out of the packed ones; ``dB`` whole, or layer by layer; ``dm`` (ΣN,), of
+        magnitudes."""
         r, many = self.rank, len(self.terms) > 1
         downs = None if dA is None else dA.split_with_sizes([r] * len(self.steps))
         ups = dB if not isinstance(dB, Tensor) else dB.split_with_sizes(self.widths) if many else (dB,)
@@ -318,6 +342,9 @@ class Group:
             if own < r:
                 down, up = None if down is None else down[:own], None if up is None else up[:, :own]
             found += _in(down, term.A.dtype), _in(up, term.B.dtype, self._left(term))
+        if dm is not None:
+            parts = zip(dm.split_with_sizes(self.widths), self.magnitudes, strict=True)
+            found += [_in(part, magnitude.dtype) for part, magnitude in parts if magnitude is not None]
         return found
 
     def _left(self, term: LowRank | Columns) -> float:
@@ -343,6 +370,11 @@ class Group:
             xs = x.split_with_sizes(ranks, 1)
             parts = [into(d.t(), z, term.D.dtype) for d, z, term in zip(of, xs, terms, strict=True)]
         return [_in(dD, term.D.dtype, self._left(term)) for dD, term in zip(parts, terms, strict=True)]
+
+
+def gain_of(terms: Sequence[Tensor]) -> Tensor | None:
+    """What a group's products with their terms are still to be scaled by, (G, ΣN), of what its forward kept."""
+    return terms[3] if len(terms) > 3 else None
 
 
 def packed(groups: Sequence[Group], like: Tensor) -> list[tuple[Tensor, ...]]:

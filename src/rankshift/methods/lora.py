@@ -137,6 +137,7 @@ class DoRALayer(LoRALayer):
     def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA):
         super().__init__(base, spec, rank, scale, config)
         self.magnitude = nn.Parameter(torch.empty(spec.out, dtype=spec.master, device=spec.device))  # (out,)
+        self.empty = False  # whether a row of the weight is zero
 
     def row_norm(self) -> Tensor:
         """‖W + s·BA‖ of each row, (out,), detached."""
@@ -146,7 +147,9 @@ class DoRALayer(LoRALayer):
 
     @torch.no_grad()
     def rebased(self) -> None:
-        self.magnitude.copy_(torch.linalg.vector_norm(self.base.rows(), dim=1, dtype=self.B.dtype))
+        norm = torch.linalg.vector_norm(self.base.rows(), dim=1, dtype=self.B.dtype)
+        self.magnitude.copy_(norm)
+        self.empty = bool((norm == 0).any())
 
     def forward(self, x: Tensor) -> Tensor:
         y, bias = self.product(x), self.base.total_bias
@@ -162,8 +165,9 @@ class DoRALayer(LoRALayer):
         norm: Tensor = torch.linalg.vector_norm(V, dim=1).detach()
         return _gain(self.magnitude[rows], norm)[:, None] * V - W
 
-    def term(self) -> None:
-        return None
+    def term(self) -> LowRank | None:
+        low = super().term()  # whose user finds no gradient of a magnitude that is 0
+        return None if low is None or self.empty else low._replace(magnitude=self.magnitude)
 
     def branch(self) -> None:
         return None

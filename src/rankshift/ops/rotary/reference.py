@@ -39,8 +39,7 @@ def rotate_back(
         value = _wide(tensor).transpose(1, 2).flatten(0, 1)  # (T, H, D)
         d = (_turned(value, cos, -sin) if turns else value).flatten(1)
         if y is not None and one is not None:
-            before = _wide(y).view_as(value)
-            before = (_turned(before, cos, -sin) if turns else before).flatten(1)
+            before = (_unturned(_wide(y).view_as(value), cos, sin) if turns else _wide(y).view_as(value)).flatten(1)
             c, rho = one[0], one[-1]
             sums.append((d * (before if len(one) == 2 else before - one[1])).sum(0) * torch.where(c == 0, 0, rho / c))
             d = d * c
@@ -60,6 +59,13 @@ def _turned(value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     c, s = (_wide(table[:, :half]).repeat(times, 1)[:, None] for table in (cos, sin))
     a, b = value[..., :half], value[..., half:]
     return torch.cat((a * c - b * s, b * c + a * s), 2)
+
+
+def _unturned(value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What ``_turned`` made this of: cos and sin are rounded, and what they turn they stretch."""
+    half = value.shape[2] // 2
+    stretch = (_wide(cos[:, :half]).square() + _wide(sin[:, :half]).square()).repeat(len(value) // len(cos), 2)
+    return _turned(value, cos, -sin) / stretch[:, None]
 
 
 def _wide(tensor: Tensor) -> Tensor:

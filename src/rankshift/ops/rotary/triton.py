@@ -248,7 +248,11 @@ def _some_back(
             c = take(cos + turn[:, None] * cos_row + (pair % HALF)[None, :], there, inside, EVEN, WHOLE)
             s = take(sin + turn[:, None] * sin_row + (pair % HALF)[None, :], there, inside, EVEN, WHOLE)
             first, second = first * c + second * s, second * c - first * s
-            y_first, y_second = y_first * c + y_second * s, y_second * c - y_first * s
+            stretch = c * c + s * s  # for they are rounded
+            if not (EVEN and WHOLE):
+                stretch = tl.where(stretch == 0, 1.0, stretch)  # of what is not there
+            back = 1 / stretch
+            y_first, y_second = (y_first * c + y_second * s) * back, (y_second * c - y_first * s) * back
         if GAINS > 2:
             y_first -= vector(gain + gain_row, inside, WHOLE)[None, :]
             y_second -= vector(gain + gain_row + HALF, inside, WHOLE)[None, :]
