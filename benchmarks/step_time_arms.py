@@ -372,8 +372,6 @@ def _arms() -> Iterator[Arm]:
     modes = (("lowered", "lowered"), (GRAPHS, GRAPHS), ("compiled", "blocks compiled"), ("", "eager"))
     for mode, label in modes:
         for name, method, size, options in kinds:
-            if mode == GRAPHS and options.get("dora"):
-                continue  # its blocks run as they are
             yield Arm(
                 f"{name}, {label}", lambda job, m=method, how=mode, o=options: ours(job, m, how, **o), "ours",
                 compiles=mode != "", size=size * (0.75 if mode.startswith("lowered") else 1.0),
