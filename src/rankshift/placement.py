@@ -25,6 +25,7 @@ from rankshift.core.errors import (
     nearest,
 )
 from rankshift.core.event import Event, Needs
+from rankshift.core.kin import kin
 from rankshift.core.method import Estate, Method, Shared, Subspace
 from rankshift.core.random import Key
 from rankshift.core.site import (
@@ -195,6 +196,7 @@ class Placement:
         for site in list(self.sites.values()):
             if not site.adapters:
                 self._remove(site)
+        _introduce(self.adapter(name))
 
     def settle(self) -> None:
         """What was built stays: keep nothing any more to undo it."""
@@ -236,6 +238,7 @@ class Placement:
             )
             for leaf, tensor in places.items():
                 shard.assign_(tensor, estate.tensors[leaf])
+        _introduce(heirs)
         ranks = {site: estate.rank for site, estate in estates.items()}
         return heirs, Member(method, ranks, shared, method.projects(self.model))
 
@@ -579,6 +582,12 @@ def check_foldable(sites: Iterable[Site]) -> None:
                 f"{site.spec.name} has no bias to merge the adapter's bias into. Nothing was merged. Go on unmerged, "
                 f"or train without it: {WITHOUT_BIAS}."
             )
+
+
+def _introduce(adapters: Mapping[str, Adapter]) -> None:
+    """Let adapters know of those that probably read the same input."""
+    for names in kin(adapters):
+        adapters[names[0]].meet([adapters[name] for name in names])
 
 
 def _saved(adapter: Adapter) -> dict[str, Tensor]:

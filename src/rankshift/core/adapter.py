@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -76,6 +76,9 @@ class Adapter(Base):
         self.form, self.out_features, self.in_features = base.form, base.out_features, base.in_features
 
     base: Base
+
+    def meet(self, kin: Sequence[Adapter]) -> None:
+        """Once all are placed: these adapters, this the first of them, probably read one input (see core/kin.py)."""
 
     def enter(self) -> None:
         """Begin to act, linked and with values: what must then stand in the base is put there. May be repeated."""

@@ -29,6 +29,7 @@ from rankshift.core.method import Method
 from rankshift.core.random import Key
 from rankshift.core.site import Spec, by_pattern
 from rankshift.methods import lora_eva, lora_init
+from rankshift.methods.lora_siblings import Siblings
 from rankshift.ops.lora_linear import lora_linear
 from rankshift.ops.lora_linear.order import SAVES_Z, Backward, Forward, choose
 
@@ -37,12 +38,16 @@ class LoRALayer(Adapter):
     """y = W x + s·B(A x).
 
     ``form.apply`` takes the product with A as the layer takes its own (a convolution, a look-up), ``form.expand`` the
-    one with B at every place. Linear layers, the bulk, run the same equation as one autograd node, ops/lora_linear.
+    one with B at every place. Linear layers, the bulk, run the same equation as one autograd node, ops/lora_linear, or
+    share nodes with those that read the same input, see lora_siblings.py.
     With dropout, or standing on another adapter, ordinary operations compose it, and autograd keeps what those keep:
     the dropped input and its mask where there is dropout, else x by reference; A x; and the factors as multiplied.
     """
 
     slots: ClassVar[dict[str, int]] = {"A": 0, "B": 1}
+    siblings: Siblings | None = None
+    """Layers that read the same input, this one among them at ``place``."""
+    place: int = 0
 
     def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA):
         super().__init__(base)
@@ -73,6 +78,18 @@ class LoRALayer(Adapter):
             return self.A, self.B
         return torch.cat([self.A, self.A0], -2), torch.cat([self.B, -self.B0], -1)
 
+    def meet(self, kin: Sequence[Adapter]) -> None:
+        plain = [a for a in kin if isinstance(a, LoRALayer) and type(a).forward is LoRALayer.forward]
+        able = [a for a in plain if a.in_features == self.in_features and not a.config.fixed]
+        if len(able) > 1:
+            Siblings(able)
+
+    @property
+    def fused(self) -> bool:
+        """Whether one autograd node serves the layer now."""
+        base, dropped = self.base, self.config.dropout > 0 and self.training
+        return base.storage and self.form.pointwise and not dropped and not base.weight.requires_grad
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.add_branch(x)
         return y if self.b is None else self.form.shift(y, (self.scale * self.b).to(y.dtype))
@@ -82,14 +99,19 @@ class LoRALayer(Adapter):
 
     def add_branch(self, x: Tensor, bias: bool = True) -> Tensor:
         """W x + s·B(A x), with the base's bias or without."""
-        A, B = self.factors()
         base, form, config = self.base, self.form, self.config
-        p = config.dropout if self.training and not isinstance(form, EmbeddingForm) else 0.0
-        if base.storage and form.pointwise and p == 0 and not base.weight.requires_grad:
+        if self.fused:
+            offset = base.bias if bias else None
+            if self.siblings is not None and torch.is_grad_enabled():
+                y = self.siblings.run(self, x, offset)
+                if y is not None:
+                    return y
+            A, B = self.factors()
             return lora_linear(
-                x, A, B, self.scale, base.bias if bias else None, base.format, base.packed,
-                config.forward_order, config.backward_order,
-            )  # fmt: skip
+                x, A, B, self.scale, offset, base.format, base.packed, config.forward_order, config.backward_order
+            )
+        A, B = self.factors()
+        p = config.dropout if self.training and not isinstance(form, EmbeddingForm) else 0.0
         y = base.linear(x) if bias else base.product(x)
         z = form.apply(F.dropout(x, p) if p else x, A.to(y.dtype))
         return y + form.expand(z, (self.scale * B).to(y.dtype))
@@ -257,6 +279,11 @@ class LoRA(Method):
     """Order of multiplication in forward; none: the cheapest that is safe (ops/lora_linear/order.py)."""
     backward_order: Backward | None = None
     """Order of multiplication in backward; none: the cheapest that is safe."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether an order of multiplication is named."""
+        return self.forward_order is not None or self.backward_order is not None
 
     def check(self) -> None:
         for where, rank in (("rank", self.rank), *self.rank_pattern.items()):

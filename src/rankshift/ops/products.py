@@ -47,6 +47,13 @@ def added(total: Tensor, change: Tensor) -> Tensor:
     return (total.to(wide) + change.to(wide)).to(total.dtype)
 
 
+def scaled(tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale · tensor in ``dtype``, rounded once, in one kernel."""
+    if scale == 1 or tensor.dtype == dtype or torch.compiler.is_compiling():
+        return (tensor if scale == 1 else scale * tensor).to(dtype)
+    return torch.mul(tensor, scale, out=torch.empty_like(tensor, dtype=dtype))
+
+
 def into(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right, accumulated in fp32 and handed over in ``dtype`` without a stop in a narrower one where it can."""
     if left.dtype == dtype:

@@ -4,7 +4,8 @@
 
 Kept for backward: x (only if A trains, or the order recomputes Z) and Z (only if B trains and the order saves it), b·n
 and b·r values; never a scaled copy, never the (out, in) gradient, and no weight other than by reference. The scale is
-folded into the small factor. A and B may be wider than the compute dtype (fp32 masters of a bf16 layer); their
+folded into the small factor as that is cast: into A for Z, into B for S = s dY B, so that no kernel scales a gradient
+(dA = Sᵀ x, dB = dYᵀ Z). A and B may be wider than the compute dtype (fp32 masters of a bf16 layer); their
 gradients come back in their own dtype.
 
 In 16 bits the small product is written first and the large one adds itself onto it, which reads while it computes: the
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from rankshift.core.base import Format
 from rankshift.ops.lora_linear.order import LOW_PRECISION, SAVES_Z, Backward, Forward, choose
-from rankshift.ops.products import accumulate, compute_dtype, delivered, into
+from rankshift.ops.products import accumulate, compute_dtype, delivered, into, scaled
 
 
 def lora_linear(
@@ -73,16 +74,12 @@ class _LoRALinear(torch.autograd.Function):
         format: Format,
         *packed: Tensor,
     ) -> Tensor:
-        sA, Bc = (scale * A).to(x.dtype), B.to(x.dtype)
+        sA, Bc = scaled(A, scale, x.dtype), B.to(x.dtype)
         keep_z = train_b and backward in SAVES_Z
         z = x @ sA.t() if forward == "f1" or keep_z else None  # (b, r)
         if forward == "f1":
             assert z is not None
-            if _small_first(format, x.dtype):
-                W = format.dense(*packed).to(x.dtype)
-                y = accumulate(torch.nn.functional.linear(z, Bc, None if bias is None else bias.to(x.dtype)), x, W.t())
-            else:
-                y = accumulate(format.times(x, bias, *packed), z, Bc.t())
+            y = spread(x, z, Bc, bias, format, packed)
         else:
             bias = None if bias is None else bias.to(x.dtype)
             y = torch.nn.functional.linear(x, format.merged(Bc, sA, *packed), bias)
@@ -96,31 +93,40 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, z, A, B, *packed = ctx.saved_tensors
         need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
-        sA, Bc = (ctx.scale * A).to(dY.dtype), B.to(dY.dtype)
+        dtype, scale, small = dY.dtype, ctx.scale, ctx.order in ("b1", "b1s")
         dX = dA = dB = S = None
         if ctx.order == "b4" and (need_A or need_B):
             G = dY.t() @ x  # (out, in)
-            dA = ctx.scale * into(Bc.t(), G, A.dtype) if need_A else None
-            dB = into(G, sA.t(), B.dtype) if need_B else None
+            dA = into(scaled(B, scale, dtype).t(), G, A.dtype) if need_A else None
+            dB = into(G, scaled(A, scale, dtype).t(), B.dtype) if need_B else None
         else:
-            if need_A or (need_x and ctx.order in ("b1", "b1s")):
-                S = dY @ Bc  # (b, r)
+            if need_A or (need_x and small):
+                S = dY @ scaled(B, scale, dtype)  # (b, r)
             if need_A:
                 assert S is not None
-                dA = ctx.scale * into(S.t(), x, A.dtype)
+                dA = into(S.t(), x, A.dtype)
             if need_B:
-                dB = into(dY.t(), x @ sA.t() if z is None else z, B.dtype)
+                dB = into(dY.t(), x @ scaled(A, scale, dtype).t() if z is None else z, B.dtype)
         if need_x:
-            if ctx.order in ("b1", "b1s"):
+            if small:
                 assert S is not None
-                if _small_first(ctx.format, dY.dtype):
-                    dX = accumulate(S @ sA, dY, ctx.format.dense(*packed).to(dY.dtype))
+                if _small_first(ctx.format, dtype):
+                    dX = accumulate(S @ A.to(dtype), dY, ctx.format.dense(*packed).to(dtype))
                 else:
-                    dX = accumulate(ctx.format.back(dY, *packed), S, sA)
+                    dX = accumulate(ctx.format.back(dY, *packed), S, A.to(dtype))
             else:
-                dX = dY @ ctx.format.merged(Bc, sA, *packed)
+                dX = dY @ ctx.format.merged(B.to(dtype), scaled(A, scale, dtype), *packed)
         dbias = dY.sum(0) if need_bias else None
         return (dX, dA, dB, dbias, *(None,) * (len(ctx.needs_input_grad) - 4))
+
+
+def spread(x: Tensor, z: Tensor, B: Tensor, bias: Tensor | None, format: Format, packed: tuple[Tensor, ...]) -> Tensor:
+    """x Wᵀ + z Bᵀ + bias, (b, in), (b, r) and (out, r) in one dtype → (b, out)."""
+    if _small_first(format, x.dtype):
+        W = format.dense(*packed).to(x.dtype)
+        y = torch.nn.functional.linear(z, B, None if bias is None else bias.to(x.dtype))
+        return accumulate(y, x, W.t())
+    return accumulate(format.times(x, bias, *packed), z, B.t())
 
 
 def _small_first(format: Format, dtype: torch.dtype) -> bool:
