@@ -22,7 +22,7 @@ def rotate_(
     for tensor, term, one, turns in zip((q, k, v), low, gains, (True, True, False), strict=True):
         value = gained(whole(tensor, term), one)
         if turns:
-            value = _turned(value.view(len(tensor), -1, head), cos, sin).flatten(1)
+            value = turned(value.view(len(tensor), -1, head), cos, sin).flatten(1)
         tensor.copy_(value)
 
 
@@ -36,10 +36,10 @@ def rotate_back(
     for tensor, to, y, one, turns in zip(
         (dq, dk, dv), out, whose, _apart(gain, out), (True, True, False), strict=True
     ):  # fmt: skip
-        value = _wide(tensor).transpose(1, 2).flatten(0, 1)  # (T, H, D)
-        d = (_turned(value, cos, -sin) if turns else value).flatten(1)
+        value = wide(tensor).transpose(1, 2).flatten(0, 1)  # (T, H, D)
+        d = (turned(value, cos, -sin) if turns else value).flatten(1)
         if y is not None and one is not None:
-            before = (_unturned(_wide(y).view_as(value), cos, sin) if turns else _wide(y).view_as(value)).flatten(1)
+            before = (unturned(wide(y).view_as(value), cos, sin) if turns else wide(y).view_as(value)).flatten(1)
             c, rho = one[0], one[-1]
             sums.append((d * (before if len(one) == 2 else before - one[1])).sum(0) * torch.where(c == 0, 0, rho / c))
             d = d * c
@@ -52,21 +52,22 @@ def _apart(gain: Tensor | None, of: Sequence[Tensor]) -> Sequence[Tensor | None]
     return (None,) * len(of) if gain is None else gain.split_with_sizes([x.shape[1] for x in of], 1)
 
 
-def _turned(value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(T, H, D); row t by row t % T' of the first halves of cos and sin."""
     half = value.shape[2] // 2
     times = len(value) // len(cos)
-    c, s = (_wide(table[:, :half]).repeat(times, 1)[:, None] for table in (cos, sin))
+    c, s = (wide(table[:, :half]).repeat(times, 1)[:, None] for table in (cos, sin))
     a, b = value[..., :half], value[..., half:]
     return torch.cat((a * c - b * s, b * c + a * s), 2)
 
 
-def _unturned(value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What ``_turned`` made this of: cos and sin are rounded, and what they turn they stretch."""
+def unturned(value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What ``turned`` made this of: cos and sin are rounded, and what they turn they stretch."""
     half = value.shape[2] // 2
-    stretch = (_wide(cos[:, :half]).square() + _wide(sin[:, :half]).square()).repeat(len(value) // len(cos), 2)
-    return _turned(value, cos, -sin) / stretch[:, None]
+    stretch = (wide(cos[:, :half]).square() + wide(sin[:, :half]).square()).repeat(len(value) // len(cos), 2)
+    return turned(value, cos, -sin) / stretch[:, None]
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """In fp32, or wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
