@@ -30,7 +30,9 @@ def norm_rotate_back(
     dq: Tensor, dk: Tensor, dv: Tensor, of: Two, rho: Tensor, cos: Tensor, sin: Tensor, weights: Two, out: Three
 ) -> None:
     """With g = w ∘ dn and ŷ = n / w: dy = ρ (g − ŷ mean(g ŷ))."""
-    for d, y, r, weight, to in zip((dq, dk), of, rho.split_with_sizes([dq.shape[1], dk.shape[1]], 1), weights, out, strict=False):
+    for d, y, r, weight, to in zip(
+        (dq, dk), of, rho.split_with_sizes([dq.shape[1], dk.shape[1]], 1), weights, out, strict=False
+    ):
         value = wide(d).transpose(1, 2).flatten(0, 1)  # (T, H, D)
         g = turned(value, cos, -sin) * wide(weight)
         unit = unturned(wide(y).view_as(value), cos, sin) / wide(weight)
