@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import lower_models as models
@@ -427,6 +431,15 @@ def test_weights_that_are_joined_again_are_the_same():
         assert group(members, True).deep is not None
         for member, weight in zip(members, want, strict=True):
             assert torch.equal(member.linear.weight, weight)
+
+
+def test_blocks_by_their_kernels():
+    pytest.importorskip("triton", reason="Triton is there on Linux only")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", Path(__file__).with_name("blocks_interpreted.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
 # ---- bytes kept for backward ----------------------------------------------------------------------------------------

@@ -266,9 +266,9 @@ def _some_back(
     counter = counts + tl.program_id(0)
     if is_last(counter, down):
         rho = gain + (GAINS - 1) * gain_row
-        ratio = tl.where(c_first == 0, 0.0, vector(rho, inside, WHOLE) / c_first)
+        ratio = tl.where(c_first == 0, 0.0, vector(rho, inside, WHOLE) / tl.where(c_first == 0, 1.0, c_first))
         tl.store(sums + near, ratio * total(parts, down, width, near, inside, 16), mask=inside)
-        ratio = tl.where(c_second == 0, 0.0, vector(rho + HALF, inside, WHOLE) / c_second)
+        ratio = tl.where(c_second == 0, 0.0, vector(rho + HALF, inside, WHOLE) / tl.where(c_second == 0, 1.0, c_second))
         tl.store(sums + near + HALF, ratio * total(parts, down, width, near + HALF, inside, 16), mask=inside)
         tl.store(counter, 0)
 
