@@ -31,6 +31,12 @@ def qwen2(**more: Any) -> nn.Module:
     return _made(transformers.Qwen2Config, transformers.Qwen2ForCausalLM, sliding | more)
 
 
+def qwen3(**more: Any) -> nn.Module:
+    """Norms each head of q and k; heads are wider than their share; the second block looks 4 tokens back."""
+    sliding = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1, "head_dim": 12}
+    return _made(transformers.Qwen3Config, transformers.Qwen3ForCausalLM, sliding | more)
+
+
 def _made(config: Any, kind: Any, more: dict[str, Any]) -> nn.Module:
     """The same on every call; norms and biases have values of their own."""
     more = dict(more)

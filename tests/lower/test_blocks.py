@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from lower_models import close, ids, llama, mistral, outcome, qwen2, stir
+from lower_models import close, ids, llama, mistral, outcome, qwen2, qwen3, stir
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -189,12 +189,38 @@ BATCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [llama, mistral, qwen2])
+@pytest.mark.parametrize("make", [llama, mistral, qwen2, qwen3])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_families_and_batches(make, attn):
     for method in (rs.LoRA(rank=3), rs.LoRA(rank=3, dora=True), rs.PaCA(rank=2)):
+        aside = make is qwen3 and getattr(method, "dora", False)
         for batch in ({}, *BATCHES.values()):
-            assert fused(check(*begun(method, make, attn=attn), **batch))
+            report = check(*begun(method, make, attn=attn), **batch)
+            assert fused(report) != aside
+            assert not aside or "its heads are normed, and DoRA" in str(report)
+
+
+def test_norms_of_heads():
+    """No gradient can be had of a head whose norm's weight is zero from what is left of it."""
+    model, run = begun(make=qwen3)
+    weight = model.model.layers[1].self_attn.k_norm.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[3] = 0
+    report = check(model, run)
+    assert len(report.blocks) == 1
+    assert "norm of its heads is zero" in str(report)
+    run.raise_()
+    with torch.no_grad():
+        weight.copy_(before)
+    report = run.lower()
+    hook = model.model.layers[0].self_attn.q_norm.register_forward_hook(lambda *_: None)
+    outcome(model, run)
+    assert "hooked" in report.aside["model.layers.0"]
+    hook.remove()
+    model.model.layers[0].self_attn.q_norm.weight.requires_grad_()
+    outcome(model, run)
+    assert "its norms train" in report.aside["model.layers.0"]
 
 
 @pytest.mark.parametrize(
@@ -766,7 +792,7 @@ def test_gradient_checkpointing():
     assert MORE in str(report)
 
 
-@pytest.mark.parametrize("make", [llama, mistral, qwen2])
+@pytest.mark.parametrize("make", [llama, mistral, qwen2, qwen3])
 def test_generate_and_caches(make):
     model, run = begun(make=make)
     plain = outcome(model, run, use_cache=True)

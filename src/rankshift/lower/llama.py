@@ -49,12 +49,14 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
     f"{_MODELS}.llama.modeling_llama.LlamaDecoderLayer": _no_window,
     f"{_MODELS}.mistral.modeling_mistral.MistralDecoderLayer": _window_of_config,
     f"{_MODELS}.qwen2.modeling_qwen2.Qwen2DecoderLayer": _window_of_layer,
+    f"{_MODELS}.qwen3.modeling_qwen3.Qwen3DecoderLayer": _window_of_layer,
 }
 """The blocks that are known, and what each tells its attention besides query, key, value and mask."""
 NORMS = {
     f"{_MODELS}.llama.modeling_llama.LlamaRMSNorm",
     f"{_MODELS}.mistral.modeling_mistral.MistralRMSNorm",
     f"{_MODELS}.qwen2.modeling_qwen2.Qwen2RMSNorm",
+    f"{_MODELS}.qwen3.modeling_qwen3.Qwen3RMSNorm",
 }
 """Their norms."""
 
@@ -109,6 +111,9 @@ def lowered(layer: nn.Module) -> nn.Module | str:
     for name in ("self_attn", "mlp"):
         if type(inner := getattr(layer, name)).__module__ != kind.__module__:
             return f"{name} is a {type(inner).__name__}, which transformers does not have there"
+    inner = [norm.weight for norm in _inner(layer.self_attn) if not norm.weight.is_meta]
+    if any(bool((weight == 0).any()) for weight in inner):
+        return "a weight of the norm of its heads is zero, and their gradients go by what it leaves of them"
     block = Block({}, FAMILIES[family], _ACTIVATIONS[acts])
     bases = _bases(block, _layers(layer))
     if isinstance(bases, str):
@@ -225,7 +230,9 @@ def _fused(
     """The block's output (T, K); see :func:`exit_`."""
     attention, (qkv, after, gate_up, down) = layer.self_attn, groups
     before, between = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-    q, k, v, x = entry(x, before, qkv, cos, sin, attention.head_dim, batch)
+    inner = _inner(attention)
+    heads = (_norm(inner[0]), _norm(inner[1])) if inner else None
+    q, k, v, x = entry(x, before, qkv, cos, sin, attention.head_dim, batch, heads)
     if cache is not None:
         k, v = cache.update(k, v, attention.layer_idx)
     here = vars(sys.modules[type(attention).__module__])
@@ -318,6 +325,11 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight, module.variance_epsilon)
 
 
+def _inner(attention: Any) -> tuple[Any, ...]:
+    """The norms of each head of q and of k, where there are some."""
+    return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether this is one of ``NORMS``."""
     return f"{type(module).__module__}.{type(module).__qualname__}" in NORMS
@@ -390,11 +402,11 @@ def _standing(layer: Any, block: Block) -> list[Base] | str:
     bases = _bases(block, modules)
     if isinstance(bases, str):
         return bases
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    norms = (layer.input_layernorm, layer.post_attention_layernorm, *_inner(attention))
     if any(norm.weight.requires_grad for norm in norms):
         return "its norms train"
     if not all(map(is_norm, norms)):
-        return f"its norms are {type(norms[0]).__name__} and {type(norms[1]).__name__}"
+        return f"its norms are {' and '.join(sorted({type(norm).__name__ for norm in norms}))}"
     acting = [adapter for module in modules if isinstance(module, Site) for adapter in module.acting()]
     if any(map(_hooked, (attention, layer.mlp, layer.mlp.act_fn, *norms, *modules, *acting))):
         return "a module inside it is hooked"
@@ -417,6 +429,8 @@ def _terms(layer: Any, bases: list[Base]) -> Groups | str:
     groups[-1].apart = block.memory is not None  # a block that runs again for its backward leaves out the last product
     if any(group.low and group.channels for group in groups):
         return "its layers have adapters of several kinds"
+    if groups[0].scaled and _inner(layer.self_attn):
+        return "its heads are normed, and DoRA stands before that"
     return groups[0], groups[1], groups[2], groups[3]
 
 

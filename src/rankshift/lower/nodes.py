@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankshift.lower.siblings import WIDEST, Group, gain_of, packed
+from rankshift.ops.head_norm import norm_rotate_, norm_rotate_back
 from rankshift.ops.rms_norm import add, add_back, norm, norm_back, pick
 from rankshift.ops.rotary import rotate_, rotate_back
 from rankshift.ops.skinny import weight_gradient
@@ -46,6 +47,9 @@ class Norm:
     def gradient(self, S: Tensor, x: Tensor) -> Tensor:
         """Sᵀ n, (R, K), for the norm n of x, where S has been multiplied by ρ."""
         return weight_gradient(S, x, self.weight, self.offset)
+
+
+Inner = tuple[Norm, Norm] | None
 
 
 def _keep(ctx: Any, *kinds: Sequence[Tensor]) -> None:
@@ -85,10 +89,14 @@ class _Normed(torch.autograd.Function):
 
 
 def entry(
-    x: Tensor, before: Norm, qkv: Group, cos: Tensor, sin: Tensor, head: int, batch: int
+    x: Tensor, before: Norm, qkv: Group, cos: Tensor, sin: Tensor, head: int, batch: int, inner: Inner = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q (batch, Hq, S, D), k and v (batch, Hk, S, D) of a block, and x (T, K) as it goes on past them."""
-    return _Entry.apply(x, before, qkv, cos, sin, head, batch, *qkv.factors)  # type: ignore[no-any-return, no-untyped-call]
+    """q (batch, Hq, S, D), k and v (batch, Hk, S, D) of a block, and x (T, K) as it goes on past them.
+
+    Args:
+        inner: norms of each head of q and of k, of which no weight is zero; not with DoRA on q, k or v.
+    """
+    return _Entry.apply(x, before, qkv, cos, sin, head, batch, inner, *qkv.factors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Entry(torch.autograd.Function):
@@ -102,27 +110,39 @@ class _Entry(torch.autograd.Function):
         sin: Tensor,
         head: int,
         batch: int,
+        inner: Inner,
         *factors: Tensor,
     ) -> tuple[Tensor, ...]:
         _, n, rstd = norm(x, before.weight, before.eps, before.offset)
         (factors,) = packed((qkv,), x)
         (q, k, v), lows, terms = qkv.forward(n, factors)
-        rotate_(q, k, v, cos, sin, (lows[0], lows[1], lows[2]), head=head, gain=gain_of(terms))
-        _keep(ctx, (x, rstd, cos, sin), qkv.weights, terms, (q, k, v) if qkv.scaled else ())
-        ctx.before, ctx.qkv = before, qkv
+        low = lows[0], lows[1], lows[2]
+        turned: tuple[Tensor, ...] = (q, k, v) if qkv.scaled else ()
+        if inner is None:
+            rotate_(q, k, v, cos, sin, low, head=head, gain=gain_of(terms))
+        else:
+            weights = inner[0].weight, inner[1].weight
+            turned = q, k, norm_rotate_(q, k, v, cos, sin, weights, inner[0].eps, low)
+        _keep(ctx, (x, rstd, cos, sin), qkv.weights, terms, turned)
+        ctx.before, ctx.qkv, ctx.inner = before, qkv, inner
         heads = (y.view(batch, -1, y.shape[1] // head, head).transpose(1, 2) for y in (q, k, v))
         return *heads, x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, residual: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        before, qkv = ctx.before, ctx.qkv
+        before, qkv, inner = ctx.before, ctx.qkv, ctx.inner
         (x, rstd, cos, sin), weights, terms, turned = _kept(ctx)
-        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[8:]
         dY = x.new_empty(x.shape[0], sum(qkv.widths))
-        out = dY.split_with_sizes(qkv.widths, 1)
-        of = (turned[0], turned[1], turned[2]) if turned else None
-        dm = rotate_back(dq, dk, dv, cos, sin, (out[0], out[1], out[2]), of, gain_of(terms))
+        dq_, dk_, dv_ = dY.split_with_sizes(qkv.widths, 1)
+        dm = None
+        if inner is None:
+            of = (turned[0], turned[1], turned[2]) if turned else None
+            dm = rotate_back(dq, dk, dv, cos, sin, (dq_, dk_, dv_), of, gain_of(terms))
+        else:
+            q, k, rho = turned
+            norm_rotate_back(dq, dk, dv, (q, k), rho, cos, sin, (inner[0].weight, inner[1].weight), (dq_, dk_, dv_))
         found: list[Tensor | None] = []
         low = Z = None
         if terms:
@@ -142,7 +162,7 @@ class _Entry(torch.autograd.Function):
                 wide, low = low, None
             dn, *more = qkv.back(dY, weights, wide)
             dx = norm_back(dn, x, rstd, before.weight, before.offset, low, residual.contiguous(), Z, more)
-        return (dx, *(None,) * 6, *found)
+        return (dx, *(None,) * 7, *found)
 
 
 def exit_(
