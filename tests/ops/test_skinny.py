@@ -414,7 +414,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankshift.ops.skinny.triton import _ACROSS, _ALONG, _BOTH, _GAINS, _PACK, _columns, _gains, _pack, _round, _rows
+from rankshift.ops.skinny.triton import _ACROSS, _ACROSS_FEW, _ALONG, _BOTH, _GAINS, _PACK
+from rankshift.ops.skinny.triton import _columns, _gains, _pack, _round, _rows
 
 def compiled(kernel, types, round, constants, num_warps):
     named = {kernel.arg_names[at[0]]: "constexpr" for at in constants if len(at) == 1}
@@ -453,7 +454,7 @@ for rank, (rows, columns, stages, warps, _) in _ALONG.items():
         types = [half] * 3 + ["*fp32"] * 2 + [half, "*i32"] + ["i32"] * 3
         checked(compiled(_rows, types, [(i,) for i in range(10)], values, warps), apart)
 
-for both, tiles in ((True, _BOTH), (False, _ACROSS)):
+for both, tiles in ((True, _BOTH), (False, _ACROSS), (False, _ACROSS_FEW)):
     for rank, (rows, columns, stages, warps, _) in tiles.items():
         values = constant(
             _columns, WIDTHS=(2048, 512, 512) if both else (2048,), r=rank * 3 // 4 if rank == 64 else rank, BOTH=both,

@@ -23,7 +23,9 @@ from rankshift.ops.launch import Launcher
 # by the padded rank: rows, columns, tiles on their way, warps, programs on a multiprocessor
 _ALONG = {16: (64, 128, 4, 4, 2), 32: (64, 128, 4, 4, 2), 64: (64, 128, 3, 4, 2), 128: (128, 64, 3, 8, 1)}
 _BOTH = {16: (64, 256, 4, 8, 1)}  # S and dB in one pass: wider ones have more to sum than to read
-_ACROSS = {16: (128, 64, 4, 4, 2), 32: (128, 64, 4, 4, 2), 64: (128, 64, 4, 8, 1), 128: (64, 128, 4, 8, 1)}
+_ACROSS = {16: (128, 64, 4, 4, 2), 32: (128, 64, 4, 4, 2), 64: (64, 128, 4, 8, 1), 128: (64, 128, 4, 8, 1)}
+_ACROSS_FEW = _ACROSS | {64: (128, 64, 4, 8, 1)}  # of one layer with few columns
+_FEW = 4096
 _MULTIPROCESSORS = 132
 _ALONE = 40  # times slower than all multiprocessors is one
 _ROUND = 64  # numbers that a thread sums at once
@@ -125,7 +127,7 @@ def _how_across(
     T: int, widths: tuple[int, ...], r: int, both: bool
 ) -> tuple[tuple[int, int, int], int, int, int, int, dict[str, Any]]:
     """The grid, a program's rows, how many parts of dB and of S and how many counters there are, and constants."""
-    rows, columns, stages, warps, _ = (_BOTH if both else _ACROSS)[_padded(r)]
+    rows, columns, stages, warps, _ = _tile_across(widths, r, both)
     length, down = _plan_across(T, widths, r, both)
     chunks, apart = [triton.cdiv(n, columns) for n in widths], down > 1
     across = sum(chunks)
@@ -137,6 +139,11 @@ def _how_across(
     }  # fmt: skip
     counted = (both or apart) * (down * len(widths) + across)
     return (across, down, 1), length, apart * down, both * across, counted, constants
+
+
+def _tile_across(widths: tuple[int, ...], r: int, both: bool) -> tuple[int, int, int, int, int]:
+    few = len(widths) == 1 and widths[0] <= _FEW
+    return (_BOTH if both else _ACROSS_FEW if few else _ACROSS)[_padded(r)]
 
 
 def _plan_along(T: int, widths: tuple[int, ...], r: int) -> tuple[int, list[int]]:
@@ -161,7 +168,7 @@ def _plan_along(T: int, widths: tuple[int, ...], r: int) -> tuple[int, list[int]
 
 def _plan_across(T: int, widths: tuple[int, ...], r: int, both: bool) -> tuple[int, int]:
     """How many rows a program of :func:`_columns` takes, and how many programs share the columns."""
-    rows, columns, _, _, each = (_BOTH if both else _ACROSS)[_padded(r)]
+    rows, columns, _, _, each = _tile_across(widths, r, both)
     chunks = [triton.cdiv(n, columns) for n in widths]
 
     def cost(length: int) -> int:
