@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lower_models as models
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rankshift as rs
 
@@ -18,8 +20,10 @@ METHODS = {
 }  # fmt: skip
 
 
-def gradients(method: rs.Method, base: str | None, dtype: torch.dtype, lower: bool) -> dict[str, Tensor]:
-    model = models.llama(dtype=torch.bfloat16, **SIZES).cuda()
+def gradients(
+    method: rs.Method, base: str | None, dtype: torch.dtype, lower: bool, make: Callable[..., nn.Module] = models.llama
+) -> dict[str, Tensor]:
+    model = make(dtype=torch.bfloat16, **SIZES).cuda()
     run = rs.attach(model, method, base=base, total_steps=4)
     models.stir(run)
     model.to(dtype)
@@ -34,9 +38,20 @@ def gradients(method: rs.Method, base: str | None, dtype: torch.dtype, lower: bo
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_are_as_near_to_float64(name: str, base: str | None) -> None:
     """Of a base in fewer bits, to those of the base that it was made of."""
-    method = METHODS[name]
-    truth = gradients(method, None, torch.float64, False)
-    own, fused = (gradients(method, base, torch.bfloat16, lower) for lower in (False, True))
+    compare(METHODS[name], base)
+
+
+@pytest.mark.parametrize("name", ["lora 16", "dora 16", "paca"])
+@pytest.mark.parametrize("make", [models.mistral, models.qwen2, models.qwen3])
+def test_families(name: str, make: Callable[..., nn.Module]) -> None:
+    if make is models.qwen3 and name == "dora 16":
+        pytest.skip("runs unfused")
+    compare(METHODS[name], None, make)
+
+
+def compare(method: rs.Method, base: str | None, make: Callable[..., nn.Module] = models.llama) -> None:
+    truth = gradients(method, None, torch.float64, False, make)
+    own, fused = (gradients(method, base, torch.bfloat16, lower, make) for lower in (False, True))
     for k, exact in truth.items():
         by_own, by_fused = (float((found[k] - exact).norm() / exact.norm()) for found in (own, fused))
         assert by_fused < 1.5 * by_own + 0.05, k
