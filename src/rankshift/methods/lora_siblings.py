@@ -49,7 +49,7 @@ class Siblings:
     def __init__(self, members: Sequence[LoRALayer]):
         self.members = list(members)
         self.round: Round | None = None
-        self.doubt: int | None = None  # the stamp of the first one when somebody did not take its Z
+        self.doubt: int | None = None  # the stamp of the first one in a round in which somebody did not take its Z
         for place, member in enumerate(self.members):
             member.siblings, member.place = self, place
 
@@ -70,8 +70,8 @@ class Siblings:
         if now is None or now.zs[place] is None or now.x is not x or not (compiled or _holds(now, layer)):
             if now is not None:
                 self.round = None
-                if not compiled:
-                    self.doubt = _stamp(self.members[0]) if self.doubt is None else self.doubt
+                if now.stamps and self.doubt is None:
+                    self.doubt = now.stamps[0][1]
             if place:
                 return None
             if self.doubt is not None and not compiled and self.doubt != _stamp(layer):
