@@ -31,6 +31,11 @@ def qwen2(**more: Any) -> nn.Module:
     return _made(transformers.Qwen2Config, transformers.Qwen2ForCausalLM, sliding | more)
 
 
+def gemma(**more: Any) -> nn.Module:
+    """Norms multiply by 1 + w; heads are wider than their share."""
+    return _made(transformers.GemmaConfig, transformers.GemmaForCausalLM, {"head_dim": 12} | more)
+
+
 def qwen3(**more: Any) -> nn.Module:
     """Norms each head of q and k; heads are wider than their share; the second block looks 4 tokens back."""
     sliding = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1, "head_dim": 12}

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from lower_models import close, ids, llama, mistral, outcome, qwen2, qwen3, stir
+from lower_models import close, gemma, ids, llama, mistral, outcome, qwen2, qwen3, stir
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -189,7 +189,7 @@ BATCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [llama, mistral, qwen2, qwen3])
+@pytest.mark.parametrize("make", [llama, mistral, gemma, qwen2, qwen3])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_families_and_batches(make, attn):
     for method in (rs.LoRA(rank=3), rs.LoRA(rank=3, dora=True), rs.PaCA(rank=2)):
@@ -792,7 +792,7 @@ def test_gradient_checkpointing():
     assert MORE in str(report)
 
 
-@pytest.mark.parametrize("make", [llama, mistral, qwen2, qwen3])
+@pytest.mark.parametrize("make", [llama, mistral, gemma, qwen2, qwen3])
 def test_generate_and_caches(make):
     model, run = begun(make=make)
     plain = outcome(model, run, use_cache=True)

@@ -11,7 +11,7 @@ import lower_models as models
 import pytest
 import torch
 import torch.distributed as dist
-from lower_models import close, ids, llama, mistral, outcome, qwen2, qwen3, stir
+from lower_models import close, gemma, ids, llama, mistral, outcome, qwen2, qwen3, stir
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -78,7 +78,7 @@ def test_gradients_are_the_same_bits(name, counts):
         assert not report.aside
 
 
-@pytest.mark.parametrize("make", [llama, mistral, qwen2, qwen3])
+@pytest.mark.parametrize("make", [llama, mistral, gemma, qwen2, qwen3])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_families_and_masks(make, attn):
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 5 + [0] * 4, [1] * 9])

@@ -42,7 +42,7 @@ def test_gradients_are_as_near_to_float64(name: str, base: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora 16", "dora 16", "paca"])
-@pytest.mark.parametrize("make", [models.mistral, models.qwen2, models.qwen3])
+@pytest.mark.parametrize("make", [models.mistral, models.gemma, models.qwen2, models.qwen3])
 def test_families(name: str, make: Callable[..., nn.Module]) -> None:
     if make is models.qwen3 and name == "dora 16":
         pytest.skip("runs unfused")

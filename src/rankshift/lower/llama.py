@@ -46,6 +46,7 @@ def _window_of_layer(attention: Any) -> dict[str, Any]:
 
 _MODELS = "transformers.models"
 FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    f"{_MODELS}.gemma.modeling_gemma.GemmaDecoderLayer": _no_window,
     f"{_MODELS}.llama.modeling_llama.LlamaDecoderLayer": _no_window,
     f"{_MODELS}.mistral.modeling_mistral.MistralDecoderLayer": _window_of_config,
     f"{_MODELS}.qwen2.modeling_qwen2.Qwen2DecoderLayer": _window_of_layer,
@@ -53,6 +54,7 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 """The blocks that are known, and what each tells its attention besides query, key, value and mask."""
 NORMS = {
+    f"{_MODELS}.gemma.modeling_gemma.GemmaRMSNorm",
     f"{_MODELS}.llama.modeling_llama.LlamaRMSNorm",
     f"{_MODELS}.mistral.modeling_mistral.MistralRMSNorm",
     f"{_MODELS}.qwen2.modeling_qwen2.Qwen2RMSNorm",
@@ -322,7 +324,9 @@ def _say_once(why: str) -> None:
 
 
 def _norm(module: Any) -> Norm:
-    return Norm(module.weight, module.variance_epsilon)
+    if hasattr(module, "variance_epsilon"):
+        return Norm(module.weight, module.variance_epsilon)
+    return Norm(module.weight, module.eps, 1.0)  # Gemma's
 
 
 def _inner(attention: Any) -> tuple[Any, ...]:
