@@ -379,9 +379,12 @@ def test_as_many_parts_as_there_may_be(r: int, plan: tuple[int, int], monkeypatc
 
 @kernels
 @pytest.mark.usefixtures("_on_the_cpu")
-@pytest.mark.parametrize("K", [70, 512])
+@pytest.mark.parametrize(("K", "tall"), [(70, 1), (70, 4224), (512, 30)])
 @pytest.mark.parametrize("r", [1, 5, 16, 24, 100])
-def test_gains_by_the_kernel(r: int, K: int) -> None:
+def test_gains_by_the_kernel(r: int, K: int, tall: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankshift.ops.skinny import triton
+
+    monkeypatch.setattr(triton, "_TALL", tall)
     for widths, scaled, biased in (*SCALED, ((64, 32), (True, True), (False, True)), ((33,), (True,), (True,))):
         W, A, B, magnitudes, biases = dora(widths, scaled, biased, K, r, HALF)
         exact = [None if t is None else t.double() for t in (*magnitudes, *biases)]
@@ -414,7 +417,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankshift.ops.skinny.triton import _ACROSS, _ACROSS_FEW, _ALONG, _BOTH, _GAINS, _PACK
+from rankshift.ops.skinny.triton import _ACROSS, _ACROSS_FEW, _ALONG, _BOTH, _GAINS, _GAINS_TALL, _PACK
 from rankshift.ops.skinny.triton import _columns, _gains, _pack, _round, _rows
 
 def compiled(kernel, types, round, constants, num_warps):
@@ -464,7 +467,7 @@ for both, tiles in ((True, _BOTH), (False, _ACROSS), (False, _ACROSS_FEW)):
         types = ["*bf16"] * 4 + ["*fp32"] * 4 + ["*bf16"] * 2 + ["*i32"] + ["i32"] * 6 + ["fp32"] * 2
         checked(compiled(_columns, types, [(i,) for i in range(17)], values, warps), True)
 
-for rank, (rows, columns, stages, warps) in _GAINS.items():
+for rank, (rows, columns, stages, warps) in (*_GAINS.items(), *_GAINS_TALL.items()):
     values = constant(
         _gains, WIDTHS=(2048, 512, 512), SCALED=(True, False, True), BIASED=(True, False, False), r=rank, GAINS=3,
         EVEN=True, ROWS=rows, COLUMNS=columns, STAGES=stages,

@@ -31,6 +31,8 @@ _ALONE = 40  # times slower than all multiprocessors is one
 _ROUND = 64  # numbers that a thread sums at once
 _PACK = {"SIZE": 2048, "num_warps": 8}
 _GAINS = {16: (16, 256, 4, 4), 32: (16, 256, 3, 4), 64: (32, 128, 3, 4), 128: (32, 128, 3, 8)}  # all but programs
+_GAINS_TALL = _GAINS | {16: (32, 256, 4, 8), 32: (32, 256, 3, 8)}  # of so many rows that all multiprocessors have some
+_TALL = 32 * _MULTIPROCESSORS
 
 
 def down_back(
@@ -206,11 +208,11 @@ def gains(
     r, device = B.shape[1], B.device
     biased = any(bias is not None for bias in biases)
     gain = torch.empty(2 + biased, len(B), dtype=torch.float32, device=device)
-    rows, columns, stages, warps = _GAINS[_padded(r)]
     apart, at = len(A) > r, 0
     for i, W in enumerate(weights):
         span = slice(i, i + 1) if len(weights) > 1 else slice(len(widths))
         own, here = widths[span], slice(at, at + len(W))
+        rows, columns, stages, warps = (_GAINS_TALL if len(W) >= _TALL else _GAINS)[_padded(r)]
         at += len(W)
         tensors = (W, A[i * r :] if apart else A, B[here], gain[:, here])
         given = [tuple([gain if t is None else t for t in some[span]]) for some in (magnitudes, biases)]
