@@ -40,11 +40,12 @@ def run(
     x: Tensor, group: list[tuple], order: Sequence[int] = (0, 1, 2), dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """The outputs in the order in which they are computed."""
-    inner, zs = down(x, dtype or x.dtype, [layer[1] for layer in group], [layer[3] for layer in group])
+    _, As, Bs, scales, _ = zip(*group, strict=True)
+    inner, zs, cast = down(x, dtype or x.dtype, As, Bs, scales)
     ys = []
     for i in order:
         W, _, B, s, bias = group[i]
-        y, inner = up(inner, zs[i], B, s, bias, Plain(), (W,), i == order[-1] and len(order) == len(group))
+        y, inner = up(inner, zs[i], B, cast[i], s, bias, Plain(), (W,), i == order[-1] and len(order) == len(group))
         ys.append(y.view(*x.shape[:-1], W.shape[0]))
     return ys
 
@@ -151,10 +152,10 @@ def test_other_storages(kind: str) -> None:
         for layout, tensors in (held(seeded(m, n, seed=i, dtype=torch.float32)) for i in (1, 2))
     ]
     As, Bs = ([seeded(*s, seed=9 + i, dtype=torch.float32, grad=True) for i in range(2)] for s in ((r, n), (m, r)))
-    inner, zs = down(x, torch.float32, As, [0.5, 0.5])
+    inner, zs, cast = down(x, torch.float32, As, Bs, [0.5, 0.5])
     together = []
     for i, (format, tensors) in enumerate(packs):
-        y, inner = up(inner, zs[i], Bs[i], 0.5, None, format, tensors, i == 1)
+        y, inner = up(inner, zs[i], Bs[i], cast[i], 0.5, None, format, tensors, i == 1)
         together.append(y)
     apart = [lora_linear(x, A, B, 0.5, None, f, p, "f1", "b1s") for A, B, (f, p) in zip(As, Bs, packs, strict=True)]
     same(together, apart, 1e-5)
@@ -222,7 +223,8 @@ def test_frozen_factors_keep_no_input() -> None:
 
 def test_it_is_told_when_it_is_spent() -> None:
     spent, x, group = Spent(), seeded(4, 7, grad=True), layers(7, ("AB", "AB", "AB"))
-    _, zs = down(x, x.dtype, [layer[1] for layer in group], SCALES, spent)
+    _, As, Bs, scales, _ = zip(*group, strict=True)
+    _, zs, _ = down(x, x.dtype, As, Bs, scales, spent)
     assert not spent.yes
     zs[1].sum().backward()
     assert spent.yes

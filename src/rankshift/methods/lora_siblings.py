@@ -33,11 +33,11 @@ SMALL = (("f1", "b1"), ("f1", "b1s"))
 class Round:
     """One forward of a group, from its first layer to its last."""
 
-    def __init__(self, x: Tensor, inner: Tensor, zs: Sequence[Tensor], Bs: Sequence[Tensor], spent: Spent | None):
+    def __init__(self, x: Tensor, inner: Tensor, zs: list[Tensor], spent: Spent | None):
         self.x = x
         self.inner = inner  # (b, in), as the next one multiplies it
         self.zs: list[Tensor | None] = list(zs)  # of those that did not come yet
-        self.Bs = Bs
+        self.Bs: Sequence[tuple[Tensor, Tensor]] = ()  # of each, and as it is multiplied
         self.spent = spent
         self.left = len(self.zs)
         self.stamps: list[tuple[int, int]] = []  # of x and the factors of each; not in compiled code
@@ -86,7 +86,8 @@ class Siblings:
         now.left -= 1
         self.round = now if now.left else None
         base = layer.base
-        y, now.inner = up(now.inner, z, now.Bs[place], layer.scale, bias, base.format, base.packed, not now.left)
+        B, cast = now.Bs[place]
+        y, now.inner = up(now.inner, z, B, cast, layer.scale, bias, base.format, base.packed, not now.left)
         return delivered(y.view(*x.shape[:-1], y.shape[1]), x)
 
     def _begin(self, x: Tensor) -> Round | None:
@@ -107,8 +108,9 @@ class Siblings:
             Bs.append(B)
         compiled = torch.compiler.is_compiling()
         spent = None if compiled else Spent()
-        inner, zs = down(x, dtype, As, [member.scale for member in self.members], spent)
-        begun = Round(x, inner, zs, Bs, spent)
+        inner, zs, cast = down(x, dtype, As, Bs, [member.scale for member in self.members], spent)
+        begun = Round(x, inner, zs, spent)
+        begun.Bs = list(zip(Bs, cast, strict=True))
         if not compiled:
             begun.stamps = [(x._version, _stamp(member)) for member in self.members]
         return begun

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,15 @@ def scaled(tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     if scale == 1 or tensor.dtype == dtype or torch.compiler.is_compiling():
         return (tensor if scale == 1 else scale * tensor).to(dtype)
     return torch.mul(tensor, scale, out=torch.empty_like(tensor, dtype=dtype))
+
+
+def ready(factors: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> list[Tensor]:
+    """scale · tensor of some of them in ``dtype``; compiled, one kernel casts all."""
+    if torch.compiler.is_compiling() and any(tensor.dtype != dtype for tensor, _ in factors):
+        flat = torch.cat([(t if scale == 1 else scale * t).reshape(-1) for t, scale in factors]).to(dtype)
+        parts = flat.split_with_sizes([t.numel() for t, _ in factors])
+        return [part.view(t.shape) for part, (t, _) in zip(parts, factors, strict=True)]
+    return [scaled(tensor, scale, dtype) for tensor, scale in factors]
 
 
 def into(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from rankshift.core.base import Format
 from rankshift.ops.lora_linear.order import LOW_PRECISION, SAVES_Z, Backward, Forward, choose
-from rankshift.ops.products import accumulate, compute_dtype, delivered, into, scaled
+from rankshift.ops.products import accumulate, compute_dtype, delivered, into, ready, scaled
 
 
 def lora_linear(
@@ -74,7 +74,7 @@ class _LoRALinear(torch.autograd.Function):
         format: Format,
         *packed: Tensor,
     ) -> Tensor:
-        sA, Bc = scaled(A, scale, x.dtype), B.to(x.dtype)
+        sA, Bc = ready([(A, scale), (B, 1.0)], x.dtype)
         keep_z = train_b and backward in SAVES_Z
         z = x @ sA.t() if forward == "f1" or keep_z else None  # (b, r)
         if forward == "f1":
@@ -101,7 +101,8 @@ class _LoRALinear(torch.autograd.Function):
             dB = into(G, scaled(A, scale, dtype).t(), B.dtype) if need_B else None
         else:
             if need_A or (need_x and small):
-                S = dY @ scaled(B, scale, dtype)  # (b, r)
+                sB, *cast = ready([(B, scale), (A, 1.0)] if need_x and small else [(B, scale)], dtype)
+                S = dY @ sB  # (b, r)
             if need_A:
                 assert S is not None
                 dA = into(S.t(), x, A.dtype)
@@ -111,9 +112,9 @@ class _LoRALinear(torch.autograd.Function):
             if small:
                 assert S is not None
                 if _small_first(ctx.format, dtype):
-                    dX = accumulate(S @ A.to(dtype), dY, ctx.format.dense(*packed).to(dtype))
+                    dX = accumulate(S @ cast[0], dY, ctx.format.dense(*packed).to(dtype))
                 else:
-                    dX = accumulate(ctx.format.back(dY, *packed), S, A.to(dtype))
+                    dX = accumulate(ctx.format.back(dY, *packed), S, cast[0])
             else:
                 dX = dY @ ctx.format.merged(B.to(dtype), scaled(A, scale, dtype), *packed)
         dbias = dY.sum(0) if need_bias else None

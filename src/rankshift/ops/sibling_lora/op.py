@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from rankshift.core.base import Format
 from rankshift.ops.lora_linear.op import spread
-from rankshift.ops.products import accumulate, added, compute_dtype, into, scaled
+from rankshift.ops.products import accumulate, added, compute_dtype, into, ready, scaled
 
 
 class Spent:
@@ -36,26 +36,35 @@ class Spent:
 
 
 def down(
-    x: Tensor, dtype: torch.dtype, factors: Sequence[Tensor], scales: Sequence[float], spent: Spent | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """x (…, in), A_i (r_i, in) → x as (b, in) in ``dtype``, for the first :func:`up`, and z_i (b, r_i) for each.
+    x: Tensor,
+    dtype: torch.dtype,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    spent: Spent | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """x (…, in), A_i (r_i, in), B_i → x as (b, in) in ``dtype``, for the first :func:`up`, and of each layer z_i
+    (b, r_i) and B_i in ``dtype``.
 
     ``spent`` is told when the backward has run.
     """
     _, uncast = compute_dtype(x)
     graph = torch.is_grad_enabled()
-    keep = graph and any(A.requires_grad for A in factors)
+    keep = graph and any(A.requires_grad for A in As)
     with uncast:
+        with torch.no_grad():
+            sA, cast = _below(As, Bs, scales, dtype)
         x = x.reshape(-1, x.shape[-1]).to(dtype)
         hand = graph and x.requires_grad
-        out = _Down.apply(x, tuple(scales), keep, hand, spent, *factors)  # type: ignore[no-untyped-call]
-    return (out[0], list(out[1:])) if hand else (x, list(out))
+        out = _Down.apply(x, sA, keep, hand, spent, *As)  # type: ignore[no-untyped-call]
+    return (out[0], list(out[1:]), cast) if hand else (x, list(out), cast)
 
 
 def up(
     x: Tensor,
     z: Tensor,
     B: Tensor,
+    cast: Tensor,
     scale: float,
     bias: Tensor | None,
     format: Format,
@@ -64,23 +73,29 @@ def up(
 ) -> tuple[Tensor, Tensor]:
     """x (b, in), z (b, r), B (out, r), bias (out,) → y (b, out), and x for the one after it unless this is the last.
 
-    ``packed`` holds the frozen (out, in) weight in some ``format``.
+    ``cast`` is B as it is multiplied. ``packed`` holds the frozen (out, in) weight in some ``format``.
     """
     _, uncast = compute_dtype(x)
     graph = torch.is_grad_enabled()
     hand = graph and x.requires_grad and not last
     with uncast:
         out = _Up.apply(  # type: ignore[no-untyped-call]
-            x, z, B, bias, scale, graph and B.requires_grad, hand, format, *packed
+            x, z, B, bias, cast, scale, graph and B.requires_grad, hand, format, *packed
         )
     return out if hand else (out, x)
 
 
-def _below(factors: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """s_i A_i one below the other, (Σ r_i, in)."""
+def _below(
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor]]:
+    """s_i A_i one below the other, (Σ r_i, in), and each B_i, in ``dtype``."""
     if len(set(scales)) == 1:
-        return scaled(torch.cat(list(factors)) if len(factors) > 1 else factors[0], scales[0], dtype)
-    return torch.cat([scaled(A, s, dtype) for A, s in zip(factors, scales, strict=True)])
+        whole, *cast = ready([(torch.cat(list(As)), scales[0]), *((B.detach(), 1.0) for B in Bs)], dtype)
+        return whole, cast
+    return torch.cat([scaled(A, s, dtype) for A, s in zip(As, scales, strict=True)]), [B.detach().to(dtype) for B in Bs]
 
 
 class _Down(torch.autograd.Function):
@@ -88,13 +103,13 @@ class _Down(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         x: Tensor,  # (b, in)
-        scales: tuple[float, ...],
+        sA: Tensor,  # (Σ r_i, in)
         keep: bool,
         hand: bool,
         spent: Spent | None,
         *factors: Tensor,
     ) -> tuple[Tensor, ...]:
-        z = x @ _below(factors, scales, x.dtype).t()
+        z = x @ sA.t()
         ctx.save_for_backward(x if keep else None, *factors)
         ctx.hand, ctx.spent, ctx.dtype = hand, spent, x.dtype
         ctx.set_materialize_grads(False)
@@ -114,7 +129,7 @@ class _Down(torch.autograd.Function):
             S = torch.cat([parts[i] for i in here], 1)  # type: ignore[misc]
             ranks = [factors[i].shape[0] for i in here]
             if ctx.needs_input_grad[0]:
-                A = _below([factors[i] for i in here], [1.0] * len(here), ctx.dtype)
+                A = torch.cat([factors[i] for i in here]).to(ctx.dtype)
                 dX = S @ A if dX is None else accumulate(dX, S, A)
             if any(ctx.needs_input_grad[5 + i] for i in here):
                 rows = into(S.t(), x, factors[here[0]].dtype).split_with_sizes(ranks)
@@ -131,13 +146,14 @@ class _Up(torch.autograd.Function):
         z: Tensor,  # (b, r)
         B: Tensor,
         bias: Tensor | None,
+        cast: Tensor,
         scale: float,
         keep: bool,
         hand: bool,
         format: Format,
         *packed: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        y = spread(x, z, B.to(x.dtype), bias, format, packed)
+        y = spread(x, z, cast, bias, format, packed)
         ctx.save_for_backward(z if keep else None, B, *packed)
         ctx.scale, ctx.format = scale, format
         ctx.set_materialize_grads(False)
