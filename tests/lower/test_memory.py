@@ -218,9 +218,9 @@ class Entry:
                 del self.ledger.alive[self.key]
 
 
-def saved(counts, length, method="lora", layers=4, **more):
+def saved(counts, length, method="lora", layers=4, make=llama, **more):
     """Bytes kept when the forward is over, and at most; and the sizes that the plan was made of."""
-    model, run = begun(METHODS[method], num_hidden_layers=layers, max_position_embeddings=256, **more)
+    model, run = begun(METHODS[method], make, num_hidden_layers=layers, max_position_embeddings=256, **more)
     report = run.lower(memory_budget="auto")
     force(report, counts)
     batch = {"input_ids": ids(length=length)}
@@ -242,11 +242,14 @@ def grown(counts, **how):
     return (c - a) / 300, (d - b) / 300, sizes
 
 
-@pytest.mark.parametrize("method", ["lora", "paca", "vera", "dora", "dora-some"])
+@pytest.mark.parametrize(
+    ("method", "make"), [(name, llama) for name in ("lora", "paca", "vera", "dora", "dora-some")] + [("lora", qwen3)]
+)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_a_block_keeps(policy, method):
+def test_what_a_block_keeps(policy, method, make):
     for dtype in DTYPES:
-        more = {"num_key_value_heads": 4, "dtype": dtype}
+        more = {"num_key_value_heads": 4, "dtype": dtype, "make": make}
+        more |= {"use_sliding_window": False} if make is qwen3 else {}
         at = POLICIES.index(policy)
         few, many = (grown(tuple(n * (i == at) for i in range(4)), method=method, layers=n, **more)[0] for n in (2, 4))
         sizes = saved(COUNTS[policy], 8, method=method, layers=2, **more)[2]

@@ -263,7 +263,8 @@ def _policy(
     how = attention.config._attn_implementation
 
     def needed() -> Sizes:
-        return sizes(batch, x, groups, attention.head_dim, mask is not None, how, memory.words, memory.lazy)
+        inner = bool(_inner(attention))
+        return sizes(batch, x, groups, attention.head_dim, mask is not None, how, memory.words, memory.lazy, inner)
 
     return memory.policy(block.index, layer, needed)
 

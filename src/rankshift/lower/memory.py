@@ -80,6 +80,7 @@ class Sizes:
     picked: int  # channels of h that are kept
     unpacked: int  # bytes of the largest weight that is unpacked, of all tokens
     scaled: tuple[bool, bool] = (False, False)  # whether o and down have magnitudes: their products are kept then
+    normed: int = 0  # heads of q and k that are normed
     apart: bool = False  # gate and up are two products
     head: int = 0  # words of the vocabulary
     lazy: bool = True  # the loss is taken without all logits
@@ -99,7 +100,7 @@ class Sizes:
             return 0
         if policy == "block":
             return e * self.width
-        found = e * (2 * self.width + 2 * self.queries + 2 * self.keys) + self.attended + 2 * wide
+        found = e * (2 * self.width + 2 * self.queries + 2 * self.keys) + self.attended + (2 + self.normed) * wide
         found += e * (sum(self.low) + self.picked + sum(self.scaled) * self.width)
         return found + (2 * e * self.hidden if policy == "keep" else -e * self.low[2])
 
@@ -158,8 +159,9 @@ class Sizes:
 
 
 def sizes(
-    batch: int, x: Tensor, groups: Groups, head: int, masked: bool, attention: str, words: int = 0, lazy: bool = True
-) -> Sizes:
+    batch: int, x: Tensor, groups: Groups, head: int, masked: bool, attention: str, words: int = 0, lazy: bool = True,
+    normed: bool = False,
+) -> Sizes:  # fmt: skip
     """Those of a block.
 
     Args:
@@ -171,6 +173,7 @@ def sizes(
         attention: which implementation of transformers.
         words: of the vocabulary; 0 without a head.
         lazy: the loss is taken without all logits.
+        normed: each head of q and k is.
     """
     qkv, after, gate_up, down = groups
     queries, keys, _ = qkv.widths
@@ -181,7 +184,7 @@ def sizes(
         hidden=gate_up.widths[0], heads=queries // head,
         repeated=keys < queries and (attention == "eager" or (attention == "sdpa" and masked)),
         weighed=attention == "eager", low=(low[0], low[1], low[2], low[3]),
-        apart=isinstance(gate_up.bases[0].format, Plain)
+        normed=(queries + keys) // head * normed, apart=isinstance(gate_up.bases[0].format, Plain)
         and joined([base.format for base in gate_up.bases], gate_up.packed) is None,
         picked=sum(map(len, down.channels)), scaled=(after.scaled, down.scaled),
         unpacked=max(packed, default=0) * x.element_size(), head=words, lazy=lazy,
