@@ -126,8 +126,8 @@ def test_factors_wider_than_the_layer(autocast: bool) -> None:
     wide = x.detach().to(torch.bfloat16).double().requires_grad_()
     dys = [seeded(b, len(layer[0]), seed=30 + i, dtype=torch.bfloat16) for i, layer in enumerate(group)]
     leaves = [x, *(t for layer in group for t in layer[1:3])]
+    together = run(x, group, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        together = run(x, group, dtype=torch.bfloat16)
         apart = [lora_linear(x, A, B, s, bias, Plain(), (W,)) for W, A, B, s, bias in group]
     assert [y.dtype for y in together] == [torch.bfloat16] * 3
     wanted = sibling_lora(wide, exact)

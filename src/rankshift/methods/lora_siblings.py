@@ -33,14 +33,31 @@ SMALL = (("f1", "b1"), ("f1", "b1s"))
 class Round:
     """One forward of a group, from its first layer to its last."""
 
-    def __init__(self, x: Tensor, inner: Tensor, zs: list[Tensor], spent: Spent | None):
-        self.x = x
-        self.inner = inner  # (b, in), as the next one multiplies it
-        self.zs: list[Tensor | None] = list(zs)  # of those that did not come yet
-        self.Bs: Sequence[tuple[Tensor, Tensor]] = ()  # of each, and as it is multiplied
-        self.spent = spent
-        self.left = len(self.zs)
-        self.stamps: list[tuple[int, int]] = []  # of x and the factors of each; not in compiled code
+    inner: Tensor  # x as the next one multiplies it, (b, in)
+    cast: Sequence[Tensor]  # the B's likewise
+    spent: Spent | None = None
+    version: int = 0  # of x
+    stamps: Sequence[int] = ()  # of the factors of each; not in compiled code, whose rounds are whole
+
+    def __init__(self, x: Tensor, Bs: Sequence[Tensor]):
+        self.x, self.Bs, self.left = x, Bs, len(Bs)
+        self.zs: list[Tensor | None] = []  # of those that did not come yet
+
+    def serves(self, layer: LoRALayer, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether there is a Z for a layer, and it is what the layer would compute."""
+        if self.x is not x or self.zs[layer.place] is None or self.inner.dtype != dtype:
+            return False
+        if self.spent is None or torch.compiler.is_compiling():
+            return True
+        return not self.spent.yes and self.version == x._version and self.stamps[layer.place] == _stamp(layer)
+
+    def taken(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Z, B and B as it is multiplied, of one that will not come again."""
+        z = self.zs[place]
+        assert z is not None
+        self.zs[place] = None
+        self.left -= 1
+        return z, self.Bs[place], self.cast[place]
 
 
 class Siblings:
@@ -63,65 +80,58 @@ class Siblings:
 
     def run(self, layer: LoRALayer, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """W x + s·B(A x) + bias of one of them; None if it has to compute alone."""
-        place, compiled = layer.place, torch.compiler.is_compiling()
+        place, base, compiled = layer.place, layer.base, torch.compiler.is_compiling()
         if self.members[place] is not layer:
             return None  # a copy of it, as nn.DataParallel makes
+        dtype, uncast = compute_dtype(x, base.format)
         now = self.round
-        if now is None or now.zs[place] is None or now.x is not x or not (compiled or _holds(now, layer)):
+        if now is None or not now.serves(layer, x, dtype):
             if now is not None:
                 self.round = None
                 if now.stamps and self.doubt is None:
-                    self.doubt = now.stamps[0][1]
+                    self.doubt = now.stamps[0]
             if place:
                 return None
             if self.doubt is not None and not compiled and self.doubt != _stamp(layer):
                 self.part()
                 return None
-            now = self._begin(x)
+            with uncast:
+                now = self._begin(x, dtype)
             if now is None:
                 return None
-        z = now.zs[place]
-        assert z is not None
-        now.zs[place] = None
-        now.left -= 1
+        z, B, cast = now.taken(place)
         self.round = now if now.left else None
-        base = layer.base
-        B, cast = now.Bs[place]
-        y, now.inner = up(now.inner, z, B, cast, layer.scale, bias, base.format, base.packed, not now.left)
+        with uncast:
+            y, now.inner = up(now.inner, z, B, cast, layer.scale, bias, base.format, base.packed, not now.left)
         return delivered(y.view(*x.shape[:-1], y.shape[1]), x)
 
-    def _begin(self, x: Tensor) -> Round | None:
+    def _begin(self, x: Tensor, dtype: torch.dtype) -> Round | None:
         """Z of all; None if one of them could not take it now."""
-        tokens, dtype = x.shape[:-1].numel(), compute_dtype(x, self.members[0].base.format)[0]
+        tokens, computes = x.shape[:-1].numel(), self.members[0].base.format.computes
         As, Bs = [], []
         for member in self.members:
             A, B = member.factors()
-            if not member.fused or shard.is_sharded(A) or A.device != x.device:
-                return None
-            if compute_dtype(x, member.base.format)[0] != dtype:
+            format = member.base.format
+            if not member.fused or shard.is_sharded(A) or A.device != x.device or format.computes != computes:
                 return None
             needs = x.requires_grad, A.requires_grad, B.requires_grad
             sizes = tokens, member.in_features, member.out_features, A.shape[0]
-            if choose(*sizes, dtype, *needs, adds=member.base.format.adds) not in SMALL:
+            if choose(*sizes, dtype, *needs, adds=format.adds) not in SMALL:
                 return None
             As.append(A)
             Bs.append(B)
-        compiled = torch.compiler.is_compiling()
-        spent = None if compiled else Spent()
-        inner, zs, cast = down(x, dtype, As, Bs, [member.scale for member in self.members], spent)
-        begun = Round(x, inner, zs, spent)
-        begun.Bs = list(zip(Bs, cast, strict=True))
-        if not compiled:
-            begun.stamps = [(x._version, _stamp(member)) for member in self.members]
-        return begun
-
-
-def _holds(now: Round, layer: LoRALayer) -> bool:
-    """Whether a layer's Z is still what it would compute."""
-    spent = now.spent is not None and now.spent.yes
-    return not spent and now.stamps[layer.place] == (now.x._version, _stamp(layer))
+        now = Round(x, Bs)
+        if not torch.compiler.is_compiling():
+            now.spent, now.version, now.stamps = Spent(), x._version, [_stamp(member) for member in self.members]
+        now.inner, zs, now.cast = down(x, dtype, As, Bs, [member.scale for member in self.members], now.spent)
+        now.zs += zs
+        return now
 
 
 def _stamp(layer: LoRALayer) -> int:
     """A number that grows when a factor of a layer is written to."""
-    return sum(p._version for p in layer._parameters.values() if p is not None)
+    stamp = 0
+    for parameter in layer._parameters.values():
+        if parameter is not None:
+            stamp += parameter._version
+    return stamp

@@ -13,6 +13,8 @@ are left to whatever reads them next.
 
 S_i = s_i dY_i B_i is what comes back for z_i: the gradient not of z_i but of x A_iᵀ. So dX = Σ dY_i W_i + S A,
 dA = Sᵀ x, dB_i = dY_iᵀ z_i, and scales go into factors as they are cast: no kernel scales a gradient.
+
+Both are called where autocast is off, in ``compute_dtype``'s block.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from rankshift.core.base import Format
 from rankshift.ops.lora_linear.op import spread
-from rankshift.ops.products import accumulate, added, compute_dtype, into, ready, scaled
+from rankshift.ops.products import accumulate, added, into, ready, scaled
 
 
 class Spent:
@@ -48,15 +50,13 @@ def down(
 
     ``spent`` is told when the backward has run.
     """
-    _, uncast = compute_dtype(x)
     graph = torch.is_grad_enabled()
     keep = graph and any(A.requires_grad for A in As)
-    with uncast:
-        with torch.no_grad():
-            sA, cast = _below(As, Bs, scales, dtype)
-        x = x.reshape(-1, x.shape[-1]).to(dtype)
-        hand = graph and x.requires_grad
-        out = _Down.apply(x, sA, keep, hand, spent, *As)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        sA, cast = _below(As, Bs, scales, dtype)
+    x = x.reshape(-1, x.shape[-1]).to(dtype)
+    hand = graph and x.requires_grad
+    out = _Down.apply(x, sA, keep, hand, spent, *As)  # type: ignore[no-untyped-call]
     return (out[0], list(out[1:]), cast) if hand else (x, list(out), cast)
 
 
@@ -75,13 +75,11 @@ def up(
 
     ``cast`` is B as it is multiplied. ``packed`` holds the frozen (out, in) weight in some ``format``.
     """
-    _, uncast = compute_dtype(x)
     graph = torch.is_grad_enabled()
     hand = graph and x.requires_grad and not last
-    with uncast:
-        out = _Up.apply(  # type: ignore[no-untyped-call]
-            x, z, B, bias, cast, scale, graph and B.requires_grad, hand, format, *packed
-        )
+    out = _Up.apply(  # type: ignore[no-untyped-call]
+        x, z, B, bias, cast, scale, graph and B.requires_grad, hand, format, *packed
+    )
     return out if hand else (out, x)
 
 
