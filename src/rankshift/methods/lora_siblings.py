@@ -7,7 +7,7 @@ was not called before it; so the worst that a wrong guess costs is Z of layers t
 the next update, when the group parts for good. (Not before: between a forward and its recomputation in backward nothing
 may change. Compiled code cannot see updates, and a group that is wrong stays there.)
 
-Without gradients every layer computes alone.
+Without gradients every layer computes alone. With them siblings have one graph, whose backward runs once.
 """
 
 from __future__ import annotations
