@@ -244,6 +244,16 @@ def test_dropout_composes_each_layer_while_training(downs: list[int]) -> None:
     assert downs == [3, 2, 3, 2]
 
 
+def test_a_sibling_that_composes_its_layer_keeps_the_others_alone(downs: list[int]) -> None:
+    ends = []
+    for alone in (False, True):
+        net, run = attached(alone=alone)
+        net.blocks[0].attn.k_proj.weight.requires_grad_(True)  # type: ignore[union-attr]
+        ends.append([*results(net, run, inputs()), net.blocks[0].attn.k_proj.weight.grad])  # type: ignore[union-attr]
+    same(*ends)
+    assert downs == [2, 3, 2]
+
+
 def test_autocast(downs: list[int]) -> None:
     """The input is cast once for all, and stays once for backward."""
     (net, run), (other, lone) = attached(dtype=torch.float32), attached(alone=True, dtype=torch.float32)
@@ -575,6 +585,19 @@ def test_compiled_it_is_one_graph(name: str, whole: bool, monkeypatch: pytest.Mo
     assert not torch._dynamo.utils.counters["graph_break"]
     assert len(groups(run)) == 4
     assert empty(run)
+
+
+def test_compiled_around_checkpoints_every_layer_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recomputed is a graph inside the graph, out of which nothing can be written."""
+    monkeypatch.setattr(lora_siblings, "down", down)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    (net, run), (other, lone) = attached(), attached(alone=True)
+    net.how = HOWS["checkpoint"]
+    call = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        same(results(call, run, inputs(step)), results(other, lone, inputs(step)), 1e-9)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("how", ["plain", "checkpoint"])

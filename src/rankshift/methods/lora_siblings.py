@@ -5,7 +5,8 @@ to be called computes Z of all, and each of the others takes its own if it is gi
 last one leaves nothing behind. A layer that is given another tensor computes alone, as does one of a group whose first
 was not called before it; so the worst that a wrong guess costs is Z of layers that do not take it, and that only until
 the next update, when the group parts for good. (Not before: between a forward and its recomputation in backward nothing
-may change. Compiled code cannot see updates, and a group that is wrong stays there.)
+may change. Compiled code sees neither updates, so a group that is wrong stays there, nor an input that is changed in
+place between siblings; what trains A cannot be changed so anyhow.)
 
 Without gradients every layer computes alone. With them siblings have one graph, whose backward runs once.
 """
@@ -81,8 +82,8 @@ class Siblings:
     def run(self, layer: LoRALayer, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """W x + s·B(A x) + bias of one of them; None if it has to compute alone."""
         place, base, compiled = layer.place, layer.base, torch.compiler.is_compiling()
-        if self.members[place] is not layer:
-            return None  # a copy of it, as nn.DataParallel makes
+        if self.members[place] is not layer or (compiled and _enclosed()):
+            return None  # a copy of it, as nn.DataParallel makes; or a scope out of which no round may be written
         dtype, uncast = compute_dtype(x, base.format)
         now = self.round
         if now is None or not now.serves(layer, x, dtype):
@@ -126,6 +127,14 @@ class Siblings:
         now.inner, zs, now.cast = down(x, dtype, As, Bs, [member.scale for member in self.members], now.spent)
         now.zs += zs
         return now
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _enclosed() -> bool:
+    """Whether the compiler is inside a part that is a graph of its own, as what checkpoint() recomputes is in one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx().output.current_tracer.parent is not None
 
 
 def _stamp(layer: LoRALayer) -> int:
