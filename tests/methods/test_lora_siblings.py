@@ -21,7 +21,7 @@ from rankshift.core import shard
 from rankshift.core.kin import kin
 from rankshift.methods import lora_siblings
 from rankshift.methods.lora import LoRALayer
-from rankshift.methods.lora_siblings import Siblings
+from rankshift.methods.lora_siblings import Sibling, Siblings
 from rankshift.ops.sibling_lora import down
 
 D, WIDTH = torch.float64, 12
@@ -93,7 +93,7 @@ def stir(run: rs.Run, name: str = "default", seed: int = 2) -> None:
 
 
 def groups(run: rs.Run, name: str = "default") -> list[Siblings]:
-    found = [a.siblings for a in run.adapter(name).values() if isinstance(a, LoRALayer) and a.siblings is not None]
+    found = [a.siblings for a in run.adapter(name).values() if isinstance(a, Sibling) and a.siblings is not None]
     return list({id(group): group for group in found}.values())
 
 
@@ -168,6 +168,7 @@ METHODS = {
     "relora": rs.ReLoRA(rank=3, every=2),
     "switchlora": rs.SwitchLoRA(rank=3),
     "flat-lora": rs.FlatLoRA(rank=3),
+    "one-block": rs.MELoRA(rank=3, blocks=1),
 }
 
 

@@ -29,12 +29,12 @@ from rankshift.core.method import Method
 from rankshift.core.random import Key
 from rankshift.core.site import Spec, by_pattern
 from rankshift.methods import lora_eva, lora_init
-from rankshift.methods.lora_siblings import Siblings
+from rankshift.methods.lora_siblings import Sibling
 from rankshift.ops.lora_linear import lora_linear
 from rankshift.ops.lora_linear.order import SAVES_Z, Backward, Forward, choose
 
 
-class LoRALayer(Adapter):
+class LoRALayer(Sibling):
     """y = W x + s·B(A x).
 
     ``form.apply`` takes the product with A as the layer takes its own (a convolution, a look-up), ``form.expand`` the
@@ -45,9 +45,6 @@ class LoRALayer(Adapter):
     """
 
     slots: ClassVar[dict[str, int]] = {"A": 0, "B": 1}
-    siblings: Siblings | None = None
-    """Layers that read the same input, this one among them at ``place``."""
-    place: int = 0
 
     def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA):
         super().__init__(base)
@@ -78,15 +75,12 @@ class LoRALayer(Adapter):
             return self.A, self.B
         return torch.cat([self.A, self.A0], -2), torch.cat([self.B, -self.B0], -1)
 
-    def meet(self, kin: Sequence[Adapter]) -> None:
-        plain = [a for a in kin if isinstance(a, LoRALayer) and type(a).forward is LoRALayer.forward]
-        able = [a for a in plain if a.in_features == self.in_features and not a.config.fixed]
-        if len(able) > 1:
-            Siblings(able)
+    @property
+    def joins(self) -> bool:
+        return type(self).forward is LoRALayer.forward and not self.config.fixed
 
     @property
     def fused(self) -> bool:
-        """Whether one autograd node serves the layer now."""
         base, dropped = self.base, self.config.dropout > 0 and self.training
         return base.storage and self.form.pointwise and not dropped and not base.weight.requires_grad
 
@@ -102,10 +96,9 @@ class LoRALayer(Adapter):
         base, form, config = self.base, self.form, self.config
         if self.fused:
             offset = base.bias if bias else None
-            if self.siblings is not None and torch.is_grad_enabled():
-                y = self.siblings.run(self, x, offset)
-                if y is not None:
-                    return y
+            together = self.together(x, offset)
+            if together is not None:
+                return together
             A, B = self.factors()
             return lora_linear(
                 x, A, B, self.scale, offset, base.format, base.packed, config.forward_order, config.backward_order

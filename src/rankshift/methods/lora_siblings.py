@@ -14,21 +14,52 @@ Without gradients every layer computes alone. With them siblings have one graph,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rankshift.core import shard
+from rankshift.core.adapter import Adapter
 from rankshift.ops.lora_linear.order import choose
 from rankshift.ops.products import compute_dtype, delivered
 from rankshift.ops.sibling_lora import Spent, down, up
 
-if TYPE_CHECKING:
-    from rankshift.methods.lora import LoRALayer
-
 SMALL = (("f1", "b1"), ("f1", "b1s"))
 """Orders of multiplication that have a Z and an S to share."""
+
+
+class Sibling(Adapter):
+    """y = W x + s·B(A x), that may compute with others."""
+
+    siblings: Siblings | None = None
+    """Layers that read the same input, this one among them at ``place``."""
+    place: int = 0
+    scale: float
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r)."""
+        raise NotImplementedError
+
+    @property
+    def joins(self) -> bool:
+        """Whether the layer is of a kind that can."""
+        raise NotImplementedError
+
+    @property
+    def fused(self) -> bool:
+        """Whether one autograd node serves the layer now."""
+        raise NotImplementedError
+
+    def meet(self, kin: Sequence[Adapter]) -> None:
+        able = [a for a in kin if isinstance(a, Sibling) and a.joins and a.in_features == self.in_features]
+        if len(able) > 1:
+            Siblings(able)
+
+    def together(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """W x + s·B(A x) + bias with what the siblings share; None if the layer has to compute alone."""
+        if self.siblings is None or not torch.is_grad_enabled():
+            return None
+        return self.siblings.run(self, x, bias)
 
 
 class Round:
@@ -44,7 +75,7 @@ class Round:
         self.x, self.Bs, self.left = x, Bs, len(Bs)
         self.zs: list[Tensor | None] = []  # of those that did not come yet
 
-    def serves(self, layer: LoRALayer, x: Tensor, dtype: torch.dtype) -> bool:
+    def serves(self, layer: Sibling, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether there is a Z for a layer, and it is what the layer would compute."""
         if self.x is not x or self.zs[layer.place] is None or self.inner.dtype != dtype:
             return False
@@ -64,7 +95,7 @@ class Round:
 class Siblings:
     """Layers of one adapter that probably read one input."""
 
-    def __init__(self, members: Sequence[LoRALayer]):
+    def __init__(self, members: Sequence[Sibling]):
         self.members = list(members)
         self.round: Round | None = None
         self.doubt: int | None = None  # the stamp of the first one in a round in which somebody did not take its Z
@@ -79,7 +110,7 @@ class Siblings:
         for member in self.members:
             member.siblings = None
 
-    def run(self, layer: LoRALayer, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    def run(self, layer: Sibling, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """W x + s·B(A x) + bias of one of them; None if it has to compute alone."""
         place, base, compiled = layer.place, layer.base, torch.compiler.is_compiling()
         if self.members[place] is not layer or (compiled and _enclosed()):
@@ -137,7 +168,7 @@ def _enclosed() -> bool:
     return InstructionTranslator.current_tx().output.current_tracer.parent is not None
 
 
-def _stamp(layer: LoRALayer) -> int:
+def _stamp(layer: Sibling) -> int:
     """A number that grows when a factor of a layer is written to."""
     stamp = 0
     for parameter in layer._parameters.values():

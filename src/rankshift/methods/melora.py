@@ -28,10 +28,11 @@ from rankshift.core.form import ConvForm, EmbeddingForm
 from rankshift.core.method import Method
 from rankshift.core.random import Key, uniform
 from rankshift.core.site import Spec
+from rankshift.methods.lora_siblings import Sibling
 from rankshift.ops.block_lora_linear import block_diagonal, block_lora_linear
 
 
-class MELoRALayer(Adapter):
+class MELoRALayer(Sibling):
     """y = W x + s·diag(BᵢAᵢ) x. Factors are held without zeros, blocks one below the other: with n = 1 they are LoRA's.
 
     Linear layers run as one autograd node, ops/block_lora_linear. With dropout, or standing on another adapter,
@@ -55,6 +56,19 @@ class MELoRALayer(Adapter):
         """The mini rank: with the number of blocks, which the method holds, it determines every shape."""
         return self.B.shape[1]
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the only block."""
+        return self.A, self.B
+
+    @property
+    def joins(self) -> bool:
+        return self.blocks == 1  # then it is LoRA, with the same bits
+
+    @property
+    def fused(self) -> bool:
+        base, dropped = self.base, self.dropout > 0 and self.training
+        return base.storage and self.form.pointwise and not dropped and not base.weight.requires_grad
+
     def forward(self, x: Tensor) -> Tensor:
         return self.add_branch(x)
 
@@ -64,11 +78,13 @@ class MELoRALayer(Adapter):
     def add_branch(self, x: Tensor, bias: bool = True) -> Tensor:
         """W x + s·diag(BᵢAᵢ) x, with the base's bias or without."""
         base, form, n = self.base, self.form, self.blocks
+        if self.fused:
+            offset = base.bias if bias else None
+            together = self.together(x, offset)
+            if together is not None:
+                return together
+            return block_lora_linear(x, self.A, self.B, n, self.scale, offset, base.format, base.packed)
         p = self.dropout if self.training else 0.0
-        if base.storage and form.pointwise and p == 0 and not base.weight.requires_grad:
-            return block_lora_linear(
-                x, self.A, self.B, n, self.scale, base.bias if bias else None, base.format, base.packed
-            )
         y = base.linear(x) if bias else base.product(x)
         x = F.dropout(x, p) if p else x  # drawn over all features: every block has a mask of its own
         A, B = self.A.to(y.dtype), (self.scale * self.B).to(y.dtype)
