@@ -152,6 +152,7 @@ def _downs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(lora_siblings, "down", counted)
     monkeypatch.setattr(lora_siblings, "choose", lambda *_, **__: ("f1", "b1s"))
+    monkeypatch.setattr(lora_siblings, "LEAST", 0)
     return seen
 
 
@@ -200,6 +201,14 @@ def test_training(name: str, downs: list[int]) -> None:
         ends.append([*losses, *(p.detach() for _, p in run.trainable())])
     assert downs == 5 * [3, 2, 3, 2]
     same(*ends, tolerance=1e-9)  # type: ignore[misc]
+
+
+def test_with_little_to_compute_each_does_its_own(downs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_siblings, "LEAST", 1 << 25)
+    net, run = attached()
+    net(inputs()).sum().backward()
+    assert downs == []
+    assert empty(run)
 
 
 def test_it_is_the_plain_equation() -> None:
@@ -734,6 +743,7 @@ def engine(kind: str, alone: bool) -> tuple[list[Tensor], int]:
     seen: list[int] = []
     real = lora_siblings.down
     lora_siblings.choose = lambda *_, **__: ("f1", "b1s")  # type: ignore[assignment,attr-defined]
+    lora_siblings.LEAST = 0
     lora_siblings.down = lambda *given: seen.append(1) or real(*given)  # type: ignore[assignment,func-returns-value]
     try:
         net, run = attached(alone=alone)

@@ -8,7 +8,8 @@ the next update, when the group parts for good. (Not before: between a forward a
 may change. Compiled code sees neither updates, so a group that is wrong stays there, nor an input that is changed in
 place between siblings; what trains A cannot be changed so anyhow.)
 
-Without gradients every layer computes alone. With them siblings have one graph, whose backward runs once.
+Without gradients every layer computes alone, and so it does where the host cannot keep up anyhow. With them siblings
+have one graph, whose backward runs once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from rankshift.ops.sibling_lora import Spent, down, up
 
 SMALL = (("f1", "b1"), ("f1", "b1s"))
 """Orders of multiplication that have a Z and an S to share."""
+LEAST = 1 << 25
+"""Numbers in x from which siblings share without a compiler: below, a step waits for the host, which has more to do."""
 
 
 class Sibling(Adapter):
@@ -113,7 +116,7 @@ class Siblings:
     def run(self, layer: Sibling, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """W x + s·B(A x) + bias of one of them; None if it has to compute alone."""
         place, base, compiled = layer.place, layer.base, torch.compiler.is_compiling()
-        if self.members[place] is not layer or (compiled and _enclosed()):
+        if self.members[place] is not layer or (_enclosed() if compiled else x.numel() < LEAST):
             return None  # a copy of it, as nn.DataParallel makes; or a scope out of which no round may be written
         dtype, uncast = compute_dtype(x, base.format)
         now = self.round
@@ -162,10 +165,14 @@ class Siblings:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _enclosed() -> bool:
-    """Whether the compiler is inside a part that is a graph of its own, as what checkpoint() recomputes is in one."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    """Whether the compiler is inside a part that is a graph of its own, as what checkpoint() recomputes is in one; or a
+    torch whose compiler does not say so."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+        return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+    except (ImportError, AttributeError):
+        return True
 
 
 def _stamp(layer: Sibling) -> int:
