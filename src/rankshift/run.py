@@ -21,6 +21,7 @@ from rankshift import handover, holding
 from rankshift import lower as lowering
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
+from rankshift.core.base import storage_of
 from rankshift.core.errors import AttachError, ConfigError, ExportError, TrainingError, WrongBase
 from rankshift.core.event import Driver
 from rankshift.core.lesson import Ear, Lesson
@@ -147,6 +148,7 @@ class Run:
     ) -> None:
         """The first adapter; with ``ranks`` its values are not filled, because they will be loaded."""
         known = {name for name, _, _ in base_parameters(self.model)}
+        rounded = self._rounded()
         self._on.undo = []
         try:
             self._on.build(name, method, self.seed, data, ranks, saved)
@@ -172,9 +174,15 @@ class Run:
         except BaseException as error:  # out of memory, Ctrl-C: the model goes back as it came
             self._take_off("an error")
             self._on.revert()
-            if self._held is not None and ranks is None:
-                error.add_note(f"Some of its weights may be in {self._held} now, and rounded: load the model again.")
+            if ranks is None and self._rounded() != rounded:
+                error.add_note(
+                    f"Some of its weights are in {self._held or method.holds} now, and rounded: load the model again."
+                )
             raise
+
+    def _rounded(self) -> int:
+        """How many layers are not dense, those that came so included."""
+        return sum(storage_of(module) is not None for module in self.model.modules())
 
     def _hold(self, method: Method, kind: str, fresh: bool, kept: Mapping[str, Sequence[int]] | None = None) -> None:
         """Put the frozen layers into a storage; see :func:`rankshift.holding.hold`."""

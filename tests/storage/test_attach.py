@@ -18,6 +18,7 @@ import rankshift as rs
 from laws.world import batch, loss_of, tiny
 from rankshift.core.base import Dense
 from rankshift.core.errors import ConfigError, UnsupportedLayer, WrongBase
+from rankshift.run import Run
 from rankshift.storage.four_bit import FourBit
 
 IDS = torch.arange(24).reshape(2, 12) % 97
@@ -400,9 +401,14 @@ def test_another_base_is_not_loaded_onto(saved: Path, tmp_path: Path) -> None:
 
 def test_shift_does_not_round_away_what_was_trained() -> None:
     run = rs.attach(tiny(), rs.LoRA(rank=2), base="nf4")
+    for adapter in run.adapter().values():
+        nn.init.normal_(adapter.B)  # type: ignore[arg-type]
+    y = loss_of(run.model, batch(0))
     with pytest.raises(rs.errors.AttachError, match="would round what was trained"):
         run.shift(rs.VeRA(rank=4))
-    assert isinstance(next(iter(run.sites.values())).base, type(next(iter(run.sites.values())).base))
+    assert {type(site.base) for site in run.sites.values()} == {FourBit}
+    assert run.method == rs.LoRA(rank=2)
+    assert torch.equal(loss_of(run.model, batch(0)), y)
     plain = run.merge()
     rs.attach(plain, rs.VeRA(rank=4), base="nf4")
 
@@ -439,6 +445,24 @@ def test_interrupted_it_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> No
         rs.attach(model, rs.LoRA(rank=2), base="nf4")
     assert any("load the model again" in note for note in caught.value.__notes__)
     assert not any(isinstance(module, (rs.core.site.Site, Dense)) for module in model.modules())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_an_error_before_anything_was_rounded_does_not_say_otherwise(
+    saved: Path, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a model whose layers came in 4 bits: those are as they came."""
+    model = loaded(saved, four_bit=True)
+    if rounds:
+        model.model.layers[1].mlp.up_proj = nn.Linear(64, 128, bias=False, dtype=torch.bfloat16)
+    monkeypatch.setattr(Run, "_look_out" if rounds else "_hold", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        rs.attach(model, rs.LoRA(rank=2), base="nf4")
+    assert any("load the model again" in note for note in getattr(caught.value, "__notes__", ())) is rounds
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 # ---- exported onto what ----------------------------------------------------------------------------------------------
