@@ -465,6 +465,32 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("name", ["blocks.1.up", "blocks.1.q"])
+@pytest.mark.parametrize(
+    ("kind", "value"), [("nf4", torch.inf), ("fp8", torch.nan), ("int8", 1e5), ("int8", -torch.inf)]
+)
+def test_a_weight_that_is_not_finite_is_refused_by_name_before_any_is_rounded(
+    kind: Any, value: float, name: str
+) -> None:
+    """Adapted or not; int8 goes by way of fp16."""
+    model = tiny(blocks=2)
+    model.get_submodule(name).weight.data[3, 5] = value  # type: ignore[index,union-attr]
+    before = [*model.modules(), *model.parameters()]
+    with pytest.raises(UnsupportedLayer, match=rf"^{name} has weights that are not finite.*base=None") as caught:
+        rs.attach(model, rs.LoRA(rank=2, targets=("q", "k")), base=kind)
+    assert not getattr(caught.value, "__notes__", ())
+    assert [*map(id, (*model.modules(), *model.parameters()))] == [*map(id, before)]
+    model.get_submodule(name).weight.data[3, 5] = 0.0  # type: ignore[index,union-attr]
+    rs.attach(model, rs.LoRA(rank=2, targets=("q", "k")), base=kind)
+
+
+def test_what_stays_dense_may_hold_anything() -> None:
+    model = tiny(blocks=2)
+    with torch.no_grad():
+        model.blocks[1].up.weight[3, 5] = torch.inf  # type: ignore[index,union-attr]
+    rs.attach(model, rs.LoRA(rank=2, targets=("q", "k"), modules_to_save=("up",)), base="nf4")
+
+
 # ---- exported onto what ----------------------------------------------------------------------------------------------
 
 

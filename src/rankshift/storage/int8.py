@@ -52,6 +52,7 @@ class Int8(Held):
     """A linear layer's weight in 8 bits."""
 
     kind: ClassVar[str] = "int8"
+    via: ClassVar[torch.dtype] = torch.float16
     layout: Int8Layout
     names: ClassVar[tuple[str, ...]] = ("codes", "absmax")
 

@@ -6,7 +6,7 @@ tensors and layers (``quantised``, ``taken``, ``plain``). Rounding is theirs; wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rankshift.core import shard
 from rankshift.core.base import HOOKS, Base, Dense, Format, Tenant, storage_of
+from rankshift.core.errors import UnsupportedLayer
 from rankshift.core.form import Form
 from rankshift.core.site import Site
 from rankshift.ops.frozen_linear import frozen_linear
@@ -61,6 +62,8 @@ class Held(Base):
 
     exact: ClassVar[bool] = False
     hosts: ClassVar[bool] = True
+    via: ClassVar[torch.dtype] = torch.float32
+    """The narrowest range that a weight goes through when it is rounded."""
     names: ClassVar[tuple[str, ...]]
     """Names of the tensors of the layout, in its order; those that a layout does without are left out."""
 
@@ -103,6 +106,18 @@ class Held(Base):
     @classmethod
     def check(cls, devices: set[torch.device]) -> None:
         """Raise ConfigError where this storage cannot be computed with on one of these devices."""
+
+    @classmethod
+    def check_values(cls, weights: Iterable[tuple[str, Tensor]], kind: str) -> None:
+        """Raise UnsupportedLayer where a weight, given with the name of its layer, has values that are not finite, or
+        would not be where it is rounded from. Reads each once."""
+        for name, weight in weights:
+            if not bool(torch.linalg.vector_norm(weight.detach(), torch.inf).to(cls.via).isfinite()):
+                of = str(cls.via).removeprefix("torch.")
+                raise UnsupportedLayer(
+                    f'{name} has weights that are not finite in {of}, from which base="{kind}" rounds. Look at the '
+                    "checkpoint, or leave base=None."
+                )
 
     @classmethod
     def quantised(cls, weight: Tensor, kind: str, **options: Any) -> tuple[Layout, list[Tensor]]:
