@@ -418,7 +418,7 @@ def test_a_gpu_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_on_such_a_gpu_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8, "multiplies", lambda device: False)
+    monkeypatch.setattr(op, "multiplies", lambda device: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with FakeTensorMode():  # weights that only say they are on a GPU
         model = nn.Sequential(*(nn.Linear(16, 16, bias=False, device="meta") for _ in range(2)))
@@ -438,6 +438,22 @@ def test_a_model_on_such_a_gpu_is_refused_before_anything_changes(monkeypatch: p
             rs.attach(model, rs.LoRA(rank=2, targets=["0"]))
         assert [*map(id, (*model.modules(), *model.parameters()))] == [*map(id, before)]
         assert model[0].weight.requires_grad
+
+
+def test_after_a_move_to_such_a_gpu_a_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be computed in fp32, and slowly; on the CPU it is."""
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    op._capable.cache_clear()
+    layer = FP8Linear(16, 16, dtype=BF16)
+    assert layer(seeded(4, 16, dtype=BF16)).shape == (4, 16)
+    with FakeTensorMode():  # tensors that only say they are on a GPU
+        codes = torch.empty(16, 16, dtype=op.E4M3, device="cuda")
+        sizes = torch.empty(16, device="cuda")
+        with pytest.raises(ConfigError, match=r'base="fp8".*A100.*8\.9.*base="nf4"'):
+            op.product(codes, codes, sizes, sizes, None, BF16)
+    op._capable.cache_clear()
 
 
 def test_compiled_it_is_one_graph() -> None:

@@ -16,7 +16,7 @@ columns in the backward. So Wq is held twice, once transposed, 2 bytes a weight,
 without: 1 byte, and dX = dY Ŵ in 16 bits, from Ŵ unpacked for each backward.
 
 Where x is in fp32 or float64, there is no 16-bit product to replace: it is multiplied by Ŵ as it is. Where 16-bit x
-meets no such tensor cores (a CPU, rows or columns that are no multiple of 16), both are rounded all the same and their
+meets no such tensor cores (a CPU; rows or columns that are no multiple of 16), both are rounded all the same and their
 product is taken in fp32.
 """
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from rankshift.core.errors import ConfigError, UnsupportedLayer
-from rankshift.ops.fp8 import E4M3, multiplies, product, rounded_rows, rounded_whole
+from rankshift.ops.fp8 import E4M3, check, product, rounded_rows, rounded_whole
 from rankshift.ops.frozen_linear import frozen_linear
 from rankshift.ops.products import accumulate
 from rankshift.ops.row_scaled import row_scaled
@@ -119,11 +119,7 @@ class FP8(Held):
     @classmethod
     def check(cls, devices: set[torch.device]) -> None:
         for device in devices:
-            if device.type == "cuda" and not multiplies(device):
-                raise ConfigError(
-                    f'base="fp8" multiplies in 8 bits, and {torch.cuda.get_device_name(device)} cannot: that takes an '
-                    'NVIDIA GPU of compute capability 8.9 (Ada, Hopper) or later. Use base="int8" or base="nf4".'
-                )
+            check(device)
 
     @classmethod
     def describe(cls, module: nn.Module) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from rankshift.core.errors import ConfigError
 from rankshift.ops.fp8 import reference
 from rankshift.ops.stochastic_rounding.op import runs_on
 
@@ -28,6 +29,15 @@ def _capable(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def check(device: torch.device) -> None:
+    """Raise ConfigError on a GPU without such cores: what they multiply would be computed in fp32, and slowly."""
+    if device.type == "cuda" and not multiplies(device):
+        raise ConfigError(
+            f'base="fp8" multiplies in 8 bits, and {torch.cuda.get_device_name(device)} cannot: that takes an '
+            'NVIDIA GPU of compute capability 8.9 (Ada, Hopper) or later. Use base="int8" or base="nf4".'
+        )
 
 
 def rounded_rows(x: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -52,7 +62,11 @@ def product(a: Tensor, b: Tensor, sizes: Tensor, scales: Tensor, bias: Tensor | 
     """diag(sizes) a bᵀ diag(scales) + bias from codes (m, k) and (n, k) → (m, n) in ``dtype``, of 16 bits.
 
     Both have a scale for each row, (m,) and (n,), or both one in all, (1,). Tensor cores deliver bf16.
+
+    Raises:
+        ConfigError: on a GPU that has none for 8 bits.
     """
+    check(a.device)
     fits = multiplies(a.device) and a.shape[0] > 0 and not any(size % _ALIGNED for size in b.shape)
     if not fits:
         return reference.product(a, b, sizes, scales, bias, dtype)
