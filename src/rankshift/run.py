@@ -1260,6 +1260,14 @@ class Run:
         _, originals = holding.targets(self._on, onto, original)
         if format != "merged" and onto != "dequantised":
             raise ConfigError(f'onto="{onto}" is for a plain model, format="merged", not for {format!r}.')
+        if format == "peft" and (beside := holding.kept(self._on)):
+            _log.warning(
+                "%d layers, e.g. %s, have columns in 16 bits beside the codes, which were made without them. PEFT "
+                "loads the adapter onto a base that is in %s as a whole, and there the model computes something else. "
+                'Export with format="merged", or train on a model that came quantised (BitsAndBytesConfig), without '
+                "base=.",
+                len(beside), next(iter(beside)), self._held,
+            )  # fmt: skip
         read, packed = None if originals is None else originals.__getitem__, onto == "requantised"
         self._on.link(self._on.active if adapter is None else (adapter,))
         try:

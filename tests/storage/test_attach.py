@@ -526,6 +526,28 @@ def test_exported_onto_the_originals_it_is_what_merge_leaves(saved: Path, tmp_pa
     assert len(moved) == 4, moved  # what was not adapted is the original again
 
 
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_an_adapter_whose_base_peft_has_not_is_exported_with_a_warning(
+    saved: Path, four_bit: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PaCA's columns: where the base was rounded by attach they were left out of the codes."""
+    run = rs.attach(loaded(saved, four_bit), rs.PaCA(rank=48), base=None if four_bit else "nf4")
+    trained(run)
+    y = logits(run.model)
+    run.export(tmp_path / "merged", format="merged")
+    assert far(logits(loaded(tmp_path / "merged")), y) < 0.02
+    assert not caplog.messages
+    run.export(tmp_path / "peft")
+    off = far(logits(rs.load(loaded(saved, four_bit=True), tmp_path / "peft").model), y)
+    if four_bit:
+        assert not caplog.messages
+        assert off < 0.02
+    else:
+        assert len(caplog.messages) == 1
+        assert 'format="merged", or train on a model that came quantised' in caplog.text
+        assert off > 0.02
+
+
 def test_exports_that_cannot_be(saved: Path, tmp_path: Path) -> None:
     run = rs.attach(loaded(saved), rs.LoRA(rank=4), base="fp8")
     with pytest.raises(rs.errors.ExportError, match="our own format"):
