@@ -1121,10 +1121,11 @@ class Run:
         Raises:
             WrongBase: another method, or a tensor is missing, unknown or of another shape; nothing was changed.
         """
-        if self._storage() != state.get("storage"):
+        theirs, mine = state.get("storage"), self._storage()
+        if theirs != mine:
             raise WrongBase(
-                f"The saved run holds its base as {state.get('storage')}, and this one as {self._storage()}: attach "
-                "with the same base= and seed, or load it onto a fresh model with rs.load() or rs.restore()."
+                f"The saved run holds its base as {_said(theirs)}, and this one as {_said(mine)}: attach with the same "
+                "base= and seed, or load it onto a fresh model with rs.load() or rs.restore()."
             )
         self._load(state)
 
@@ -1216,7 +1217,9 @@ class Run:
             assert storage is not None
             self._hold(self.method, hold, fresh=False, kept=storage["kept"])
             if self._storage() != storage:
-                raise WrongBase(f"The saved run holds its base as {storage}; here it comes to {self._storage()}.")
+                raise WrongBase(
+                    f"The saved run holds its base as {_said(storage)}; here it comes to {_said(self._storage())}."
+                )
             _copy({name: tensor for name, tensor in tensors.items() if name not in theirs}, self._on.kept())
 
     def save(self, directory: str | Path) -> Path:
@@ -1277,6 +1280,15 @@ class Run:
                 )
         finally:
             self._on.link(self._on.active)
+
+
+def _said(storage: Mapping[str, Any] | None) -> str:
+    """What :meth:`Run._storage` found, in words: layers have too many columns to name them."""
+    if storage is None:
+        return "it came"
+    kept = storage["kept"].values()
+    beside = f" with {sum(map(len, kept))} columns of {len(kept)} layers beside" if kept else ""
+    return f"{storage['kind']}{beside}"
 
 
 def _count(total: int | None) -> int | None:

@@ -388,11 +388,17 @@ def test_another_base_is_not_loaded_onto(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(WrongBase, match="base in nf4"):
         rs.load(loaded(saved), tmp_path / "run")
     ours = rs.attach(tiny(), rs.LoRA(rank=2), base="nf4")
-    with pytest.raises(WrongBase, match="holds its base as"):
+    with pytest.raises(WrongBase, match="holds its base as nf4, and this one as it came:"):
         rs.attach(tiny(), rs.LoRA(rank=2)).load_state_dict(ours.state_dict())
     one, other = (rs.attach(tiny(), rs.PaCA(rank=2), base="nf4", seed=seed) for seed in (1, 2))
-    with pytest.raises(WrongBase, match="same base= and seed"):
+    layers = len(one.sites)
+    beside = f"nf4 with {2 * layers} columns of {layers} layers beside"
+    with pytest.raises(
+        WrongBase, match=rf"holds its base as {beside}, and this one as {beside}: .*same base= and seed"
+    ):
         one.load_state_dict(other.state_dict())
+    with pytest.raises(WrongBase, match=rf"holds its base as {beside}, and this one as it came: "):
+        rs.attach(tiny(), rs.PaCA(rank=2)).load_state_dict(other.state_dict())
     rs.restore(tiny(), other.state_dict())
     ours.save(tmp_path / "ours")
     with pytest.raises(WrongBase, match="other values"):
