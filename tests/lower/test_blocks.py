@@ -203,17 +203,26 @@ def test_families_and_batches(make, attn):
 def test_norms_of_heads():
     """No gradient can be had of a head whose norm's weight is zero from what is left of it."""
     model, run = begun(make=qwen3)
-    weight = model.model.layers[1].self_attn.k_norm.weight
-    before = weight.detach().clone()
-    with torch.no_grad():
-        weight[3] = 0
-    report = check(model, run)
-    assert len(report.blocks) == 1
-    assert "norm of its heads is zero" in str(report)
-    run.raise_()
-    with torch.no_grad():
-        weight.copy_(before)
+    plain = outcome(model, run)
     report = run.lower()
+    norms = model.model.layers[1].self_attn
+    before = norms.k_norm.weight.detach().clone()
+    with torch.no_grad():
+        norms.k_norm.weight[3] = 1e-4  # as a state that is loaded does
+    outcome(model, run)
+    assert report.aside == {"model.layers.1": "weights of the norms of its heads are next to zero"}
+    with torch.no_grad():
+        norms.k_norm.weight.copy_(before)
+    close(outcome(model, run), plain)
+    assert fused(report)
+    norms.k_norm.variance_epsilon = 0.1
+    norms.k_norm.weight.data = norms.k_norm.weight.data.clone()
+    run.raise_()
+    report = check(model, run)
+    assert "differ in epsilon" in report.aside["model.layers.1"]
+    norms.q_norm = nn.Identity()
+    outcome(model, run)
+    assert "its norms are Identity and" in report.aside["model.layers.1"]
     hook = model.model.layers[0].self_attn.q_norm.register_forward_hook(lambda *_: None)
     outcome(model, run)
     assert "hooked" in report.aside["model.layers.0"]
@@ -727,6 +736,10 @@ def test_dora_over_a_row_of_zeros_is_not_fused():
         stir(run)
         report = check(model, run)
         assert str(report).startswith(f"{count} of 2 blocks run fused")
+        again = llama()
+        with torch.no_grad():
+            dict(again.named_modules())[name if count == 2 else f"model.layers.1.{name}"].weight[3] = 0
+        assert str(rs.restore(again, run.state_dict()).lower()).startswith(f"{count} of 2 blocks run fused")
 
 
 def test_a_lowered_dora_is_pefts():

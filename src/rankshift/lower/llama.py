@@ -74,6 +74,7 @@ class Block:
     tape: Tape | None = None  # of CUDA graphs, where it may run by one
     memory: Memory | None = None  # what it keeps for its backward; None: everything
     index: int = 0  # which block of the model
+    heads: tuple[Any, str | None] = (None, None)  # which weights of norms of its heads were looked at; what was found
     aside: str | None = None  # why its last forward was the block's own
     launched: str | None = None  # why its last training forward was not a CUDA graph, where it may be one
 
@@ -113,9 +114,6 @@ def lowered(layer: nn.Module) -> nn.Module | str:
     for name in ("self_attn", "mlp"):
         if type(inner := getattr(layer, name)).__module__ != kind.__module__:
             return f"{name} is a {type(inner).__name__}, which transformers does not have there"
-    inner = [norm.weight for norm in _inner(layer.self_attn) if not norm.weight.is_meta]
-    if any(bool((weight == 0).any()) for weight in inner):
-        return "a weight of the norm of its heads is zero, and their gradients go by what it leaves of them"
     block = Block({}, FAMILIES[family], _ACTIVATIONS[acts])
     bases = _bases(block, _layers(layer))
     if isinstance(bases, str):
@@ -335,6 +333,27 @@ def _inner(attention: Any) -> tuple[Any, ...]:
     return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
 
 
+_SMALLEST = 2.0**-8  # of the weights of a norm of heads, to the largest: what is rounded is divided by them
+
+
+def _lost(block: Block, norms: tuple[Any, ...]) -> str | None:
+    """Why the inputs of the norms of heads cannot be had from what they leave. Looks at their weights when these are
+    others than those that it has looked at."""
+    weights = [norm.weight for norm in norms]
+    if any(map(shard.is_sharded, weights)):
+        return block.heads[1]  # nobody computes with them now
+    looked_at = [(id(n.weight), n.weight._version, n.weight.device, n.variance_epsilon) for n in norms]
+    if looked_at != block.heads[0]:
+        why = None
+        sizes = [weight.detach().abs() for weight in weights if not weight.is_meta]
+        if any(bool(size.min() < _SMALLEST * size.max()) for size in sizes):
+            why = "weights of the norms of its heads are next to zero"
+        elif len({norm.variance_epsilon for norm in norms}) > 1:
+            why = "the norms of its heads differ in epsilon"
+        block.heads = looked_at, why
+    return block.heads[1]
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether this is one of ``NORMS``."""
     return f"{type(module).__module__}.{type(module).__qualname__}" in NORMS
@@ -408,10 +427,12 @@ def _standing(layer: Any, block: Block) -> list[Base] | str:
     if isinstance(bases, str):
         return bases
     norms = (layer.input_layernorm, layer.post_attention_layernorm, *_inner(attention))
-    if any(norm.weight.requires_grad for norm in norms):
-        return "its norms train"
     if not all(map(is_norm, norms)):
         return f"its norms are {' and '.join(sorted({type(norm).__name__ for norm in norms}))}"
+    if any(norm.weight.requires_grad for norm in norms):
+        return "its norms train"
+    if len(norms) > 2 and (why := _lost(block, norms[2:])) is not None:
+        return why
     acting = [adapter for module in modules if isinstance(module, Site) for adapter in module.acting()]
     if any(map(_hooked, (attention, layer.mlp, layer.mlp.act_fn, *norms, *modules, *acting))):
         return "a module inside it is hooked"

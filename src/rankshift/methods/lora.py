@@ -152,7 +152,7 @@ class DoRALayer(LoRALayer):
     def __init__(self, base: Base, spec: Spec, rank: int, scale: float, config: LoRA):
         super().__init__(base, spec, rank, scale, config)
         self.magnitude = nn.Parameter(torch.empty(spec.out, dtype=spec.master, device=spec.device))  # (out,)
-        self.empty = False  # whether a row of the weight is zero
+        self.empty: bool | None = None  # whether a row of the weight is zero; None until somebody asks
 
     def row_norm(self) -> Tensor:
         """‖W + s·BA‖ of each row, (out,), detached."""
@@ -182,6 +182,9 @@ class DoRALayer(LoRALayer):
 
     def term(self) -> LowRank | None:
         low = super().term()  # whose user finds no gradient of a magnitude that is 0
+        if low is not None and self.empty is None:  # loaded, not made
+            with torch.no_grad():
+                self.empty = bool((self.base.rows() == 0).all(1).any())
         return None if low is None or self.empty else low._replace(magnitude=self.magnitude)
 
     def branch(self) -> None:
