@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,6 +242,60 @@ def left_out() -> None:
 def test_codes_that_are_left_out_of_sharding(two: Pool) -> None:
     """They work as they are; a merge, which needs all to be in one piece, is refused all the same."""
     two.run(left_out)
+
+
+def four_bit(folder: Path, stored: torch.dtype) -> Any:
+    """What transformers loads in nf4, computing in fp32, with its codes as numbers of this dtype."""
+    options = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=stored,
+    )  # fmt: skip
+    found = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=options, dtype=torch.float32)
+    return found.train()
+
+
+def losses_of(run: rs.Run) -> list[float]:
+    ids, found = torch.arange(24).reshape(2, 12), []
+    optimizer = run.optimizer(lr=1e-2)
+    for _ in range(3):
+        loss = run.model(input_ids=ids, labels=ids).loss
+        found.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def half_of(folder: Path, stored: torch.dtype) -> tuple[list[float], set[float], set[torch.dtype]]:
+    from torch.distributed.fsdp import fully_shard
+
+    run = rs.attach(four_bit(folder, stored), rs.LoRA(rank=2))
+    for layer in run.model.model.layers:  # type: ignore[union-attr]
+        fully_shard(layer)
+    fully_shard(run.model)
+    codes: list[Any] = [site.base.codes for site in run.sites.values()]
+    return losses_of(run), {c.to_local().nbytes / c.nbytes for c in codes}, {c.dtype for c in codes}
+
+
+@pytest.mark.parametrize("stored", [torch.uint8, torch.bfloat16])
+def test_codes_that_transformers_loaded_are_sharded_however_they_were_stored(
+    two: Pool, stored: torch.dtype, tmp_path: Path
+) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = four_bit(tmp_path, stored)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype is stored
+    alone = losses_of(rs.attach(model, rs.LoRA(rank=2)))
+    assert alone[2] < alone[0]
+    one, other = two.run(half_of, tmp_path, stored)
+    assert one == other
+    losses, shares, dtypes = one
+    assert losses == pytest.approx(alone, abs=1e-5)
+    assert shares == {0.5}
+    assert dtypes == {torch.uint8}
 
 
 def test_a_merge_in_fp32_leaves_nothing_out() -> None:
