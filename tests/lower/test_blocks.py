@@ -742,6 +742,18 @@ def test_dora_over_a_row_of_zeros_is_not_fused():
         assert str(rs.restore(again, run.state_dict()).lower()).startswith(f"{count} of 2 blocks run fused")
 
 
+def test_dora_beside_large_biases_is_not_fused():
+    """In 16 bits the gradients of magnitudes are of q, k and v less their biases."""
+    for dtype, wanted in ((torch.bfloat16, 1), (torch.float32, 2)):
+        model = qwen2(dtype=dtype)
+        run = rs.attach(model, rs.LoRA(rank=2, dora=True))
+        report = run.lower()
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.base.bias[1] = 50
+        outcome(model, run)
+        assert str(report).startswith(f"{wanted} of 2 blocks run fused")
+
+
 def test_a_lowered_dora_is_pefts():
     """Gradients of A, B and magnitudes, and the input's, in float32."""
     config = peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=list(LAYERS))

@@ -74,7 +74,7 @@ class Block:
     tape: Tape | None = None  # of CUDA graphs, where it may run by one
     memory: Memory | None = None  # what it keeps for its backward; None: everything
     index: int = 0  # which block of the model
-    heads: tuple[Any, str | None] = (None, None)  # which weights of norms of its heads were looked at; what was found
+    looked: dict[str, tuple[Any, str | None]] = field(default_factory=dict)  # at which tensors; what was found
     aside: str | None = None  # why its last forward was the block's own
     launched: str | None = None  # why its last training forward was not a CUDA graph, where it may be one
 
@@ -334,24 +334,47 @@ def _inner(attention: Any) -> tuple[Any, ...]:
 
 
 _SMALLEST = 2.0**-8  # of the weights of a norm of heads, to the largest: what is rounded is divided by them
+_LARGEST = 8.0  # of the biases of q, k and v under DoRA: the gradients of magnitudes are of what is rounded, less them
+
+
+def _looked(block: Block, what: str, tensors: list[Tensor], more: Any, look: Callable[[], str | None]) -> str | None:
+    """What ``look`` finds in the values of some tensors. It looks when these are others than those it has looked at."""
+    key, why = block.looked.get(what, (None, None))
+    if any(shard.is_sharded(t) or t.is_meta for t in tensors):
+        return why  # nobody computes with them now
+    now = [(id(t), t._version, t.device) for t in tensors], more
+    if now != key:
+        with torch.no_grad():
+            why = look()
+        block.looked[what] = now, why
+    return why
 
 
 def _lost(block: Block, norms: tuple[Any, ...]) -> str | None:
-    """Why the inputs of the norms of heads cannot be had from what they leave. Looks at their weights when these are
-    others than those that it has looked at."""
+    """Why the inputs of the norms of heads cannot be had from what they leave."""
+
+    def look() -> str | None:
+        if any(bool(norm.weight.abs().min() < _SMALLEST * norm.weight.abs().max()) for norm in norms):
+            return "weights of the norms of its heads are next to zero"
+        if len({norm.variance_epsilon for norm in norms}) > 1:
+            return "the norms of its heads differ in epsilon"
+        return None
+
     weights = [norm.weight for norm in norms]
-    if any(map(shard.is_sharded, weights)):
-        return block.heads[1]  # nobody computes with them now
-    looked_at = [(id(n.weight), n.weight._version, n.weight.device, n.variance_epsilon) for n in norms]
-    if looked_at != block.heads[0]:
-        why = None
-        sizes = [weight.detach().abs() for weight in weights if not weight.is_meta]
-        if any(bool(size.min() < _SMALLEST * size.max()) for size in sizes):
-            why = "weights of the norms of its heads are next to zero"
-        elif len({norm.variance_epsilon for norm in norms}) > 1:
-            why = "the norms of its heads differ in epsilon"
-        block.heads = looked_at, why
-    return block.heads[1]
+    return _looked(block, "heads", weights, [norm.variance_epsilon for norm in norms], look)
+
+
+def _drowned(block: Block, group: Group) -> str | None:
+    """Why the gradients of DoRA's magnitudes at q, k and v would lose too many bits."""
+    biases = [base.bias for base in group.bases if base.bias is not None]
+    if not group.scaled or not biases or biases[0].dtype.itemsize > 2:
+        return None
+
+    def look() -> str | None:
+        large = any(bool(bias.abs().max() > _LARGEST) for bias in biases)
+        return "biases of q, k or v are so large that DoRA's magnitudes would drown in them" if large else None
+
+    return _looked(block, "biases", biases, None, look)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -457,6 +480,8 @@ def _terms(layer: Any, bases: list[Base]) -> Groups | str:
         return "its layers have adapters of several kinds"
     if groups[0].scaled and _inner(layer.self_attn):
         return "its heads are normed, and DoRA stands before that"
+    if (why := _drowned(block, groups[0])) is not None:
+        return why
     return groups[0], groups[1], groups[2], groups[3]
 
 
