@@ -216,10 +216,13 @@ def test_norms_of_heads():
     close(outcome(model, run), plain)
     assert fused(report)
     norms.k_norm.variance_epsilon = 0.1
-    norms.k_norm.weight.data = norms.k_norm.weight.data.clone()
     run.raise_()
     report = check(model, run)
     assert "differ in epsilon" in report.aside["model.layers.1"]
+    norms.q_norm.variance_epsilon = 0.1
+    run.raise_()
+    report = check(model, run)
+    assert fused(report)
     norms.q_norm = nn.Identity()
     outcome(model, run)
     assert "its norms are Identity and" in report.aside["model.layers.1"]

@@ -94,6 +94,16 @@ def test_families_and_masks(make, attn):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_dora_with_biases(policy):
+    model, run = begun(METHODS["dora"], attention_bias=True, mlp_bias=True, dtype=torch.float64)
+    plain = outcome(model, run)
+    report = run.lower(memory_budget="auto")
+    force(report, COUNTS[policy])
+    close(outcome(model, run), plain)
+    assert not report.aside
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_autocast(policy):
     model, run = begun(dtype=torch.bfloat16, attn="eager")
     with torch.autocast("cpu", torch.bfloat16):
