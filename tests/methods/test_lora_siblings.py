@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -22,9 +23,9 @@ from rankshift.core.kin import kin
 from rankshift.methods import lora_siblings
 from rankshift.methods.lora import LoRALayer
 from rankshift.methods.lora_siblings import Sibling, Siblings
-from rankshift.ops.sibling_lora import down
 
 D, WIDTH = torch.float64, 12
+DOWN, TRACED = lora_siblings.down, lora_siblings._traced
 
 
 class Attention(nn.Module):
@@ -101,7 +102,8 @@ def apart(run: rs.Run) -> rs.Run:
     """The run with every layer computing alone."""
     for name in run.adapters:
         for group in groups(run, name):
-            group.part()
+            for member in group.members:
+                member.siblings = None
     return run
 
 
@@ -142,18 +144,26 @@ def empty(*runs: rs.Run) -> bool:
 
 @pytest.fixture(name="downs", autouse=True)
 def _downs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers computed together, each time that some did. They do whatever order would be cheapest."""
+    """How many layers computed together, each time that some did. They do in eager mode, and in whatever order."""
     seen: list[int] = []
-    real = lora_siblings.down
 
     def counted(x: Tensor, dtype: torch.dtype, factors: list[Tensor], *rest: Any) -> Any:
         seen.append(len(factors))
-        return real(x, dtype, factors, *rest)
+        return DOWN(x, dtype, factors, *rest)
 
     monkeypatch.setattr(lora_siblings, "down", counted)
     monkeypatch.setattr(lora_siblings, "choose", lambda *_, **__: ("f1", "b1s"))
-    monkeypatch.setattr(lora_siblings, "LEAST", 0)
+    monkeypatch.setattr(lora_siblings, "_traced", lambda: "eager")
     return seen
+
+
+@pytest.fixture(name="real")
+def _real(downs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what the compiler traces shares, and nothing counts, which would be another guard in every step."""
+    monkeypatch.setattr(lora_siblings, "down", DOWN)
+    monkeypatch.setattr(lora_siblings, "_traced", TRACED)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 # ---- the same as alone
@@ -201,14 +211,6 @@ def test_training(name: str, downs: list[int]) -> None:
         ends.append([*losses, *(p.detach() for _, p in run.trainable())])
     assert downs == 5 * [3, 2, 3, 2]
     same(*ends, tolerance=1e-9)  # type: ignore[misc]
-
-
-def test_with_little_to_compute_each_does_its_own(downs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_siblings, "LEAST", 1 << 25)
-    net, run = attached()
-    net(inputs()).sum().backward()
-    assert downs == []
-    assert empty(run)
 
 
 def test_it_is_the_plain_equation() -> None:
@@ -294,7 +296,7 @@ def test_values_of_bf16(downs: list[int]) -> None:
         assert (a - b).norm() < 0.05 * b.norm()
 
 
-# ---- wrong guesses, and what comes between
+# ---- what comes between
 
 
 def trained(net: Model, run: rs.Run, *given: Tensor, count: int = 3) -> list[Tensor | None]:
@@ -308,30 +310,28 @@ def trained(net: Model, run: rs.Run, *given: Tensor, count: int = 3) -> list[Ten
 HOWS: dict[str, Callable[..., Tensor]] = {
     "plain": lambda block, *inputs: block(*inputs),
     "checkpoint": lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=False),
-    "reentrant": lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=True),
 }
 
 
-@pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("kind", ["self", "cross", "absent"])
-def test_checkpointing_and_wrong_guesses(how: str, kind: str, downs: list[int]) -> None:
-    """Keys and values of another input, values that nobody asks for: seen, and left alone from the next update on."""
-    given = (inputs(), inputs(1)) if kind == "cross" else (inputs(),)
+@pytest.mark.parametrize("how", ["plain", "checkpoint", "broken"])
+def test_in_eager_mode_nobody_shares(how: str, downs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer has the bits that it has alone; also after an exception between siblings nothing is left behind."""
+    monkeypatch.setattr(lora_siblings, "_traced", TRACED)
     ends = []
     for alone in (False, True):
         net, run = attached(alone=alone)
-        net.how = HOWS[how]
-        for block in net.blocks:
-            block.attn.wanted = kind != "absent"  # type: ignore[union-attr]
-        ends.append(plain_updates(net, run, *given))
-        if not alone:
-            assert len(groups(run)) == (4 if kind == "self" else 2)
+        net.how = HOWS["plain" if how == "broken" else how]
+        if how == "broken":
+            handle = net.blocks[0].attn.k_proj.register_forward_pre_hook(lambda *_: 1 / 0)  # type: ignore[union-attr]
+            with pytest.raises(ZeroDivisionError):
+                net(inputs())
+            handle.remove()
             assert empty(run)
-    same(*ends, tolerance=1e-10)  # type: ignore[misc]
-    first, twice = (3, 2), 2 if how == "checkpoint" else 1
-    assert downs[: 4 * twice] == 2 * twice * list(first)
-    later = list(first) if kind == "self" else [2]
-    assert downs[4 * twice :] == 2 * 2 * twice * later
+        ends.append(results(net, run, inputs()))
+        assert alone or len(groups(run)) == 4
+        assert empty(run)
+    same(*ends, tolerance=0.0)  # type: ignore[misc]
+    assert not downs
 
 
 def plain_updates(net: Model, run: rs.Run, *given: Tensor) -> list[Tensor | None]:
@@ -341,66 +341,6 @@ def plain_updates(net: Model, run: rs.Run, *given: Tensor) -> list[Tensor | None
         found += results(net, run, *given)
         optimizer.step()
     return found
-
-
-def test_recomputation_under_several_forwards(downs: list[int]) -> None:
-    """Accumulated, and with forwards in flight, a wrong guess does not part a group before the next update."""
-    ends = []
-    for alone in (False, True):
-        net, run = attached(alone=alone)
-        net.how = HOWS["checkpoint"]
-        losses = [net(inputs(i), inputs(9)).square().sum() for i in range(3)]
-        for loss in losses:
-            loss.backward()
-        ends.append([p.grad for _, p in run.trainable()])
-        assert alone or len(groups(run)) == 4
-    same(*ends)  # type: ignore[misc]
-
-
-def test_an_exception_between_siblings() -> None:
-    """The same input again, and another sibling first: nothing of the round that broke is taken."""
-    (net, run), (other, lone) = attached(), attached(alone=True)
-    x = inputs().requires_grad_()
-    attn, same_there = net.blocks[0].attn, other.blocks[0].attn  # type: ignore[union-attr]
-    handle = attn.k_proj.register_forward_pre_hook(lambda *_: 1 / 0)  # type: ignore[union-attr]
-    with pytest.raises(ZeroDivisionError):
-        attn(x)
-    handle.remove()
-    with torch.no_grad():
-        for each in (run, lone):
-            for adapter in each.adapter().values():
-                adapter.A.mul_(-2)
-    for leaf in ("v_proj", "k_proj", "q_proj"):
-        torch.testing.assert_close(getattr(attn, leaf)(x), getattr(same_there, leaf)(x))
-    same(results(net, run, inputs()), results(other, lone, inputs()))
-
-
-def test_sites_called_by_themselves_with_one_input() -> None:
-    """Backward between calls, and with gradients kept: no graph that is gone, and every gradient."""
-    (net, run), (other, lone) = attached(), attached(alone=True)
-    for _ in range(2):
-        for order in (("q_proj", "k_proj", "v_proj"), ("v_proj", "k_proj", "q_proj"), ("k_proj", "k_proj", "q_proj")):
-            ends = []
-            for each, here in ((net, run), (other, lone)):
-                each.zero_grad()
-                x = inputs().requires_grad_()
-                for leaf in order:
-                    getattr(each.blocks[0].attn, leaf)(x).square().sum().backward()
-                ends.append([x.grad, *(p.grad for _, p in here.trainable())])
-            same(*ends)  # type: ignore[misc]
-
-
-def test_an_input_changed_in_place_between_siblings() -> None:
-    method = rs.LoRA(rank=3, train="B")  # which saves no input
-    (net, run), (other, lone) = attached(method), attached(method, alone=True)
-    ends = []
-    for each, here in ((net, run), (other, lone)):
-        attn, x = each.blocks[0].attn, inputs()
-        y = attn.q_proj(x)
-        x.mul_(2)
-        (y * attn.k_proj(x) * attn.v_proj(x)).sum().backward()
-        ends.append([y.detach(), *(p.grad for _, p in here.trainable())])
-    same(*ends)  # type: ignore[misc]
 
 
 def test_one_layer_twice(downs: list[int]) -> None:
@@ -577,11 +517,8 @@ def test_a_run_that_resumes_has_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("name", ["lora", "frozen-a", "anchors", "biases"])
-def test_compiled_it_is_one_graph(name: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_siblings, "down", down)  # what counts would be another in every step
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+@pytest.mark.parametrize("name", ["lora", "frozen-a", "biases"])
+def test_compiled_it_is_one_graph(name: str, whole: bool, real: None) -> None:
     (net, run), (other, lone) = attached(METHODS[name]), attached(METHODS[name], alone=True)
     call = torch.compile(net, backend="aot_eager", fullgraph=True) if whole else net
     for block in () if whole else net.blocks:
@@ -597,11 +534,8 @@ def test_compiled_it_is_one_graph(name: str, whole: bool, monkeypatch: pytest.Mo
     assert empty(run)
 
 
-def test_compiled_around_checkpoints_every_layer_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_around_checkpoints_every_layer_computes_alone(real: None) -> None:
     """What is recomputed is a graph inside the graph, out of which nothing can be written."""
-    monkeypatch.setattr(lora_siblings, "down", down)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     (net, run), (other, lone) = attached(), attached(alone=True)
     net.how = HOWS["checkpoint"]
     call = torch.compile(net, backend="aot_eager", fullgraph=True)
@@ -610,11 +544,10 @@ def test_compiled_around_checkpoints_every_layer_computes_alone(monkeypatch: pyt
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("how", ["plain", "checkpoint"])
-@pytest.mark.parametrize("kind", ["cross", "absent", "broken"])
-def test_compiled_with_a_wrong_guess_it_is_right(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_siblings, "down", down)
-    torch._dynamo.reset()
+@pytest.mark.parametrize(
+    ("kind", "how"), [("cross", "plain"), ("absent", "plain"), ("broken", "plain"), ("cross", "checkpoint")]
+)
+def test_compiled_with_a_wrong_guess_it_is_right(kind: str, how: str, real: None) -> None:
     given, ends = (inputs(), inputs(1)) if kind == "cross" else (inputs(),), []
     for alone in (False, True):
         net, run = attached(alone=alone)
@@ -628,6 +561,49 @@ def test_compiled_with_a_wrong_guess_it_is_right(kind: str, how: str, monkeypatc
         # the compiler makes zeros of a gradient that is none
         ends.append([torch.zeros(()) if t is None or not t.any() else t for t in plain_updates(net, run, *given)])
     same(*ends, tolerance=1e-10)  # type: ignore[misc]
+
+
+def test_compiled_what_is_called_in_another_graph_is_alone(real: None) -> None:
+    """Layers compiled one by one, and recomputed so, in any order and after any backward."""
+    ends = []
+    for alone in (False, True):
+        net, run = attached(alone=alone)
+        attn, found = net.blocks[0].attn, []
+        for leaf in ("q_proj", "k_proj", "v_proj"):
+            if not alone:
+                getattr(attn, leaf).compile(backend="aot_eager", fullgraph=True)
+        x = inputs()  # one and the same in all
+        for order in (("q_proj", "k_proj", "v_proj"), ("k_proj", "q_proj", "v_proj"), ("v_proj", "k_proj", "q_proj")):
+            net.zero_grad()
+            for leaf in order:
+                checkpoint(getattr(attn, leaf), x, use_reentrant=False).square().sum().backward()
+            found += [torch.zeros(()) if p.grad is None else p.grad.clone() for _, p in run.trainable()]
+            with torch.no_grad():
+                for _, parameter in run.trainable():
+                    parameter.mul_(0.9)
+        ends.append(found)
+    same(*ends)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpoint"])
+def test_compiled_there_are_fewer_products(how: str, real: None) -> None:
+    """One for each group in place of one for each of its layers; those of all layers where a checkpoint is inside."""
+    counts = []
+    for alone in (False, True):
+        net, run = attached(alone=alone)
+        net.how, net.blocks = HOWS[how], net.blocks[:1]
+        products: list[str] = []
+
+        def count(graph: torch.fx.GraphModule, _: Any, products: list[str] = products) -> torch.fx.GraphModule:
+            products += [
+                str(n.target) for n in graph.graph.nodes if str(n.target).startswith(("aten.mm", "aten.addmm"))
+            ]
+            return graph
+
+        backend = aot_autograd(fw_compiler=count, bw_compiler=lambda graph, _: graph)
+        results(torch.compile(net, backend=backend, fullgraph=True), run, inputs())
+        counts.append(len(products))
+    assert counts[1] - counts[0] == (2 + 1 if how == "plain" else 0)
 
 
 # ---- names
@@ -683,8 +659,7 @@ def small(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
         ("bart", 2 * [3] + 2 * [3, 2]),
     ],
 )
-@pytest.mark.parametrize("recompute", [False, True])
-def test_models(kind: str, rounds: list[int], recompute: bool, downs: list[int]) -> None:
+def test_models(kind: str, rounds: list[int], downs: list[int]) -> None:
     """Every block's siblings compute together, and no guess is wrong."""
     ends = []
     for alone in (False, True):
@@ -693,8 +668,6 @@ def test_models(kind: str, rounds: list[int], recompute: bool, downs: list[int])
         batch = {name: t.double() if t.is_floating_point() else t for name, t in batch.items()}
         run = rs.attach(net, rs.LoRA(rank=2, init="gaussian"))
         stir(run)
-        if recompute:
-            net.gradient_checkpointing_enable({"use_reentrant": False})
         for module in net.modules():
             for word in ("p", "dropout", "dropout_prob", "attention_dropout"):
                 if isinstance(getattr(module, word, None), float):
@@ -713,7 +686,7 @@ def test_models(kind: str, rounds: list[int], recompute: bool, downs: list[int])
             assert empty(run)
             seen = list(downs)
     same(*ends, tolerance=1e-8)  # type: ignore[misc]
-    assert sorted(seen) == sorted(rounds * (4 if recompute else 2))
+    assert sorted(seen) == sorted(rounds * 2)
 
 
 def test_generating_after_training(downs: list[int]) -> None:
@@ -741,14 +714,11 @@ def _two() -> Iterator[Pool]:
 def engine(kind: str, alone: bool) -> tuple[list[Tensor], int]:
     """What three updates under an engine lead to, and how many groups computed together in the last."""
     seen: list[int] = []
-    real = lora_siblings.down
     lora_siblings.choose = lambda *_, **__: ("f1", "b1s")  # type: ignore[assignment,attr-defined]
-    lora_siblings.LEAST = 0
-    lora_siblings.down = lambda *given: seen.append(1) or real(*given)  # type: ignore[assignment,func-returns-value]
+    lora_siblings._traced = lambda: "eager"
+    lora_siblings.down = lambda *given: seen.append(1) or DOWN(*given)  # type: ignore[assignment,func-returns-value]
     try:
         net, run = attached(alone=alone)
-        del net.how  # which no process can be sent
-        type(net).how = staticmethod(HOWS["checkpoint" if kind == "blocks-checkpoint" else "plain"])  # type: ignore[assignment]
         wrapped: nn.Module = net
         if kind == "ddp":
             wrapped = DistributedDataParallel(net)
@@ -773,12 +743,10 @@ def engine(kind: str, alone: bool) -> tuple[list[Tensor], int]:
             optimizer.zero_grad()
         return [shard.whole(p).clone() for _, p in run.trainable()], len(seen)
     finally:
-        lora_siblings.down = real
+        lora_siblings.down, lora_siblings._traced = DOWN, TRACED
 
 
-@pytest.mark.parametrize(
-    ("kind", "together"), [("ddp", 4), ("unused", 2), ("linears", 0), ("blocks", 4), ("blocks-checkpoint", 8)]
-)
+@pytest.mark.parametrize(("kind", "together"), [("ddp", 4), ("unused", 4), ("linears", 0), ("blocks", 4)])
 def test_engines(two: Pool, kind: str, together: int) -> None:
     """FSDP2 gathers a block's factors before its first layer runs; layers that it gathers one by one are alone."""
     mine, theirs = two.run(engine, kind, False), two.run(engine, kind, True)

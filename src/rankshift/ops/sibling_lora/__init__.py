@@ -1,5 +1,5 @@
 """LoRA linear layers that read one input: op.py runs, reference.py says what it means."""
 
-from rankshift.ops.sibling_lora.op import Spent, down, up
+from rankshift.ops.sibling_lora.op import down, up
 
-__all__ = ["Spent", "down", "up"]
+__all__ = ["down", "up"]

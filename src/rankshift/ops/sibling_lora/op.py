@@ -31,32 +31,22 @@ from rankshift.ops.lora_linear.op import spread
 from rankshift.ops.products import accumulate, added, into, ready, scaled
 
 
-class Spent:
-    """Whether the backward of a ``down`` has run: its z_i are of no use then."""
-
-    yes: bool = False
-
-
 def down(
     x: Tensor,
     dtype: torch.dtype,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     scales: Sequence[float],
-    spent: Spent | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """x (…, in), A_i (r_i, in), B_i → x as (b, in) in ``dtype``, for the first :func:`up`, and of each layer z_i
-    (b, r_i) and B_i in ``dtype``.
-
-    ``spent`` is told when the backward has run.
-    """
+    (b, r_i) and B_i in ``dtype``."""
     graph = torch.is_grad_enabled()
     keep = graph and any(A.requires_grad for A in As)
     with torch.no_grad():
         sA, cast = _below(As, Bs, scales, dtype)
     x = x.reshape(-1, x.shape[-1]).to(dtype)
     hand = graph and x.requires_grad
-    out = _Down.apply(x, sA, keep, hand, spent, *As)  # type: ignore[no-untyped-call]
+    out = _Down.apply(x, sA, keep, hand, *As)  # type: ignore[no-untyped-call]
     return (out[0], list(out[1:]), cast) if hand else (x, list(out), cast)
 
 
@@ -104,12 +94,11 @@ class _Down(torch.autograd.Function):
         sA: Tensor,  # (Σ r_i, in)
         keep: bool,
         hand: bool,
-        spent: Spent | None,
         *factors: Tensor,
     ) -> tuple[Tensor, ...]:
         z = x @ sA.t()
         ctx.save_for_backward(x if keep else None, *factors)
-        ctx.hand, ctx.spent, ctx.dtype = hand, spent, x.dtype
+        ctx.hand, ctx.dtype = hand, x.dtype
         ctx.set_materialize_grads(False)
         zs = z.split_with_sizes([A.shape[0] for A in factors], 1)
         return (x.view_as(x), *zs) if hand else zs
@@ -118,8 +107,6 @@ class _Down(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *factors = ctx.saved_tensors
-        if ctx.spent is not None:
-            ctx.spent.yes = True
         dX, parts = (grads[0], grads[1:]) if ctx.hand else (None, grads)
         dA: list[Tensor | None] = [None] * len(factors)
         here = [i for i, S in enumerate(parts) if S is not None]  # of layers that were called, and led to the loss
@@ -129,11 +116,11 @@ class _Down(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 A = torch.cat([factors[i] for i in here]).to(ctx.dtype)
                 dX = S @ A if dX is None else accumulate(dX, S, A)
-            if any(ctx.needs_input_grad[5 + i] for i in here):
+            if any(ctx.needs_input_grad[4 + i] for i in here):
                 rows = into(S.t(), x, factors[here[0]].dtype).split_with_sizes(ranks)
                 for i, row in zip(here, rows, strict=True):
-                    dA[i] = row.to(factors[i].dtype) if ctx.needs_input_grad[5 + i] else None
-        return (dX, None, None, None, None, *dA)
+                    dA[i] = row.to(factors[i].dtype) if ctx.needs_input_grad[4 + i] else None
+        return (dX, None, None, None, *dA)
 
 
 class _Up(torch.autograd.Function):
