@@ -245,12 +245,14 @@ class Placement:
     def succeed(self, name: str, heirs: Mapping[str, Adapter], member: Member) -> None:
         """Put them in the place of one. Copies stay."""
         for site_name, site in list(self.sites.items()):
-            if name in site.adapters:
+            adapters, heir = site.adapters, heirs.get(site_name)
+            if name in adapters:
                 site.link(other for other in site.active if other != name)
-                del site.adapters[name]
-            if site_name in heirs:
-                site.adapters[name] = heirs[site_name]
-            if not site.adapters:
+            if heir is not None:
+                adapters[name] = heir  # at no time is there neither
+            elif name in adapters:
+                del adapters[name]
+            if not adapters:
                 self._remove(site)
         self.members[name] = member
 
