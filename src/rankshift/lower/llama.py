@@ -450,10 +450,10 @@ def _standing(layer: Any, block: Block) -> list[Base] | str:
     if isinstance(bases, str):
         return bases
     norms = (layer.input_layernorm, layer.post_attention_layernorm, *_inner(attention))
+    if any(weight is not None and weight.requires_grad for weight in [getattr(norm, "weight", None) for norm in norms]):
+        return "its norms train"
     if not all(map(is_norm, norms)):
         return f"its norms are {' and '.join(sorted({type(norm).__name__ for norm in norms}))}"
-    if any(norm.weight.requires_grad for norm in norms):
-        return "its norms train"
     if len(norms) > 2 and (why := _lost(block, norms[2:])) is not None:
         return why
     acting = [adapter for module in modules if isinstance(module, Site) for adapter in module.acting()]
