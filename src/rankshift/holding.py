@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -98,6 +98,22 @@ def check(placement: Placement, method: Method, kind: str, coming: Sequence[Then
 def check_kind(model: nn.Module, kind: str) -> None:
     """Raise ConfigError where there is no such storage, or the model's device cannot compute with it."""
     held_as(kind).check({parameter.device for parameter in model.parameters()})
+
+
+def check_values(placement: Placement, method: Method, kind: str) -> None:
+    """Raise where a weight that :func:`hold` would put into a storage has values that it cannot, before it does."""
+    held_as(kind).check_values(_to_hold(placement, method), kind)
+
+
+def _to_hold(placement: Placement, method: Method) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of the dense layers that a storage is to take."""
+    sites = placement.sites
+    for spec in _layers(placement.model, [site.spec for site in sites.values()]):
+        site = sites.get(spec.name)
+        if site is not None and isinstance(site.base, Dense):
+            yield spec.name, site.base.dense()
+        elif site is None and spec.storage == "dense" and not method.in_place(spec.weight, adapted=False):
+            yield spec.name, placement.model.get_parameter(spec.weight)
 
 
 def hold(

@@ -21,7 +21,7 @@ from rankshift import handover, holding
 from rankshift import lower as lowering
 from rankshift.core import shard
 from rankshift.core.adapter import Adapter
-from rankshift.core.base import Dense, storage_of
+from rankshift.core.base import storage_of
 from rankshift.core.errors import AttachError, ConfigError, ExportError, TrainingError, WrongBase
 from rankshift.core.event import Driver
 from rankshift.core.lesson import Ear, Lesson
@@ -43,7 +43,7 @@ from rankshift.placement import (
     fold,
     weight_names,
 )
-from rankshift.storage import Kind, held_as
+from rankshift.storage import Kind
 from rankshift.summary import Compression, Projections, Summary, compression, projections, summarise
 
 _log = logging.getLogger(__name__)
@@ -184,19 +184,9 @@ class Run:
         """How many layers are not dense, those that came so included."""
         return sum(storage_of(module) is not None for module in self.model.modules())
 
-    def _to_hold(self, method: Method) -> Iterator[tuple[str, Tensor]]:
-        """(name, weight) of the dense layers that a storage is to take."""
-        sites = self._on.sites
-        for spec in holding._layers(self.model, [site.spec for site in sites.values()]):
-            site = sites.get(spec.name)
-            if site is not None and isinstance(site.base, Dense):
-                yield spec.name, site.base.dense()
-            elif site is None and spec.storage == "dense" and not method.in_place(spec.weight, adapted=False):
-                yield spec.name, self.model.get_parameter(spec.weight)
-
     def _hold(self, method: Method, kind: str, fresh: bool, kept: Mapping[str, Sequence[int]] | None = None) -> None:
         """Put the frozen layers into a storage; see :func:`rankshift.holding.hold`."""
-        held_as(kind).check_values(self._to_hold(method), kind)
+        holding.check_values(self._on, method, kind)
         self._on.settle()  # who can undo what was built keeps every weight
         for site in self._on.sites.values():
             site.base.changed |= site.spec.weight in self._changed  # and so will all be that holds it

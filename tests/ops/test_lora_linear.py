@@ -498,3 +498,17 @@ def test_switching_back_and_forth_does_not_recompile():
     for names in ((), ("other",), ("default",), ("default", "other"), ("other",)):
         use(*names)
     assert len(graphs) == seen
+
+
+def test_columns_beside_four_bits_count_in_every_order():
+    """What is added before it is rounded are the codes; columns held beside them are none of those."""
+    W, at = seeded(64, 128, seed=1, dtype=torch.bfloat16), torch.tensor([3, 70])
+    layout, tensors = FourBit.quantised(W, "nf4")
+    columns = 20 * seeded(64, 2, seed=2, dtype=torch.bfloat16)
+    A, B = seeded(4, 128, seed=3, dtype=torch.float32), seeded(64, 4, seed=4, dtype=torch.float32)
+    x, dy = seeded(4096, 128, seed=5, dtype=torch.bfloat16, grad=True), seeded(4096, 64, seed=6, dtype=torch.bfloat16)
+    whole = layout.dense(*tensors).double().index_copy_(1, at, columns.double()) + B.double() @ A.double()
+    y = lora_linear(x, A, B, 1.0, None, layout.beside, (columns, at, *tensors))
+    y.backward(dy)
+    for got, want in ((y, x.double() @ whole.t()), (x.grad, dy.double() @ whole)):
+        assert float((got.double() - want).norm() / want.norm()) < 0.01
