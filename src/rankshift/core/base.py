@@ -73,10 +73,9 @@ class Format:
         """Write :meth:`dense` into memory that is there."""
         out.copy_(self.dense(*packed))
 
-    def merged(self, B: Tensor, A: Tensor, *packed: Tensor, out: Tensor | None = None) -> Tensor:
-        """W + B A, (out, r) and (r, in), in their dtype: (out, in), written to ``out`` if it is given. Where
-        :attr:`adds` is false W is rounded before."""
-        return torch.addmm(self.dense(*packed).to(A.dtype), B, A, out=out)
+    def merged(self, B: Tensor, A: Tensor, *packed: Tensor) -> Tensor:
+        """W + B A, (out, r) and (r, in), in their dtype: (out, in). Where :attr:`adds` is false W is rounded before."""
+        return torch.addmm(self.dense(*packed).to(A.dtype), B, A)
 
     @property
     def multiplies(self) -> bool:

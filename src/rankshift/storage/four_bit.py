@@ -46,13 +46,11 @@ class FourBitLayout(Layout):
         else:
             self._unpacked(packed, out.dtype, out)
 
-    def merged(self, B: Tensor, A: Tensor, *packed: Tensor, out: Tensor | None = None) -> Tensor:
+    def merged(self, B: Tensor, A: Tensor, *packed: Tensor) -> Tensor:
         if A.dtype.itemsize > 2:
-            return super().merged(B, A, *packed, out=out)
+            return super().merged(B, A, *packed)
         codes, absmax, *scales = packed
-        return merged(
-            codes, absmax, scales[0] if scales else None, self.shape, self.block, self.quant_type, B, A, out
-        )  # fmt: skip
+        return merged(codes, absmax, scales[0] if scales else None, self.shape, self.block, self.quant_type, B, A)
 
     def _unpacked(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         codes, absmax, *scales = packed
